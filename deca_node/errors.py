@@ -1,0 +1,113 @@
+"""Everything that can go wrong, as one tree.
+
+::
+
+    DecaError                    exit code   what it means
+    ├── ConfigError                   2      a setting is unknown, ill-typed or out of range
+    ├── UnreachableError              3      no node answers at that address
+    ├── DataError                     4      a data file is missing, broken or does not fit the task
+    ├── ModelError                    5      a model is missing, not causal, or has no layer stack
+    ├── ListenError                   6      the port or interface cannot be used
+    ├── DeviceError                   7      the device asked for is not there
+    ├── OutputError                   8      the output folder holds another run, or is damaged
+    ├── DiskFullError                 9      the disk has no room for what must be written
+    ├── SwarmError                   10      the nodes of a testbed did not all finish
+    └── PeerError                     -      a peer's fault: counted by reason, never ends a run
+        ├── PeerUnavailable                  nobody answers, or the connection broke
+        ├── PeerTimeout                      it did not answer in time
+        ├── PeerRefused                      it said no (another run, other settings, past that step)
+        └── PayloadError                     what it sent failed a check
+
+Exit code 0 is success, 1 a defect of this program (with a traceback), 130 an interrupted verb.
+Each outside library's exceptions are translated into these at its one door.
+"""
+
+
+class DecaError(Exception):
+    """Base of all errors that a user can be told about in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(DecaError):
+    """A setting is unknown, ill-typed or out of range."""
+
+    exit_code = 2
+
+
+class UnreachableError(DecaError):
+    """No node answers at the address."""
+
+    exit_code = 3
+
+
+class DataError(DecaError):
+    """A data file is missing, broken or does not fit the task."""
+
+    exit_code = 4
+
+
+class ModelError(DecaError):
+    """A model is missing, is not a causal language model, or shows no stack of decoder layers."""
+
+    exit_code = 5
+
+
+class ListenError(DecaError):
+    """The port or the interface cannot be used."""
+
+    exit_code = 6
+
+
+class DeviceError(DecaError):
+    """The compute device asked for is not there."""
+
+    exit_code = 7
+
+
+class OutputError(DecaError):
+    """The output folder belongs to another run, or what it holds is damaged."""
+
+    exit_code = 8
+
+
+class DiskFullError(DecaError):
+    """The disk has no room for what must be written."""
+
+    exit_code = 9
+
+
+class SwarmError(DecaError):
+    """The nodes of a testbed did not all finish."""
+
+    exit_code = 10
+
+
+class PeerError(DecaError):
+    """A peer's fault. ``reason`` is the short word under which status counts it."""
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+
+
+class PeerUnavailable(PeerError):  # noqa: N818 - reads as the state it names
+    """Nobody answers at the peer's address, or the connection broke."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("unavailable", message)
+
+
+class PeerTimeout(PeerError):  # noqa: N818
+    """The peer did not answer within the deadline."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("late", message)
+
+
+class PeerRefused(PeerError):  # noqa: N818
+    """The peer said no; ``reason`` says to what."""
+
+
+class PayloadError(PeerError):
+    """What the peer sent failed a check; ``reason`` names the check."""
