@@ -12,10 +12,10 @@
     ├── OutputError                   8      the output folder holds another run, or is damaged
     ├── DiskFullError                 9      the disk has no room for what must be written
     ├── SwarmError                   10      the nodes of a testbed did not all finish
-    └── PeerError                     -      a peer's fault: counted by reason, never ends a run
+    └── PeerError                     -      a peer's fault: counted, never ends a run
         ├── PeerUnavailable                  nobody answers, or the connection broke
         ├── PeerTimeout                      it did not answer in time
-        ├── PeerRefused                      it said no (another run, other settings, past that step)
+        ├── PeerRefused                      it said no (other run, other settings, past step)
         └── PayloadError                     what it sent failed a check
 
 Exit code 0 is success, 1 a defect of this program (with a traceback), 130 an interrupted verb.

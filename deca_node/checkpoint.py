@@ -1,0 +1,265 @@
+"""The run's state on disk, written so that a crash at any moment leaves the previous one whole.
+
+``state/manifest.json`` names every other file with its digest. A new block goes to a temporary
+file, is synced and renamed, and only then does a new manifest replace the old one.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deca_node.errors import DiskFullError, OutputError
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn a full disk into DiskFullError and other trouble with files into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{path}: no space left on the disk; free some or set node.output elsewhere"
+            ) from None
+        raise OutputError(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise DiskFullError(
+                f"{path}: no space left on the disk; free some or set node.output elsewhere"
+            ) from None
+        raise OutputError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file of the state folder and the xxh3_128 of its bytes."""
+
+    file: str
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: everything but tensors.
+
+    ``visit`` and ``step`` come next; ``data_position`` counts examples consumed; ``bytes_sent``,
+    ``bytes_received``, ``incomplete`` and ``seconds`` are totals so far.
+    """
+
+    visit: int = 0
+    step: int = 0
+    data_position: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    incomplete: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    before: dict[str, Any] | None = None
+
+
+@dataclass
+class State:
+    """What the manifest holds: progress, changed blocks, and the open visit's tensors."""
+
+    progress: Progress = field(default_factory=Progress)
+    blocks: dict[int, SavedFile] = field(default_factory=dict)
+    active: SavedFile | None = None
+
+
+class Checkpoint:
+    """One node's output folder.
+
+    Args:
+        folder: node.output.
+        identity: what makes this run this run (fingerprint and node name).
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        self.folder = folder
+        self._state_folder = folder / "state"
+        self._identity = dict(identity)
+        self._lock = FileLock(str(folder / ".lock"))
+        self.state = State()
+
+    def claim(self) -> bool:
+        """Take the folder for this run, or recognise it as its own.
+
+        Returns:
+            Whether there is state to continue from.
+
+        Raises:
+            OutputError: it holds another run or strange files, another daemon uses it, or its
+                manifest is damaged.
+        """
+        with translated(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise OutputError(
+                    f"{self.folder}: another deca-node is using this folder; set node.output"
+                ) from None
+            mark = self.folder / "run.json"
+            if mark.exists():
+                self._recognise(mark)
+            else:
+                self._refuse_strangers()
+                self._state_folder.mkdir(exist_ok=True)
+                write_atomically(
+                    mark, json.dumps({"format": FORMAT, **self._identity}, indent=2).encode()
+                )
+            manifest = self._state_folder / "manifest.json"
+            if not manifest.exists():
+                return False
+            self.state = _read_manifest(manifest)
+            return True
+
+    def _recognise(self, mark: Path) -> None:
+        try:
+            found = json.loads(mark.read_bytes())
+        except ValueError:
+            raise OutputError(f"{mark}: damaged; move the folder away or restore it") from None
+        for name, value in self._identity.items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                there = found.get(name, "absent") if isinstance(found, dict) else "absent"
+                raise OutputError(
+                    f"{self.folder}: holds another run ({name} is {there!r} there, {value!r} "
+                    "here); set node.output to a new folder"
+                )
+
+    def _refuse_strangers(self) -> None:
+        for name in ("history.jsonl", "summary.json", "model", "state"):
+            if (self.folder / name).exists():
+                raise OutputError(
+                    f"{self.folder / name}: exists but the folder is no run's output (no "
+                    "run.json); set node.output to a new folder"
+                )
+
+    def release(self) -> None:
+        """Let another daemon use the folder."""
+        self._lock.release()
+
+    # --- writing
+
+    def save_block(self, block: int, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        """Keep a block's values at the end of a visit, and forget the open visit's.
+
+        Raises:
+            DiskFullError, OutputError: nothing changed on disk.
+        """
+        saved = self._save_tensors(f"block-{block:04}-{progress.visit}", tensors)
+        self._commit(State(progress, {**self.state.blocks, block: saved}, None))
+
+    def save_visit(self, tensors: Mapping[str, Tensor] | None, progress: Progress) -> None:
+        """Keep the progress and, within a visit, its x, m and v.
+
+        Raises:
+            DiskFullError, OutputError: nothing changed on disk.
+        """
+        active = None
+        if tensors is not None:
+            active = self._save_tensors(f"visit-{progress.visit}-{progress.step}", tensors)
+        self._commit(State(progress, dict(self.state.blocks), active))
+
+    def _save_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> SavedFile:
+        path = self._state_folder / f"{stem}.safetensors"
+        with translated(path):
+            temporary = path.with_suffix(".tmp")
+            try:
+                save_file(
+                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary
+                )
+                _sync(temporary)
+                digest = _digest(temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return SavedFile(path.name, digest)
+
+    def _commit(self, state: State) -> None:
+        manifest = self._state_folder / "manifest.json"
+        tree = {"format": FORMAT, **asdict(state)}
+        with translated(manifest):
+            write_atomically(manifest, json.dumps(tree, indent=1).encode())
+            _sync(self._state_folder)
+        self.state = state
+        kept = {saved.file for saved in state.blocks.values()} | {"manifest.json"}
+        if state.active:
+            kept.add(state.active.file)
+        for path in self._state_folder.iterdir():
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    # --- reading
+
+    def load(self, saved: SavedFile) -> dict[str, Tensor]:
+        """Read a file of the state, its digest checked.
+
+        Raises:
+            OutputError: it is missing or damaged; the message names it.
+        """
+        path = self._state_folder / saved.file
+        with translated(path):
+            if _digest(path) != saved.xxh3:
+                raise OutputError(
+                    f"{path}: damaged (its digest is not the manifest's); restore it, or remove "
+                    f"{self._state_folder} to begin the run anew"
+                )
+            return load_file(path)
+
+
+def _read_manifest(path: Path) -> State:
+    try:
+        tree = json.loads(path.read_bytes())
+        active = tree["active"]
+        return State(
+            Progress(**tree["progress"]),
+            {int(block): SavedFile(**saved) for block, saved in tree["blocks"].items()},
+            SavedFile(**active) if active else None,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OutputError(
+            f"{path}: damaged; restore it, or remove {path.parent} to begin the run anew"
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment either the old or the new content is there."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return str(digest.hexdigest())

@@ -1,0 +1,569 @@
+"""Local data set -> resumable mini-batches.
+
+Rows are plain dicts read from a file of this machine; they become token ids once, before training.
+From then on one integer, ``BatchStream.position``, says where the node is in its data. This is the
+only file that imports ``datasets``.
+"""
+
+import csv
+import glob
+import io
+import json
+import random
+import re
+import string
+import tempfile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+import torch
+
+from deca_node.config import DataSettings
+from deca_node.errors import ConfigError, DataError
+
+IGNORED = -100  # the target that cross entropy skips, in PyTorch and in Hugging Face models
+MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own 131,072 is less than a long article
+
+_log = structlog.get_logger(__name__)
+
+Row = Mapping[str, Any]
+
+
+# Files -> rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a data set; nothing is written beside it and nothing is downloaded.
+
+    JSON Lines, CSV with a header line (values are strings), Parquet, or a folder that
+    ``Dataset.save_to_disk`` wrote. Blank lines do not count as rows.
+
+    Raises:
+        DataError: naming the file and, where the file has lines, the line.
+    """
+    try:
+        if path.is_dir():
+            rows = _read_saved(path)
+        elif (reader := _READERS.get(path.suffix.lower())) is None:
+            raise DataError(
+                f"{path}: unknown kind of data file; use one of {', '.join(_READERS)}"
+                " or a folder written by Dataset.save_to_disk"
+            )
+        else:
+            rows = reader(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(
+                f"{where}: not valid JSON ({reason}); each line must be one JSON object"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON {_json_type(row)}; each line must be one JSON object")
+        if "\\u" in line and not _encodable(row):
+            raise DataError(f"{where}: holds half of a surrogate pair, which no text can hold")
+        rows.append(row)
+    return rows
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _encodable(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(MAX_CSV_FIELD)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    header: list[str] = []
+    rows = []
+    line = 1
+    try:
+        for values in reader:
+            if not values:
+                pass
+            elif not header:
+                header = values
+                if twice := [name for name, count in Counter(header).items() if count > 1]:
+                    raise DataError(f"{path}, line {line}: two columns are named {twice[0]!r}")
+            elif len(values) != len(header):
+                raise DataError(
+                    f"{path}, line {line}: {len(values)} fields where the header has {len(header)}"
+                )
+            else:
+                rows.append(dict(zip(header, values, strict=True)))
+            line = reader.line_num + 1  # a quoted field may span lines: name the first of them
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: not valid CSV ({error})") from None
+    return rows
+
+
+def _datasets() -> Any:
+    """The ``datasets`` module: quiet, and barred from the network."""
+    import datasets  # noqa: PLC0415 - takes more than a second, and JSON Lines and CSV do without
+
+    datasets.config.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
+    return datasets
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    path.open("rb").close()  # the system's own words for a missing or unreadable file
+    reader = _datasets().Dataset.from_parquet
+    try:
+        # Streaming makes no Arrow copy of private data; all that the cache gets is a lock file.
+        with tempfile.TemporaryDirectory() as cache:
+            pattern = glob.escape(str(path.absolute()))
+            return list(reader(pattern, cache_dir=cache, streaming=True))
+    except Exception as error:  # whatever the reader trips over, the file is to blame
+        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+
+
+def _read_saved(path: Path) -> list[dict[str, Any]]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.parent.name for entry in path.glob("*/state.json"))
+        raise DataError(
+            f"{path}: a DatasetDict with the splits {', '.join(splits)}; name the folder of one"
+        )
+    if not (path / "state.json").is_file():
+        raise DataError(f"{path}: not a folder written by Dataset.save_to_disk")
+    reader = _datasets().load_from_disk
+    try:
+        rows: list[dict[str, Any]] = reader(str(path)).to_list()
+    except Exception as error:  # as above
+        raise DataError(f"{path}: not a readable data set ({_first_line(error)})") from error
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def place(source: Path, index: int) -> str:
+    """How messages name the row at ``index``: counted from 1, a CSV's header not counted."""
+    return f"{source}, row {index + 1}"
+
+
+def text_of(row: Row, field: str, where: str) -> str:
+    """The text in a field; numbers and booleans become text.
+
+    Raises:
+        DataError: the field is missing, null or composite; ``where`` begins the message.
+    """
+    value = _value_of(row, field, where)
+    if not isinstance(value, (str, bool, int, float)):
+        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, not text")
+    return str(value)
+
+
+def _value_of(row: Row, field: str, where: str) -> Any:
+    if field not in row:
+        raise DataError(f"{where}: no field {field!r}; it has: {', '.join(map(str, row))}")
+    if row[field] is None:
+        raise DataError(f"{where}: field {field!r} is null")
+    return row[field]
+
+
+# Rows -> examples
+
+
+class Tokenizer(Protocol):
+    """What this file asks of a model's tokenizer. No method adds tokens that were not asked for."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that this model expects before every text, None when it expects none."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, None when there is none."""
+
+    @property
+    def pad_id(self) -> int:
+        """Any token of the vocabulary; it fills places that attention never sees."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` without special tokens."""
+
+    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+        """A conversation's token ids in order, in segments.
+
+        The flag is True where the segment is an assistant's text, which is to be learned.
+
+        Raises:
+            ValueError: the model's chat template does not take these messages.
+        """
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to train on.
+
+    ``completion`` is as long as ``input_ids``; True marks the tokens that are learned. ``label`` is
+    the row's label value (not its word), None outside classification.
+    """
+
+    input_ids: list[int]
+    completion: list[bool]
+    label: str | None = None
+
+
+def examples(
+    rows: Sequence[Row],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    source: Path,
+    words: Mapping[str, str] | None = None,
+) -> list[Example]:
+    """Turn rows into examples of at most ``settings.max_tokens`` tokens, in the rows' order.
+
+    - classification: ``[bos] template completion``. A row that is too long has its longest text
+      field cut at the end, so the template's text and the completion stay whole.
+    - instruction: the chat, cut at the end. A row that loses all it would teach is dropped.
+    - text: ``[bos] text [eos]`` in as many pieces as needed; a piece of one token teaches nothing
+      and is dropped.
+
+    Args:
+        rows: what ``read_rows`` gave.
+        settings: the task, its fields and limits.
+        tokenizer: the model's.
+        source: where the rows come from, for messages.
+        words: the label words to accept. None takes ``settings.labels`` or, when that is empty,
+            the labels of these rows; give the training rows' words to read test rows.
+
+    Raises:
+        DataError: a row does not fit the task, or no row gives an example.
+        ConfigError: the template or the label words cannot be used.
+    """
+    make: Callable[[Row, str], list[Example]]
+    if settings.task == "classification":
+        if words is None:
+            values = (
+                text_of(row, settings.label_field, place(source, index))
+                for index, row in enumerate(rows)
+            )
+            words = _label_words(values, settings)
+        completions = label_token_ids(words, settings, tokenizer)
+        make = partial(_classification, settings, tokenizer, completions)
+    elif settings.task == "instruction":
+        make = partial(_instruction, settings, tokenizer)
+    else:
+        make = partial(_text, settings, tokenizer)
+
+    found: list[Example] = []
+    dropped = 0
+    for index, row in enumerate(rows):
+        made = make(row, place(source, index))
+        found += made
+        dropped += not made
+    if not found:
+        raise DataError(
+            f"{source}: empty shard: none of {len(rows)} rows gives an example for"
+            f" data.task = {settings.task!r} with data.max_tokens = {settings.max_tokens}"
+        )
+    if dropped:
+        _log.warning("rows without an example", source=str(source), rows=len(rows), dropped=dropped)
+    return found
+
+
+def _classification(
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    completions: Mapping[str, list[int]],
+    row: Row,
+    where: str,
+) -> list[Example]:
+    label = text_of(row, settings.label_field, where)
+    if label not in completions:
+        raise DataError(f"{where}: label {label!r} is not one of: {', '.join(completions)}")
+    completion = completions[label]
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = settings.max_tokens - len(start) - len(completion)
+    prompt = start + _prompt(row, settings, tokenizer, room, where)
+    if not prompt:
+        raise DataError(f"{where}: the prompt is empty; add text to data.template")
+    trained = [False] * len(prompt) + [True] * len(completion)
+    return [Example(prompt + completion, trained, label)]
+
+
+def _prompt(
+    row: Row, settings: DataSettings, tokenizer: Tokenizer, room: int, where: str
+) -> list[int]:
+    """The filled template in at most ``room`` tokens."""
+    fields = {name: _value_of(row, name, where) for name in _template_fields(settings.template)}
+
+    def encode(fields: Row) -> list[int]:
+        try:
+            filled = settings.template.format_map(fields)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise DataError(f"{where}: data.template cannot be filled: {error}") from None
+        return tokenizer.encode(filled)
+
+    whole = encode(fields)
+    if len(whole) <= room:
+        return whole
+
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    longest = max(texts, key=lambda name: len(texts[name]), default="")
+    text = texts.get(longest, "")
+
+    def cut(size: int) -> list[int]:
+        return encode({**fields, longest: text[:size]})
+
+    def too_long(size: int) -> bool:
+        return len(cut(size)) > room
+
+    if room < 1 or too_long(0):
+        raise DataError(
+            f"{where}: data.template and the completion leave no room for text"
+            f" in data.max_tokens = {settings.max_tokens}; raise it"
+        )
+    high = 8 * room  # so that the cost depends on what is kept, not on the length of the row
+    while high < len(text) and not too_long(high):
+        high *= 2
+    size = bisect_left(range(min(high, len(text)) + 1), True, key=too_long) - 1
+    tidy = _back_to_space(text, size)
+    return cut(size if too_long(tidy) else tidy)
+
+
+def _template_fields(template: str) -> list[str]:
+    try:
+        parsed = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"data.template = {template!r}: {error}") from None
+    names = [re.split(r"[.\[]", name, maxsplit=1)[0] for name in parsed]
+    if not names or any(not name or name.isdecimal() for name in names):
+        raise ConfigError(f"data.template = {template!r}: name the fields of a row, as in {{text}}")
+    return names
+
+
+def _back_to_space(text: str, size: int) -> int:
+    """The end of the last whole word in ``text[:size]``, or ``size`` if that gives up over half."""
+    end = size
+    if not text[size : size + 1].isspace():
+        while end and not text[end - 1].isspace():
+            end -= 1
+    end = len(text[:end].rstrip())
+    return end if 2 * end >= size else size
+
+
+def _instruction(
+    settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str
+) -> list[Example]:
+    messages = _messages(row, settings, where)
+    try:
+        segments = tokenizer.chat(messages)
+    except ValueError as error:
+        raise DataError(f"{where}: the model's chat template refuses it: {error}") from None
+    ids = [token for segment, _ in segments for token in segment][: settings.max_tokens]
+    trained = [flag for segment, flag in segments for _ in segment][: settings.max_tokens]
+    # Nothing predicts the first token, so it alone teaches nothing.
+    return [Example(ids, trained)] if any(trained[1:]) else []
+
+
+def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, str]]:
+    field = settings.messages_field
+    if row.get(field) is None:
+        if settings.prompt_field not in row:
+            raise DataError(
+                f"{where}: neither field {field!r} nor field {settings.prompt_field!r};"
+                f" it has: {', '.join(map(str, row))}"
+            )
+        return [
+            {"role": "user", "content": text_of(row, settings.prompt_field, where)},
+            {"role": "assistant", "content": text_of(row, settings.response_field, where)},
+        ]
+    messages = row[field]
+    if not isinstance(messages, list) or not all(isinstance(entry, Mapping) for entry in messages):
+        raise DataError(f"{where}: field {field!r} is not a list of {{role, content}} objects")
+    return [
+        {
+            key: text_of(entry, key, f"{where}: message {number} of {field!r}")
+            for key in ("role", "content")
+        }
+        for number, entry in enumerate(messages, start=1)
+    ]
+
+
+def _text(settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str) -> list[Example]:
+    ids = tokenizer.encode(text_of(row, settings.text_field, where))
+    if not ids:
+        return []
+    if tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
+    if tokenizer.eos_id is not None:
+        ids = [*ids, tokenizer.eos_id]
+    size = settings.max_tokens
+    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [Example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+
+
+# Labels
+
+
+def label_words(examples: Iterable[Example], settings: DataSettings) -> dict[str, str]:
+    """Label value -> the word that the model says for it.
+
+    ``settings.labels`` or, when that is empty, the sorted labels of the examples, each its own
+    word.
+    """
+    return _label_words(
+        (example.label for example in examples if example.label is not None), settings
+    )
+
+
+def _label_words(values: Iterable[str], settings: DataSettings) -> dict[str, str]:
+    return dict(settings.labels) or {value: value for value in sorted(set(values)) if value.strip()}
+
+
+def label_token_ids(
+    words: Mapping[str, str], settings: DataSettings, tokenizer: Tokenizer
+) -> dict[str, list[int]]:
+    """Label value -> the token ids of its completion, exactly as examples hold them.
+
+    Raises:
+        ConfigError: a word has no tokens, or two labels have the same.
+    """
+    gap = "" if settings.template[-1:].isspace() else " "
+    ids: dict[str, list[int]] = {}
+    owner: dict[tuple[int, ...], str] = {}
+    for label, word in words.items():
+        ids[label] = tokenizer.encode(gap + word) if word.strip() else []
+        if not ids[label]:
+            raise ConfigError(f"data.labels: label {label!r} has no word")
+        if (other := owner.setdefault(tuple(ids[label]), label)) != label:
+            raise ConfigError(
+                f"data.labels: the model cannot tell labels {other!r} and {label!r} apart"
+                f" ({words[other]!r} and {word!r} have the same tokens)"
+            )
+    return ids
+
+
+def label_counts(examples: Iterable[Example]) -> dict[str, int]:
+    """Label value -> number of examples, by label; empty outside classification."""
+    counts = Counter(example.label for example in examples if example.label is not None)
+    return dict(sorted(counts.items()))
+
+
+# Examples -> batches
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples side by side: int64 CPU tensors of shape (examples, longest), padded on the right.
+
+    ``labels`` is ``input_ids`` with ``IGNORED`` wherever nothing is learned. It is not shifted:
+    Hugging Face models do that.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Put at least one example into a batch."""
+    shape = len(examples), max(len(example.input_ids) for example in examples)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.input_ids, dtype=torch.int64)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = ids.where(torch.tensor(example.completion), IGNORED)
+    return Batch(input_ids, attention_mask, labels)
+
+
+def batches(examples: Sequence[Example], size: int, pad_id: int) -> Iterator[Batch]:
+    """All examples once, in order; the last batch may be smaller."""
+    for start in range(0, len(examples), size):
+        yield collate(examples[start : start + size], pad_id)
+
+
+class BatchStream:
+    """Endless mini-batches in a seeded order.
+
+    Each epoch is a permutation of its own, and a batch may span two epochs: no example is seen
+    again before all were seen. ``position``, the number of examples consumed, is all the state
+    there is; setting it resumes: from the same position come the same batches.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, seed: int, pad_id: int
+    ) -> None:
+        if not examples:
+            raise ValueError("a stream of batches needs at least one example")
+        self.position = 0
+        self._examples = examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._pad_id = pad_id
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def next(self) -> Batch:
+        """The batch at ``position``, which moves past it."""
+        chosen = [self._at(self.position + offset) for offset in range(self._batch_size)]
+        self.position += self._batch_size
+        return collate(chosen, self._pad_id)
+
+    def _at(self, position: int) -> Example:
+        epoch, place_in_epoch = divmod(position, len(self._examples))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = list(range(len(self._examples)))
+            shuffler = random.Random(f"deca/data/{self._seed}/{epoch}")  # noqa: S311 - no secret
+            shuffler.shuffle(self._order)
+        return self._examples[self._order[place_in_epoch]]

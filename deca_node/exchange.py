@@ -1,0 +1,435 @@
+"""Publish, gather until the deadline, mix on arrival, report what came.
+
+One per node. It agrees on edges with neighbours, serves this node's published snapshots to them
+and collects theirs. A peer's failure is an entry in a report here, never an exception.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from deca_node.config import Timing
+from deca_node.errors import PayloadError, PeerError, PeerRefused, PeerTimeout, PeerUnavailable
+from deca_node.limits import MAX_PULLS_PER_PEER
+from deca_node.membership import Edges, Verdict, VisitAgreement
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import Link
+from deca_node.wire import Layout, Receiver, Snapshot
+
+RETRY_SECONDS = 0.1  # between two tries to reach a neighbour within a handshake
+
+
+class Neighbourhood(Protocol):
+    """What the exchange needs to know of peers; swarm.Swarm is one."""
+
+    def sender(self) -> pb.Sender:
+        """This node's introduction."""
+        ...
+
+    def link(self, peer: str) -> Link | None:
+        """A link to a peer of the run, None when it is not known or gone."""
+        ...
+
+    def is_suspect(self, peer: str) -> bool:
+        """Whether the peer failed lately."""
+        ...
+
+    def trouble(self, peer: str, error: PeerError) -> None:
+        """A call to the peer failed or what it sent was refused."""
+        ...
+
+    def seen(self, peer: str) -> None:
+        """The peer showed that it lives."""
+        ...
+
+    def sent(self, peer: str, nbytes: int) -> None:
+        """Bytes of blocks went to the peer."""
+        ...
+
+    def received(self, peer: str, nbytes: int) -> None:
+        """Bytes of blocks came from the peer."""
+        ...
+
+    def check_sender(self, sender: pb.Sender) -> str:
+        """Name of a greeted peer of this run, current session. Raises PeerRefused."""
+        ...
+
+
+@dataclass
+class Gathered:
+    """What one step's exchange brought.
+
+    Attributes:
+        used: neighbours whose whole block was mixed in.
+        partial: neighbours of whose block only some messages arrived in time.
+        missing: neighbours that gave nothing, with the reason.
+        received: bytes, prefixes included.
+        wait: seconds from publishing until the last contribution.
+        mix: seconds of that spent checking and mixing.
+    """
+
+    used: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    received: int = 0
+    wait: float = 0.0
+    mix: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every edge of the visit was used in full."""
+        return not self.partial and not self.missing
+
+
+Sink = Callable[[int, Tensor, float], None]
+"""Mixes a slice: index of its first element, float32 values, weight."""
+
+
+class Exchange:
+    """See the module.
+
+    Args:
+        peers: the neighbourhood.
+        timing: deadlines.
+        run: the run's name.
+        stopping: set when the node is told to end; nothing is waited for any more.
+    """
+
+    def __init__(
+        self, peers: Neighbourhood, timing: Timing, run: str, stopping: asyncio.Event
+    ) -> None:
+        self._peers = peers
+        self._timing = timing
+        self._run = run
+        self._stopping = stopping
+        self._agreement = VisitAgreement(0)
+        self.edges = Edges(-1)
+        self._steps_per_visit = 1
+        self._held: list[Snapshot] = []
+        self._fetched: dict[int, set[str]] = {}
+        self._newest = -1
+        self._late: set[str] = set()  # missed a deadline in this visit
+        self._pulls: Counter[str] = Counter()
+        self._sent = 0
+        self._changed = asyncio.Event()
+
+    # --- agreeing on the edges of a visit
+
+    async def open_visit(
+        self, visit: int, steps_per_visit: int, wanted: frozenset[str], first_serial: int
+    ) -> Edges:
+        """Shake hands with the wanted neighbours and fix the visit's edges and weights.
+
+        Waits at most ``visit_deadline`` for those that are not suspect, twice (offers, degrees).
+        """
+        self._steps_per_visit = steps_per_visit
+        self._newest = first_serial - 1
+        self._late.clear()
+        self._agreement.begin(visit, wanted)
+        self._pulse()
+        await self._handshake(wanted, self._offer, self._agreement.undecided)
+        linked = self._agreement.close()
+        self._pulse()
+        await self._handshake(linked, self._tell_degree, self._agreement.unsettled)
+        self.edges = self._agreement.settle()
+        self._pulse()
+        return self.edges
+
+    async def _handshake(
+        self,
+        peers: frozenset[str],
+        call: Callable[[str], "asyncio.Task[None]"],
+        open_: Callable[[], frozenset[str]],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        calls = [call(peer) for peer in sorted(peers)]
+        while not self._stopping.is_set():
+            elapsed = loop.time() - begin
+            # A living peer answers at once, whatever it is doing: a suspect that has not is not
+            # worth the deadline of those that have.
+            waiting = {
+                peer
+                for peer in open_()
+                if not self._given_up(peer)
+                and not (elapsed > self._timing.rpc and self._peers.is_suspect(peer))
+            }
+            left = self._timing.visit_deadline - elapsed
+            if not waiting or left <= 0:
+                for peer in waiting:
+                    self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
+                break
+            await self._wait_change(min(left, self._timing.heartbeat))
+        for task in calls:
+            task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def _given_up(self, peer: str) -> bool:
+        return self._peers.link(peer) is None
+
+    def _offer(self, peer: str) -> "asyncio.Task[None]":
+        async def offer() -> None:
+            request = pb.VisitOffer(sender=self._peers.sender(), visit=self._agreement.visit)
+            while True:
+                link = self._peers.link(peer)
+                if link is None:
+                    return
+                try:
+                    answer = await link.open_visit(request, self._timing.rpc)
+                except PeerError as error:
+                    self._peers.trouble(peer, error)
+                else:
+                    self._peers.seen(peer)
+                    if answer.verdict != pb.VisitAnswer.VERDICT_STRANGER:
+                        accepted = answer.verdict == pb.VisitAnswer.VERDICT_ACCEPTED
+                        self._agreement.answered(
+                            peer, Verdict.ACCEPTED if accepted else Verdict.PASSED
+                        )
+                        self._pulse()
+                        return
+                await asyncio.sleep(RETRY_SECONDS)
+
+        return asyncio.create_task(offer())
+
+    def _tell_degree(self, peer: str) -> "asyncio.Task[None]":
+        degree = len(self._agreement.edges)
+
+        async def tell() -> None:
+            request = pb.VisitDegree(
+                sender=self._peers.sender(), visit=self._agreement.visit, degree=degree
+            )
+            while (link := self._peers.link(peer)) is not None:
+                try:
+                    await link.settle_visit(request, self._timing.rpc)
+                except PeerError as error:
+                    self._peers.trouble(peer, error)
+                    await asyncio.sleep(RETRY_SECONDS)
+                else:
+                    return
+
+        return asyncio.create_task(tell())
+
+    # --- one step
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Hand out a step's block from now on.
+
+        At most the previous step's snapshot is kept beside it, for a neighbour that still reads.
+        """
+        for old in self._held[:-1]:
+            old.released = True
+        self._held = [*self._held[-1:], snapshot]
+        self._newest = snapshot.serial
+        self._fetched = {s.serial: self._fetched.get(s.serial, set()) for s in self._held}
+        self._let_go()
+        self._pulse()
+
+    async def gather(self, serial: int, layout: Layout, sink: Sink) -> Gathered:
+        """Pull the step's block from every neighbour and mix what passes its checks.
+
+        Returns when all came, or those that came lately are through and the others failed, at
+        latest after ``step_deadline``.
+        """
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        report = Gathered()
+        tasks = {
+            asyncio.create_task(self._take(peer, weight, serial, layout, sink, report)): peer
+            for peer, weight in self.edges.weights.items()
+        }
+        stop = asyncio.create_task(self._stopping.wait())
+        pending = set(tasks)
+        while pending and not self._stopping.is_set():
+            left = begin + self._timing.step_deadline - loop.time()
+            if left <= 0 or not any(self._worth_waiting(tasks[task]) for task in pending):
+                break
+            done, _ = await asyncio.wait(
+                {*pending, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED
+            )
+            pending -= done
+        stop.cancel()
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*tasks, stop, return_exceptions=True)
+        report.wait = loop.time() - begin
+        return report
+
+    def _worth_waiting(self, peer: str) -> bool:
+        """A neighbour that missed a deadline, or whose connection broke, holds nobody up."""
+        return peer not in self._late and not self._peers.is_suspect(peer)
+
+    async def _take(
+        self,
+        peer: str,
+        weight: float,
+        serial: int,
+        layout: Layout,
+        sink: Sink,
+        report: Gathered,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        receiver = Receiver(layout, serial, self._run, peer)
+        mixed = 0
+        problem: PeerError | None = PeerTimeout("missed the step deadline")
+        request = pb.PullRequest(sender=self._peers.sender(), serial=serial)
+        try:
+            link = self._peers.link(peer)
+            if link is None:
+                raise PeerUnavailable("gone")
+            async with aclosing(link.pull(request, self._timing.step_deadline)) as stream:
+                async for message in stream:
+                    report.received += len(message)
+                    self._peers.received(peer, len(message))
+                    begin = loop.time()
+                    arrived = receiver.feed(message)
+                    if arrived is not None:
+                        sink(*arrived, weight)
+                        mixed += 1
+                    report.mix += loop.time() - begin
+                    if receiver.complete:
+                        break
+            if not receiver.complete:
+                raise PayloadError("incomplete", "the stream ended early")
+            problem = None
+        except PeerError as error:
+            problem = error
+        finally:  # when cancelled at the deadline, too
+            if problem is None:
+                report.used.append(peer)
+                self._late.discard(peer)
+                self._peers.seen(peer)
+            else:
+                if mixed:
+                    report.partial.append(peer)
+                else:
+                    report.missing[peer] = problem.reason
+                if not self._stopping.is_set():
+                    self._peers.trouble(peer, problem)
+                    if isinstance(problem, PeerTimeout):
+                        self._late.add(peer)
+
+    async def drain(self) -> frozenset[str]:
+        """Serve the last block until every neighbour has it, at most ``step_deadline``.
+
+        Returns:
+            The neighbours that did not fetch it.
+        """
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + self._timing.step_deadline
+
+        def left() -> frozenset[str]:
+            have = self._fetched.get(self._newest, set())
+            return frozenset(
+                peer
+                for peer in self.edges.weights
+                if peer not in have and not self._given_up(peer) and self._worth_waiting(peer)
+            )
+
+        while self._held and left() and not self._stopping.is_set() and loop.time() < limit:
+            await self._wait_change(min(1.0, limit - loop.time()))
+        return left() if self._held else frozenset()
+
+    # --- answering neighbours
+
+    def answer_offer(self, request: pb.VisitOffer) -> pb.VisitAnswer:
+        """A neighbour offers an edge."""
+        peer = self._peers.check_sender(request.sender)
+        self._peers.seen(peer)
+        verdict = self._agreement.offered(peer, request.visit, request.sender.session)
+        self._pulse()
+        return self._answer(verdict)
+
+    def answer_degree(self, request: pb.VisitDegree) -> pb.VisitAnswer:
+        """A neighbour tells its degree."""
+        peer = self._peers.check_sender(request.sender)
+        if request.degree < 1:
+            raise PeerRefused("bad_degree", "a neighbour has at least one edge")
+        self._agreement.degree(peer, request.visit, request.degree)
+        self._pulse()
+        return self._answer(Verdict.ACCEPTED)
+
+    def _answer(self, verdict: Verdict) -> pb.VisitAnswer:
+        name = pb.VisitAnswer.Verdict.Name(verdict)
+        return pb.VisitAnswer(verdict=name, visit=self._agreement.visit)
+
+    async def answer_pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
+        """Stream the asked-for snapshot, once it is published."""
+        peer = self._peers.check_sender(request.sender)
+        if self._pulls[peer] >= MAX_PULLS_PER_PEER:
+            raise PeerRefused("too_many_pulls", f"at most {MAX_PULLS_PER_PEER} at once")
+        self._pulls[peer] += 1
+        left = 1
+        try:
+            snapshot = await self._published(peer, request.serial)
+            left = len(snapshot.messages)
+            for message in snapshot.messages:
+                if snapshot.released:
+                    raise PeerRefused("passed", f"step {request.serial} was read too slowly")
+                self._peers.sent(peer, len(message))
+                self._sent += len(message)
+                left -= 1
+                yield message
+        finally:  # a reader that has everything may turn away before the stream's end
+            self._pulls[peer] -= 1
+            if not self._pulls[peer]:
+                del self._pulls[peer]
+            if left == 0:
+                self._fetched.setdefault(request.serial, set()).add(peer)
+                self._peers.seen(peer)
+                self._let_go()
+                self._pulse()
+
+    async def _published(self, peer: str, serial: int) -> Snapshot:
+        while True:
+            for held in self._held:
+                if held.serial == serial:
+                    return held
+            if serial <= self._newest:
+                raise PeerRefused("passed", f"step {serial} is over here")
+            visit = serial // self._steps_per_visit
+            settled = self.edges.visit == self._agreement.visit and self._agreement.closed
+            if visit == self._agreement.visit and settled and peer not in self.edges.weights:
+                raise PeerRefused("not_a_neighbour", f"no edge in visit {visit}")
+            if self._stopping.is_set():
+                raise PeerRefused("stopping", "this node is going away")
+            await self._changed.wait()
+
+    def _let_go(self) -> None:
+        """Forget a superseded snapshot as soon as every neighbour has it."""
+        if len(self._held) == 2 and self._fetched.get(self._held[0].serial, set()).issuperset(
+            self.edges.weights
+        ):
+            del self._held[0]
+
+    # --- bookkeeping
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of blocks sent to all peers."""
+        return self._sent
+
+    def release(self) -> None:
+        """Nothing is served any more; readers under way end."""
+        for held in self._held:
+            held.released = True
+        self._held = []
+        self._pulse()
+
+    def wake(self) -> None:
+        """Something outside changed (stop, a peer's state): look again."""
+        self._pulse()
+
+    def _pulse(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait_change(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except TimeoutError:
+            return

@@ -1,0 +1,54 @@
+"""What all nodes of a run must have in common, as named values. Pure."""
+
+import json
+from collections.abc import Mapping
+
+from deca_node.blocks import Schedule
+from deca_node.config import Settings
+from deca_node.wire import DTYPE
+
+PROTOCOL_VERSION = 1
+
+
+def fingerprint(
+    settings: Settings, schedule: Schedule, model_config: str, base_weights: str
+) -> dict[str, str]:
+    """Named values of a run; two nodes work together when all are equal.
+
+    Args:
+        settings: the node's settings; what may differ between nodes is left out.
+        schedule: blocks, rounds, steps and order.
+        model_config: digest of the model's configuration.
+        base_weights: digest of the weights that the run starts from.
+    """
+    return {
+        "run.name": settings.run.name,
+        "run.seed": str(settings.run.seed),
+        "run.method": settings.run.method,
+        "model.config": model_config,
+        "model.weights": base_weights,
+        "model.dtype": settings.model.dtype,
+        "schedule.rounds": str(schedule.rounds),
+        "schedule.steps": str(schedule.steps),
+        "schedule.order": schedule.order,
+        "schedule.blocks": str(len(schedule.blocks)),
+        "schedule.layers_per_block": str(settings.schedule.layers_per_block),
+        **{
+            f"optimizer.{name}": str(value)
+            for name, value in settings.optimizer.model_dump().items()
+        },
+        "topology.kind": settings.topology.kind,
+        "topology.p": str(settings.topology.p),
+        "topology.edges": json.dumps(sorted(sorted(edge) for edge in settings.topology.edges)),
+        "wire.format": DTYPE,
+    }
+
+
+def difference(own: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
+    """The first field in which two fingerprints differ, with both values; None when equal."""
+    for name in [*own, *sorted(set(theirs) - set(own))]:
+        if own.get(name) != theirs.get(name):
+            return (
+                f"{name} is {own.get(name, 'absent')!r} here, {theirs.get(name, 'absent')!r} there"
+            )
+    return None

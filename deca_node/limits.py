@@ -1,0 +1,32 @@
+"""Every bound on what a peer can make a node hold or do, with its reason."""
+
+# Payload of one streamed message: large enough that the per-message cost of gRPC (about 50 µs)
+# vanishes, small enough that mixing overlaps receiving and that a damaged message costs little.
+CHUNK_BYTES = 1 << 20
+# A message is a payload and its prefix; the rest is room for another writer's framing.
+MAX_MESSAGE_BYTES = CHUNK_BYTES + 1024
+# A block of a model holds at most some thousand tensors of a line each.
+MAX_HEADER_BYTES = 4 << 20
+# HTTP/2 metadata: we use none of our own.
+MAX_METADATA_BYTES = 16 << 10
+# Members of a run. Everybody greets everybody; beyond this the greetings alone are a load.
+MAX_MEMBERS = 256
+# Addresses remembered but not (yet) met: twice the members, so that a liar cannot crowd them out.
+MAX_CONTACTS = 2 * MAX_MEMBERS
+# Longest node or run name that is looked at (config allows 48).
+MAX_NAME_BYTES = 64
+# Longest address: a DNS name (255 bytes, RFC 1035) and a port.
+MAX_ADDRESS_BYTES = 262
+# Fields of a fingerprint, and bytes in one: a run has about 25 of at most 100 bytes.
+MAX_FINGERPRINT_FIELDS = 64
+MAX_FINGERPRINT_BYTES = 512
+# Longest text of a peer that enters the log or status.
+MAX_REASON_BYTES = 300
+# Pulls served to one peer at once: the one under way and the next, asked for early.
+MAX_PULLS_PER_PEER = 2
+# Streams that one connection may open at once: pulls, greetings and a few status watchers.
+MAX_STREAMS_PER_CONNECTION = 32
+# Watchers of WatchStatus over all connections.
+MAX_WATCHERS = 64
+# Network names seen by discovery that are kept at once.
+MAX_SIGHTINGS = MAX_CONTACTS

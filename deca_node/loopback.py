@@ -1,0 +1,146 @@
+"""The transport in memory: for tests and simulations, with loss, delay and death on request."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from deca_node.errors import ListenError, PeerTimeout, PeerUnavailable
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import Handler, StatusHandler
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a fault decides on: who calls whom, and what."""
+
+    source: str
+    target: str
+    method: str
+    request: object
+
+
+@dataclass
+class LoopbackNetwork:
+    """Nodes that reach each other by address within one event loop.
+
+    Attributes:
+        delay: seconds that a call or message takes, by caller and called address.
+        fault: called before every call and every streamed message (numbered from 0, unary calls
+            have 0); raises a PeerError to fail it, or returns a replacement for the message.
+    """
+
+    delay: Callable[[str, str], float] = lambda _source, _target: 0.0
+    fault: Callable[[Call, int, bytes], bytes] = lambda _call, _index, message: message
+    handlers: dict[str, Handler] = field(default_factory=dict)
+
+    def transport(self, host: str, port: int) -> "LoopbackTransport":
+        """A transport for one node."""
+        return LoopbackTransport(self, host, port)
+
+    def kill(self, address: str) -> None:
+        """The node at the address vanishes without a word."""
+        self.handlers.pop(address, None)
+
+
+class LoopbackTransport:
+    """See transport.Transport."""
+
+    def __init__(self, network: LoopbackNetwork, host: str, port: int) -> None:
+        self._network, self._host, self._port = network, host, port
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of this node."""
+        return f"{self._host}:{self._port}"
+
+    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
+        """See Transport."""
+        del status
+        if self._port == 0:
+            ports = [int(address.rpartition(":")[2]) for address in self._network.handlers]
+            self._port = max(ports, default=0) + 1
+        if self.address in self._network.handlers:
+            raise ListenError(f"cannot listen on {self.address}: the port is taken")
+        self._network.handlers[self.address] = handler
+        return self._port
+
+    def link(self, address: str) -> "LoopbackLink":
+        """See Transport."""
+        return LoopbackLink(self._network, self.address, address)
+
+    async def close(self, grace: float) -> None:
+        """See Transport."""
+        del grace
+        self._network.kill(self.address)
+
+
+class LoopbackLink:
+    """See transport.Link."""
+
+    def __init__(self, network: LoopbackNetwork, source: str, target: str) -> None:
+        self._network, self._source, self._target = network, source, target
+
+    def _handler(self) -> Handler:
+        try:
+            return self._network.handlers[self._target]
+        except KeyError:
+            raise PeerUnavailable(f"{self._target}: nobody listens") from None
+
+    async def _pass(self, call: Call, index: int, message: bytes) -> bytes:
+        await asyncio.sleep(self._network.delay(self._source, self._target))
+        self._handler()
+        return self._network.fault(call, index, message)
+
+    async def _unary(
+        self,
+        method: str,
+        request: object,
+        timeout: float,
+        answer: Callable[[Handler], Awaitable[T]],
+    ) -> T:
+        async def both_ways() -> T:
+            call = Call(self._source, self._target, method, request)
+            await self._pass(call, 0, b"")
+            return await answer(self._handler())
+
+        try:
+            return await asyncio.wait_for(both_ways(), timeout)
+        except TimeoutError:
+            raise PeerTimeout(f"{self._target}: no answer in time") from None
+
+    async def hello(self, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
+        """See Link."""
+        source = self._source.rpartition(":")[0]
+        return await self._unary("Hello", request, timeout, lambda h: h.hello(request, source))
+
+    async def open_visit(self, request: pb.VisitOffer, timeout: float) -> pb.VisitAnswer:
+        """See Link."""
+        return await self._unary("OpenVisit", request, timeout, lambda h: h.open_visit(request))
+
+    async def settle_visit(self, request: pb.VisitDegree, timeout: float) -> pb.VisitAnswer:
+        """See Link."""
+        return await self._unary("SettleVisit", request, timeout, lambda h: h.settle_visit(request))
+
+    async def goodbye(self, request: pb.GoodbyeRequest, timeout: float) -> pb.GoodbyeReply:
+        """See Link."""
+        return await self._unary("Goodbye", request, timeout, lambda h: h.goodbye(request))
+
+    async def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """See Link."""
+        call = Call(self._source, self._target, "Pull", request)
+        index = 0
+        try:
+            async with asyncio.timeout(timeout):
+                async with aclosing(self._handler().pull(request)) as messages:
+                    async for message in messages:
+                        yield await self._pass(call, index, message)
+                        index += 1
+        except TimeoutError:
+            raise PeerTimeout(f"{self._target}: no answer in time") from None
+
+    async def close(self) -> None:
+        """See Link."""

@@ -1,0 +1,266 @@
+"""Who is in the run, and which edges hold for a block visit.
+
+Pure: decisions are functions of (state, event, now, options); time is an argument, in seconds.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+
+from deca_node.mixing import metropolis_hastings
+
+
+class Phase(IntEnum):
+    """What a node is doing; the numbers are those of the wire."""
+
+    UNKNOWN = 0
+    STARTING = 1
+    WAITING = 2
+    TRAINING = 3
+    SERVING = 4
+    DONE = 5
+    STOPPING = 6
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Phase":  # noqa: ARG003 - the enum's own signature
+        """A phase that a later version of the protocol may add."""
+        return cls.UNKNOWN
+
+
+class State(StrEnum):
+    """What this node thinks of a peer."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"  # silent or failing, still hoped for
+    GONE = "gone"  # out of the member set until heard again
+    BEHIND = "behind"  # of the run, but at a visit too far from ours to exchange with
+    DONE = "done"  # finished the run
+    REFUSED = "refused"  # another run, other settings, another protocol
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer as this node knows it.
+
+    ``session`` changes when the peer restarts; ``last_seen`` is in the caller's seconds.
+    """
+
+    name: str
+    session: int
+    address: str
+    state: State
+    phase: Phase
+    visit: int
+    last_seen: float
+    detail: str = ""
+
+
+# Neighbours are at most one visit apart: a node cannot end a visit before they began it.
+NEAR_VISITS = 1
+
+
+def heard(
+    known: Peer | None,
+    *,
+    name: str,
+    session: int,
+    address: str,
+    phase: Phase,
+    visit: int,
+    own_phase: Phase,
+    own_visit: int,
+    now: float,
+) -> Peer:
+    """A greeting came from, or was answered by, a peer of this run.
+
+    A session met for the first time while one of the two trains must be near in the schedule: a
+    node that enters a running swarm elsewhere would be waited for at every visit.
+    """
+    if phase >= Phase.SERVING:
+        state, detail = State.DONE, "finished the run"
+        if phase == Phase.STOPPING:
+            state, detail = State.GONE, "stopping"
+        return Peer(name, session, address, state, phase, visit, now, detail)
+    met = known is not None and known.session == session and known.state != State.BEHIND
+    training = Phase.TRAINING in (phase, own_phase)
+    if not met and training and abs(visit - own_visit) > NEAR_VISITS:
+        detail = f"at visit {visit}, we are at {own_visit}"
+        return Peer(name, session, address, State.BEHIND, phase, visit, now, detail)
+    return Peer(name, session, address, State.ALIVE, phase, visit, now)
+
+
+# Greetings that find nobody, one after the other, before a peer counts as gone: one may hit a
+# restart, two a slow one.
+GONE_AFTER_FAILURES = 3
+
+
+def failed(peer: Peer, now: float, gone_after: float, failures: int, detail: str) -> Peer:
+    """Greetings failed ``failures`` times in a row: suspect first, gone when it goes on.
+
+    A peer is gone after three greetings that found nobody, or after ``gone_after`` seconds of
+    silence; it is a member again as soon as it is heard.
+    """
+    if peer.state in (State.DONE, State.REFUSED, State.GONE):
+        return peer
+    silence = now - peer.last_seen
+    if silence >= gone_after or failures >= GONE_AFTER_FAILURES:
+        return replace(peer, state=State.GONE, detail=f"silent for {silence:.0f} s: {detail}")
+    if peer.state == State.BEHIND:
+        return peer
+    return replace(peer, state=State.SUSPECT, detail=detail)
+
+
+def departed(peer: Peer, now: float, *, finished: bool) -> Peer:
+    """The peer said goodbye."""
+    if finished:
+        return replace(
+            peer, state=State.DONE, phase=Phase.DONE, last_seen=now, detail="finished the run"
+        )
+    return replace(
+        peer, state=State.GONE, phase=Phase.STOPPING, last_seen=now, detail="said goodbye"
+    )
+
+
+def members(own: str, peers: Iterable[Peer]) -> frozenset[str]:
+    """This node and those it would exchange with: the set that the topology is made from.
+
+    A peer that is still starting (loading, evaluating) is not waited for at a visit.
+    """
+    present = (State.ALIVE, State.SUSPECT)
+    acting = (Phase.WAITING, Phase.TRAINING)
+    return frozenset(
+        {own, *(peer.name for peer in peers if peer.state in present and peer.phase in acting)}
+    )
+
+
+def ready(own: str, peers: Iterable[Peer], wanted: int) -> tuple[bool, str]:
+    """Whether enough members are there to begin, and a line saying who is (and is not)."""
+    known = list(peers)
+    here = sorted(members(own, known) | {peer.name for peer in known if peer.state == State.DONE})
+    if len(here) >= wanted:
+        return True, f"{len(here)} of {wanted} members: {', '.join(here)}"
+    others = [
+        f"{peer.name} still starting"
+        if peer.state == State.ALIVE
+        else f"{peer.name} {peer.state}: {peer.detail}"
+        for peer in known
+        if peer.name not in here
+    ]
+    missing = wanted - len(here)
+    text = f"{missing} of {wanted} members missing; here: {', '.join(here)}"
+    return False, text + (f"; not counted: {'; '.join(sorted(others))}" if others else "")
+
+
+class Verdict(IntEnum):
+    """Answer to an edge's offer; the numbers are those of the wire."""
+
+    ACCEPTED = 1
+    PASSED = 2
+    STRANGER = 3
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The edges of a visit, fixed for all its steps.
+
+    ``weights`` maps neighbours to w_ij; ``degree`` is the number announced to them.
+    """
+
+    visit: int
+    degree: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def own_weight(self) -> float:
+        """w_ii."""
+        return 1 - sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A peer's latest offer."""
+
+    visit: int
+    session: int
+
+
+class VisitAgreement:
+    """Settles edges and degrees of one visit after another, with no clock and no network.
+
+    An edge exists when each end's offer was accepted by the other before it closed the visit.
+    Only each peer's latest offer and degree are kept, so a peer cannot make the table grow.
+    """
+
+    def __init__(self, visit: int) -> None:
+        self.visit = visit
+        self.closed = False
+        self._wanted: frozenset[str] = frozenset()
+        self._offers: dict[str, Offer] = {}
+        self._degrees: dict[str, tuple[int, int]] = {}
+        self._answers: dict[str, Verdict] = {}
+        self._edges: frozenset[str] = frozenset()
+
+    def begin(self, visit: int, wanted: frozenset[str]) -> None:
+        """This node enters a visit and wants edges with ``wanted``."""
+        self.visit, self._wanted, self.closed = visit, wanted, False
+        self._answers, self._edges = {}, frozenset()
+
+    def offered(self, peer: str, visit: int, session: int) -> Verdict:
+        """A peer offers an edge for a visit; the answer is binding for both."""
+        earlier = self._offers.get(peer)
+        if visit < self.visit or (visit == self.visit and self.closed):
+            repeated = visit == self.visit and peer in self._edges
+            same = earlier is not None and earlier.session == session
+            return Verdict.ACCEPTED if repeated and same else Verdict.PASSED
+        self._offers[peer] = Offer(visit, session)
+        return Verdict.ACCEPTED
+
+    def answered(self, peer: str, verdict: Verdict) -> None:
+        """A peer answered our offer for the current visit."""
+        self._answers[peer] = verdict
+
+    def undecided(self) -> frozenset[str]:
+        """Wanted peers that may still become edges of the current visit."""
+        return frozenset(peer for peer in self._wanted if not self._decided(peer))
+
+    def _decided(self, peer: str) -> bool:
+        answer = self._answers.get(peer)
+        if answer is None:
+            return False
+        if answer is not Verdict.ACCEPTED:
+            return True
+        offer = self._offers.get(peer)
+        return offer is not None and offer.visit >= self.visit
+
+    @property
+    def edges(self) -> frozenset[str]:
+        """Edges of the current visit; empty until it is closed."""
+        return self._edges
+
+    def close(self) -> frozenset[str]:
+        """Fix the edges: accepted both ways for this very visit."""
+        self.closed = True
+        self._edges = frozenset(
+            peer
+            for peer in self._wanted
+            if self._answers.get(peer) is Verdict.ACCEPTED
+            and peer in self._offers
+            and self._offers[peer].visit == self.visit
+        )
+        return self._edges
+
+    def degree(self, peer: str, visit: int, degree: int) -> None:
+        """A peer told its number of edges in a visit (early arrivals are kept)."""
+        if visit >= self.visit:
+            self._degrees[peer] = (visit, degree)
+
+    def unsettled(self) -> frozenset[str]:
+        """Edges whose other end has not told its degree yet."""
+        return frozenset(
+            peer for peer in self._edges if self._degrees.get(peer, (-1, 0))[0] != self.visit
+        )
+
+    def settle(self) -> Edges:
+        """Weights of the edges whose degrees are known; the others carry nothing this visit."""
+        degrees = {peer: self._degrees[peer][1] for peer in self._edges - self.unsettled()}
+        return Edges(self.visit, len(self._edges), metropolis_hastings(len(self._edges), degrees))

@@ -1,0 +1,79 @@
+"""Fine-tuning methods: each answers the same questions, asked by rounds.py.
+
+What is trainable in this stage (``open``), what is exchanged (``outgoing``), how arrivals are
+mixed (``mix``), what is done with the result (``settle``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from deca_node.blocks import Visit
+from deca_node.data import Batch
+from deca_node.wire import Layout, Snapshot
+
+
+@dataclass(frozen=True)
+class Local:
+    """A local mini-batch's loss and the norm of its gradient over the block."""
+
+    loss: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a step and its mix did to the block.
+
+    Attributes:
+        discrepancy: ‖x − x_next‖₂, local model against aggregated model.
+        h_norm: ‖h‖₂ after normalisation.
+        disagreement: ‖x½ − x_next‖₂, what the mix alone changed.
+    """
+
+    discrepancy: float
+    h_norm: float
+    disagreement: float
+
+
+class Method(Protocol):
+    """One fine-tuning method on one node. Called by one thread at a time."""
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of what is exchanged in the open visit."""
+        ...
+
+    def open(self, visit: Visit, saved: Mapping[str, Tensor] | None) -> None:
+        """Begin a visit, afresh or from ``saved`` (see ``state``)."""
+        ...
+
+    def gradient(self, batch: Batch) -> Local:
+        """Local loss and gradient; changes no parameter, so that it can be abandoned."""
+        ...
+
+    def advance(self, step: int) -> None:
+        """The local update with the gradient at hand."""
+        ...
+
+    def outgoing(self, serial: int) -> Snapshot:
+        """What is exchanged after the local update, as messages."""
+        ...
+
+    def mix(self, first: int, values: Tensor, weight: float) -> None:
+        """Take in a neighbour's values from element ``first`` on."""
+        ...
+
+    def settle(self, step: int) -> Settled:
+        """End the step with what arrived."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The open visit's state between two steps, for ``open`` to continue from."""
+        ...
+
+    def close(self) -> None:
+        """End the visit; the block's values stay in the model."""
+        ...

@@ -1,0 +1,46 @@
+"""Who counts how much, and the mix itself. Pure."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deca_node.moments import slices
+
+
+def metropolis_hastings(degree: int, neighbour_degrees: Mapping[str, int]) -> dict[str, float]:
+    """Weights w_ij of one node's row; the rest, 1 − Σ w_ij, is the node's own.
+
+    Args:
+        degree: d_i, the number of this node's edges.
+        neighbour_degrees: d_j of every neighbour j.
+
+    Returns:
+        w_ij = 1 / (1 + max(d_i, d_j)) for every neighbour. Because both ends of an edge use the
+        same two numbers the matrix is symmetric, hence doubly stochastic.
+
+    Raises:
+        ValueError: more neighbours than ``degree``, or a neighbour's degree below 1.
+    """
+    if len(neighbour_degrees) > degree:
+        raise ValueError(f"{len(neighbour_degrees)} neighbours but degree {degree}")
+    if any(other < 1 for other in neighbour_degrees.values()):
+        raise ValueError("a neighbour has at least one edge")
+    return {peer: 1 / (1 + max(degree, other)) for peer, other in neighbour_degrees.items()}
+
+
+def mix_arrival(x: Tensor, own: Tensor, received: Tensor, weight: float) -> None:
+    """Equation (7), one neighbour's part: x += w_ij (x½_j − x½_i), in place.
+
+    In this form what does not arrive adds nothing: its weight falls to the node itself and each
+    coordinate stays a convex combination of the nodes' values.
+
+    Args:
+        x: the block being mixed, shape (P,), any device.
+        own: x½_i, shape (P,), CPU.
+        received: x½_j, shape (P,), CPU, same dtype as ``own``.
+        weight: w_ij.
+    """
+    for part in slices(own):
+        difference = torch.sub(received[part], own[part])
+        x[part].add_(difference.to(x.device), alpha=weight)

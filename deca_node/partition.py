@@ -1,0 +1,173 @@
+"""Deal one labelled data set out to nodes: unevenly, as private data is, and repeatably."""
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deca_node.data import place, read_rows, text_of
+from deca_node.errors import DataError, DiskFullError, OutputError
+
+MAX_DRAWS = 1000
+
+
+def dirichlet(
+    labels: Sequence[str], nodes: int, concentration: float, seed: int
+) -> list[list[int]]:
+    """Deal rows to nodes with a label mix of their own.
+
+    For each label, the nodes' shares are one draw from a symmetric Dirichlet distribution. A
+    concentration of 100 gives nodes nearly equal mixes, 0.1 leaves most nodes with few labels.
+    Shares are drawn anew until every node has a row.
+
+    Args:
+        labels: each row's label.
+        nodes: how many nodes, at least 1.
+        concentration: the distribution's parameter, above 0.
+        seed: same seed, same answer; at least 0.
+
+    Returns:
+        Per node, its row indices in ascending order; every row is in exactly one node's list.
+
+    Raises:
+        ValueError: an argument is out of range, or no draw gave every node a row.
+    """
+    if nodes < 1:
+        raise ValueError(f"nodes = {nodes}: at least 1 is needed")
+    if not 0 < concentration < float("inf"):
+        raise ValueError(f"concentration = {concentration}: a finite number above 0 is needed")
+    if len(labels) < nodes:
+        raise ValueError(f"{len(labels)} rows cannot be dealt to {nodes} nodes: use fewer nodes")
+    rng = np.random.default_rng(seed)
+    piles = _shuffled_by_label(labels, rng)
+    sizes = np.array([len(pile) for pile in piles])
+    for _ in range(MAX_DRAWS):
+        shares = rng.dirichlet(np.full(nodes, concentration), size=len(piles))
+        # (labels, nodes): the row of its pile at which a node's part ends.
+        ends = np.rint(shares.cumsum(axis=1) * sizes[:, None]).astype(np.int64)
+        ends[:, -1] = sizes  # whatever rounding made of the shares' sum
+        parts = np.diff(ends, axis=1, prepend=0)
+        if parts.sum(axis=0).all():
+            dealt = [np.split(pile, end[:-1]) for pile, end in zip(piles, ends, strict=True)]
+            return [sorted(np.concatenate(own).tolist()) for own in zip(*dealt, strict=True)]
+    raise ValueError(
+        f"{MAX_DRAWS} draws left some of {nodes} nodes without a row: use fewer nodes, more rows"
+        f" or a concentration above {concentration}"
+    )
+
+
+def balanced_holdout(
+    labels: Sequence[str], per_label: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Set the same number of rows of each label aside.
+
+    Returns:
+        (row indices to train on, row indices to test on), each in ascending order.
+
+    Raises:
+        ValueError: ``per_label`` is negative, or would leave a label without a row to train on.
+    """
+    if per_label < 0:
+        raise ValueError(f"test rows per label = {per_label}: at least 0 is needed")
+    if per_label == 0:
+        return list(range(len(labels))), []
+    for label, count in sorted(Counter(labels).items()):
+        if count <= per_label:
+            raise ValueError(
+                f"label {label!r} has {count} rows; testing on {per_label} of each label leaves"
+                " none to train on"
+            )
+    piles = _shuffled_by_label(labels, np.random.default_rng(seed))
+    test = sorted(int(row) for pile in piles for row in pile[:per_label])
+    held = set(test)
+    return [row for row in range(len(labels)) if row not in held], test
+
+
+def _shuffled_by_label(
+    labels: Sequence[str], rng: np.random.Generator
+) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    rows: dict[str, list[int]] = {label: [] for label in sorted(set(labels))}
+    for index, label in enumerate(labels):
+        rows[label].append(index)
+    return [rng.permutation(np.array(pile, dtype=np.int64)) for pile in rows.values()]
+
+
+def table(labels: Sequence[str], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+    """Per node, label -> number of rows; every label of the whole is there, zeros included."""
+    known = sorted(set(labels))
+    counts = (Counter(labels[row] for row in shard) for shard in shards)
+    return [{label: count[label] for label in known} for count in counts]
+
+
+def write_shards(
+    source: Path,
+    out: Path,
+    nodes: int,
+    concentration: float,
+    seed: int,
+    *,
+    label_field: str,
+    test_per_label: int = 0,
+) -> list[dict[str, int]]:
+    """Split a data set into ``out/node-0.jsonl`` and so on, and ``out/test.jsonl`` if asked to.
+
+    All files are written or none; what is there already is never overwritten.
+
+    Returns:
+        Per node, label -> number of rows it trains on.
+
+    Raises:
+        DataError: the data set cannot be read, or not be split like this.
+        OutputError: one of the files is there already, or cannot be written.
+        DiskFullError: the disk has no room.
+    """
+    rows = read_rows(source)
+    labels = [text_of(row, label_field, place(source, index)) for index, row in enumerate(rows)]
+    try:
+        train, test = balanced_holdout(labels, test_per_label, seed)
+        train_labels = [labels[row] for row in train]
+        shards = dirichlet(train_labels, nodes, concentration, seed)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from None
+
+    parts = {f"node-{node}.jsonl": [train[row] for row in own] for node, own in enumerate(shards)}
+    if test:
+        parts["test.jsonl"] = test
+    _write_all(
+        {
+            out / name: "".join(_json_line(rows[index], place(source, index)) for index in indices)
+            for name, indices in parts.items()
+        }
+    )
+    return table(train_labels, shards)
+
+
+def _json_line(row: dict[str, Any], where: str) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: cannot be written as JSON: {error}") from None
+
+
+def _write_all(files: Mapping[Path, str]) -> None:
+    path = Path()
+    try:
+        for path in files:
+            if path.exists():
+                raise OutputError(f"{path} is there already; choose another folder or move it away")
+        with ExitStack() as undo:  # so that no interrupted split passes for a whole one
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("x", encoding="utf-8", newline="\n") as file:
+                    undo.callback(path.unlink)
+                    file.write(content)
+            undo.pop_all()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{path}: the disk is full") from None
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,295 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_STARTING: _ClassVar[Phase]
+    PHASE_WAITING: _ClassVar[Phase]
+    PHASE_TRAINING: _ClassVar[Phase]
+    PHASE_SERVING: _ClassVar[Phase]
+    PHASE_DONE: _ClassVar[Phase]
+    PHASE_STOPPING: _ClassVar[Phase]
+PHASE_UNSPECIFIED: Phase
+PHASE_STARTING: Phase
+PHASE_WAITING: Phase
+PHASE_TRAINING: Phase
+PHASE_SERVING: Phase
+PHASE_DONE: Phase
+PHASE_STOPPING: Phase
+
+class Sender(_message.Message):
+    __slots__ = ("run", "node", "session")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    node: str
+    session: int
+    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., session: _Optional[int] = ...) -> None: ...
+
+class FingerprintField(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class Contact(_message.Message):
+    __slots__ = ("node", "address")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    address: str
+    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class HelloRequest(_message.Message):
+    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "known", "host")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    protocol: int
+    fingerprint: _containers.RepeatedCompositeFieldContainer[FingerprintField]
+    port: int
+    phase: Phase
+    visit: int
+    known: _containers.RepeatedCompositeFieldContainer[Contact]
+    host: str
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., host: _Optional[str] = ...) -> None: ...
+
+class HelloReply(_message.Message):
+    __slots__ = ("sender", "protocol", "fingerprint", "phase", "visit", "known", "refusal")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    protocol: int
+    fingerprint: _containers.RepeatedCompositeFieldContainer[FingerprintField]
+    phase: Phase
+    visit: int
+    known: _containers.RepeatedCompositeFieldContainer[Contact]
+    refusal: str
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., refusal: _Optional[str] = ...) -> None: ...
+
+class VisitOffer(_message.Message):
+    __slots__ = ("sender", "visit")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    visit: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ...) -> None: ...
+
+class VisitDegree(_message.Message):
+    __slots__ = ("sender", "visit", "degree")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    DEGREE_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    visit: int
+    degree: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., degree: _Optional[int] = ...) -> None: ...
+
+class VisitAnswer(_message.Message):
+    __slots__ = ("verdict", "visit")
+    class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        VERDICT_UNSPECIFIED: _ClassVar[VisitAnswer.Verdict]
+        VERDICT_ACCEPTED: _ClassVar[VisitAnswer.Verdict]
+        VERDICT_PASSED: _ClassVar[VisitAnswer.Verdict]
+        VERDICT_STRANGER: _ClassVar[VisitAnswer.Verdict]
+    VERDICT_UNSPECIFIED: VisitAnswer.Verdict
+    VERDICT_ACCEPTED: VisitAnswer.Verdict
+    VERDICT_PASSED: VisitAnswer.Verdict
+    VERDICT_STRANGER: VisitAnswer.Verdict
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    verdict: VisitAnswer.Verdict
+    visit: int
+    def __init__(self, verdict: _Optional[_Union[VisitAnswer.Verdict, str]] = ..., visit: _Optional[int] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("sender", "serial")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    serial: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., serial: _Optional[int] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("serial", "offset", "xxh3", "data")
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    serial: int
+    offset: int
+    xxh3: int
+    data: bytes
+    def __init__(self, serial: _Optional[int] = ..., offset: _Optional[int] = ..., xxh3: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class GoodbyeRequest(_message.Message):
+    __slots__ = ("sender", "finished")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    finished: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., finished: bool = ...) -> None: ...
+
+class GoodbyeReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchStatusRequest(_message.Message):
+    __slots__ = ("interval_seconds",)
+    INTERVAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    interval_seconds: float
+    def __init__(self, interval_seconds: _Optional[float] = ...) -> None: ...
+
+class ListPeersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPeersReply(_message.Message):
+    __slots__ = ("peers",)
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[PeerStatus]
+    def __init__(self, peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ...) -> None: ...
+
+class NodeStatus(_message.Message):
+    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_VISIT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ETA_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    DISAGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    DEGREE_FIELD_NUMBER: _ClassVar[int]
+    OWN_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_MIXES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    SEND_RATE_FIELD_NUMBER: _ClassVar[int]
+    RECEIVE_RATE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    node: str
+    version: str
+    phase: Phase
+    round: int
+    position: int
+    step: int
+    rounds: int
+    blocks: int
+    steps_per_visit: int
+    block: int
+    steps_done: int
+    steps_total: int
+    eta_seconds: float
+    uptime_seconds: float
+    loss: float
+    gradient_norm: float
+    disagreement: float
+    degree: int
+    own_weight: float
+    incomplete_mixes: int
+    device: str
+    memory_bytes: int
+    device_memory_bytes: int
+    bytes_sent: int
+    bytes_received: int
+    send_rate: float
+    receive_rate: float
+    address: str
+    model: str
+    waiting_for: str
+    peers: _containers.RepeatedCompositeFieldContainer[PeerStatus]
+    refusals: _containers.ScalarMap[str, int]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    pid: int
+    members_wanted: int
+    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ...) -> None: ...
+
+class PeerStatus(_message.Message):
+    __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOUR_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    address: str
+    state: str
+    phase: Phase
+    visit: int
+    neighbour: bool
+    weight: float
+    last_seen_seconds: float
+    bytes_sent: int
+    bytes_received: int
+    refusals: _containers.ScalarMap[str, int]
+    detail: str
+    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., neighbour: bool = ..., weight: _Optional[float] = ..., last_seen_seconds: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., detail: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,91 @@
+"""The run's record for people and scripts: history.jsonl and summary.json."""
+
+import json
+import math
+from pathlib import Path
+from typing import IO, Any
+
+from deca_node.checkpoint import translated, write_atomically
+from deca_node.errors import DecaError
+from deca_node.rounds import StepRecord
+
+
+def history_line(record: StepRecord, bytes_sent: int) -> dict[str, Any]:
+    """One step as a flat row. Seconds are wall time, bytes are those of this step."""
+    gathered = record.gathered
+    return {
+        "round": record.visit.round,
+        "position": record.visit.position,
+        "block": record.visit.block,
+        "step": record.step,
+        "visit": record.visit.index,
+        "loss": _finite(record.local.loss),
+        "gradient_norm": _finite(record.local.gradient_norm),
+        "h_norm": _finite(record.settled.h_norm),
+        "discrepancy": _finite(record.settled.discrepancy),
+        "disagreement": _finite(record.settled.disagreement),
+        "bytes_sent": bytes_sent,
+        "bytes_received": gathered.received,
+        "degree": record.edges.degree,
+        "neighbours": sorted(gathered.used),
+        "partial": sorted(gathered.partial),
+        "missing": gathered.missing,
+        "seconds_gradient": round(record.seconds_gradient, 6),
+        "seconds_update": round(record.seconds_update, 6),
+        "seconds_wait": round(gathered.wait - gathered.mix, 6),
+        "seconds_mix": round(gathered.mix, 6),
+        "seconds_step": round(record.seconds_step, 6),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a loss that is none is null."""
+    return value if math.isfinite(value) else None
+
+
+class History:
+    """history.jsonl, appended to step by step.
+
+    A run that resumes takes back the lines from its starting point on, which it will do again.
+    """
+
+    def __init__(self, path: Path, first_serial: int, steps_per_visit: int) -> None:
+        self._path = path
+        with translated(path):
+            kept: list[bytes] = []
+            if path.exists():
+                for line in path.read_bytes().splitlines(keepends=True):
+                    try:
+                        row = json.loads(line)
+                        serial = row["visit"] * steps_per_visit + row["step"]
+                    except (ValueError, KeyError, TypeError):
+                        break  # a line torn by a crash, and whatever follows it
+                    if serial >= first_serial:
+                        break
+                    kept.append(line)
+            write_atomically(path, b"".join(kept))
+            self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            DecaError: it could not be written.
+        """
+        with translated(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost and was reported."""
+        try:
+            with translated(self._path):
+                self._file.close()
+        except DecaError:
+            return
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json in one piece."""
+    with translated(path):
+        write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())

@@ -1,0 +1,104 @@
+"""Which nodes run on this machine: one small file per daemon in a folder of this user.
+
+It lets ``deca-node status`` find them without an address. Nothing else depends on it, so a machine
+where the folder cannot be used loses that convenience and no more.
+"""
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import structlog
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A node of this machine; ``address`` is HOST:PORT as reached from this machine."""
+
+    address: str
+    run: str
+    node: str
+    pid: int
+
+
+@contextlib.contextmanager
+def announce(address: str, run: str, node: str) -> Iterator[None]:
+    """List this process's node for as long as the context lasts."""
+    entry = Entry(_local(address), run, node, os.getpid())
+    port = address.rpartition(":")[2]
+    try:
+        folder = _folder()
+        path = folder / f"{entry.pid}-{port}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(entry)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        _log.warning(
+            "this node is not listed on this machine; give its address to status",
+            reason=str(error),
+        )
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def local_nodes() -> list[Entry]:
+    """The nodes that run on this machine now, in order of run and name.
+
+    Files that dead processes left are removed.
+    """
+    found = []
+    try:
+        paths = list(_folder().glob("*.json"))
+    except OSError:
+        return []
+    for path in paths:
+        try:
+            entry = Entry(**json.loads(path.read_bytes()))
+            alive = psutil.pid_exists(entry.pid)
+        except (OSError, ValueError, TypeError):
+            continue  # just gone, or another version's
+        if alive:
+            found.append(entry)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return sorted(found, key=lambda entry: (entry.run, entry.node, entry.address))
+
+
+def _folder() -> Path:
+    """This user's folder, made if need be.
+
+    Raises:
+        OSError: it cannot be made, or is not this user's alone.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.access(runtime, os.W_OK):
+        folder = Path(runtime) / "deca-node"
+    else:
+        folder = Path(tempfile.gettempdir()) / f"deca-node-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # In a shared folder anybody could have made it first, to tell us of nodes that are theirs.
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not a folder of this user alone")
+    return folder
+
+
+def _local(address: str) -> str:
+    """An address that means all interfaces is reached through the loopback."""
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104
+    return f"{host}:{port}"

@@ -1,0 +1,173 @@
+"""The algorithm as the paper prints it: for each round, block and step: train, exchange, fold."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from deca_node.blocks import Schedule, Visit
+from deca_node.data import Batch
+from deca_node.exchange import Exchange, Gathered
+from deca_node.membership import Edges
+from deca_node.methods import Local, Method, Settled
+
+T = TypeVar("T")
+
+# A gradient under way when the node is told to stop gets this long to end; then it is abandoned,
+# which loses nothing: it has changed no parameter yet.
+STOP_GRACE_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything worth keeping about one finished step. Seconds are wall time."""
+
+    visit: Visit
+    step: int
+    local: Local
+    settled: Settled
+    gathered: Gathered
+    edges: Edges
+    seconds_gradient: float
+    seconds_update: float
+    seconds_step: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where to begin: visit and step, and the visit's saved state when in the middle of one."""
+
+    visit: int = 0
+    step: int = 0
+    saved: Mapping[str, Tensor] | None = None
+
+
+class Batches(Protocol):
+    """Resumable mini-batches; data.BatchStream is one."""
+
+    position: int
+
+    def next(self) -> Batch:
+        """The next mini-batch."""
+        ...
+
+
+class Observer(Protocol):
+    """Told what happens; may take its time only where it is awaited."""
+
+    def visit_opened(self, visit: Visit, edges: Edges) -> None:
+        """Edges of the visit are settled."""
+        ...
+
+    def step_done(self, record: StepRecord) -> None:
+        """A step is complete."""
+        ...
+
+    async def visit_closed(self, visit: Visit) -> None:
+        """The block's values are final for this visit."""
+        ...
+
+
+class Worker(Protocol):
+    """Runs a function that computes, away from the event loop."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
+        """The function's result, in time."""
+        ...
+
+
+@dataclass
+class Rounds:
+    """One node's run.
+
+    Attributes:
+        schedule: rounds, blocks, steps.
+        method: what is trained, exchanged and mixed.
+        exchange: the neighbours.
+        batches: the local data.
+        neighbours: wanted neighbours by the topology over the present members, asked at the start
+            of every visit.
+        observer: told of visits and steps.
+        worker: runs torch work on the training thread.
+        stopping: ends the run between two steps.
+    """
+
+    schedule: Schedule
+    method: Method
+    exchange: Exchange
+    batches: Batches
+    neighbours: Callable[[], frozenset[str]]
+    observer: Observer
+    worker: Worker
+    stopping: asyncio.Event
+
+    async def run(self, start: Start) -> tuple[int, int]:
+        """Run the schedule from ``start`` to its end, or until ``stopping`` is set.
+
+        Returns:
+            Visit and step that come next; the number of visits and 0 when the run is complete.
+            When it stops within a visit, the visit stays open in ``method``.
+        """
+        for visit in self.schedule.remaining(start.visit):
+            resumed = visit.index == start.visit
+            first = start.step if resumed else 0
+            saved = start.saved if resumed else None
+            await self.worker(partial(self.method.open, visit, saved))
+            serial = self.schedule.serial(visit.index, first)
+            edges = await self.exchange.open_visit(
+                visit.index, self.schedule.steps, self.neighbours(), serial
+            )
+            self.observer.visit_opened(visit, edges)
+            for step in range(first, self.schedule.steps):
+                record = None if self.stopping.is_set() else await self._step(visit, step, edges)
+                if record is None:
+                    return visit.index, step
+                self.observer.step_done(record)
+            self.method.close()
+            await self.observer.visit_closed(visit)
+        return self.schedule.visits, 0
+
+    async def _step(self, visit: Visit, step: int, edges: Edges) -> StepRecord | None:
+        """One inner step, (3) to (10); None when the node is told to stop before its gradient."""
+        begin = time.perf_counter()
+        position = self.batches.position
+        batch = self.batches.next()
+        local = await self._unless_stopped(self.worker(partial(self.method.gradient, batch)))
+        if local is None:
+            self.batches.position = position
+            return None
+        trained = time.perf_counter()
+        await self.worker(partial(self.method.advance, step))
+        serial = self.schedule.serial(visit.index, step)
+        gathered = Gathered()
+        updated = time.perf_counter()
+        if edges.weights:
+            self.exchange.publish(await self.worker(partial(self.method.outgoing, serial)))
+            gathered = await self.exchange.gather(serial, self.method.layout, self.method.mix)
+        arrived = time.perf_counter()
+        settled = await self.worker(partial(self.method.settle, step))
+        end = time.perf_counter()
+        return StepRecord(
+            visit,
+            step,
+            local,
+            settled,
+            gathered,
+            edges,
+            seconds_gradient=trained - begin,
+            seconds_update=updated - trained + end - arrived,
+            seconds_step=end - begin,
+        )
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
+        result = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self.stopping.wait())
+        await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            await asyncio.wait({result}, timeout=STOP_GRACE_SECONDS)
+        stop.cancel()
+        return result.result() if result.done() else None

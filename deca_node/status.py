@@ -1,0 +1,234 @@
+"""A node's status for people (rich) and for scripts (plain dicts)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from deca_node.pb import node_pb2 as pb
+
+_STATE_STYLES = {"alive": "green", "suspect": "yellow", "gone": "red", "refused": "red"}
+_BAR_WIDTH = 24
+
+
+# Units
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: ``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def rate(bytes_per_second: float) -> str:
+    """Bytes per second in binary units."""
+    return f"{size(bytes_per_second)}/s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``5s``, ``1m 05s``, ``2h 03m`` or ``3d 04h``."""
+    whole = round(seconds)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}h"
+    if hours:
+        return f"{hours}h {minute:02}m"
+    return f"{minutes}m {second:02}s" if minutes else f"{second}s"
+
+
+def phase(value: int) -> str:
+    """A phase of the wire as a word; a newer node's unknown phase as its number."""
+    try:
+        return pb.Phase.Name(pb.Phase.ValueType(value)).removeprefix("PHASE_").lower()
+    except ValueError:
+        return str(value)
+
+
+def position(status: pb.NodeStatus) -> str:
+    """Where in the schedule, counted from 1 for people: ``round 1/2 block 5 (3/30) step 7/48``."""
+    if not status.steps_total:
+        return "-"
+    return (
+        f"round {status.round + 1}/{status.rounds}"
+        f"  block {status.block} ({status.position + 1}/{status.blocks})"
+        f"  step {status.step + 1}/{status.steps_per_visit}"
+    )
+
+
+# For people
+
+
+def render(status: pb.NodeStatus) -> RenderableType:
+    """All about one node."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    facts.add_row("node", Text.assemble((status.node, "bold"), f"  run {status.run}"))
+    facts.add_row("phase", _phase(status))
+    if status.waiting_for:
+        facts.add_row("waiting for", Text(status.waiting_for))
+    facts.add_row("position", position(status))
+    facts.add_row("progress", _progress(status))
+    if status.steps_done:
+        facts.add_row("loss", f"{status.loss:.4f}  gradient norm {status.gradient_norm:.3g}")
+        facts.add_row("disagreement", f"{status.disagreement:.3g}")
+    facts.add_row("degree", f"{status.degree}  own weight {status.own_weight:.3f}")
+    if status.incomplete_mixes:
+        facts.add_row("incomplete mixes", str(status.incomplete_mixes))
+    memory = size(status.memory_bytes)
+    if status.device_memory_bytes:
+        memory += f"  on the device {size(status.device_memory_bytes)}"
+    facts.add_row("model", Text(status.model))
+    facts.add_row("device", f"{status.device}  memory {memory}")
+    facts.add_row("sent", f"{size(status.bytes_sent)}  {rate(status.send_rate)}")
+    facts.add_row("received", f"{size(status.bytes_received)}  {rate(status.receive_rate)}")
+    facts.add_row("address", Text(f"{status.address}  pid {status.pid}  {status.version}"))
+    facts.add_row("up", duration(status.uptime_seconds))
+    if status.refusals:
+        facts.add_row("refused", Text(_reasons(status.refusals), "yellow"))
+    for warning in status.warnings:
+        facts.add_row("warning", Text(warning, "yellow"))
+    return Group(facts, render_peers(status.peers)) if status.peers else facts
+
+
+def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
+    """What a node knows of its peers."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("peer", "state", "phase"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("weight", "visit", "seen", "sent", "received"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("refused", "address", "detail"):
+        table.add_column(heading, overflow="fold")
+    for peer in peers:
+        table.add_row(
+            Text(peer.node, "bold" if peer.neighbour else ""),
+            Text(peer.state, _STATE_STYLES.get(peer.state, "")),
+            phase(peer.phase),
+            f"{peer.weight:.3f}" if peer.neighbour else "-",
+            str(peer.visit),
+            f"{duration(peer.last_seen_seconds)} ago",
+            size(peer.bytes_sent),
+            size(peer.bytes_received),
+            Text(_reasons(peer.refusals)),
+            Text(peer.address),
+            Text(peer.detail),
+        )
+    return table
+
+
+def render_swarm(statuses: Mapping[str, pb.NodeStatus | str] | Sequence[pb.NodeStatus]) -> Table:
+    """One row per node.
+
+    Args:
+        statuses: in the order of the rows; given by name, a text stands for a node of which
+            there is no status and says why.
+    """
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("node", "phase"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("progress")
+    for heading in ("block", "step", "eta", "loss", "disagreement", "in", "out", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("neighbours", overflow="fold")
+    named = (
+        statuses
+        if isinstance(statuses, Mapping)
+        else {f"{number}": status for number, status in enumerate(statuses)}
+    )
+    for name, status in named.items():
+        if isinstance(status, str):
+            table.add_row(Text(name, "bold"), Text(status, "dim"))
+            continue
+        trained = bool(status.steps_done)
+        neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
+        table.add_row(
+            Text(status.node, "bold"),
+            _phase(status),
+            _bar(status),
+            f"{status.position + 1}/{status.blocks}" if status.blocks else "-",
+            f"{status.steps_done}/{status.steps_total}" if status.steps_total else "-",
+            duration(status.eta_seconds) if status.eta_seconds else "-",
+            f"{status.loss:.3f}" if trained else "-",
+            f"{status.disagreement:.3g}" if trained else "-",
+            size(status.bytes_received),
+            size(status.bytes_sent),
+            size(status.memory_bytes),
+            Text(status.waiting_for or neighbours or "-"),
+        )
+    return table
+
+
+def _phase(status: pb.NodeStatus) -> Text:
+    word = phase(status.phase)
+    return Text(word, {"training": "green", "done": "green", "stopping": "red"}.get(word, "yellow"))
+
+
+def _bar(status: pb.NodeStatus) -> ProgressBar:
+    return ProgressBar(max(status.steps_total, 1), status.steps_done, width=_BAR_WIDTH)
+
+
+def _progress(status: pb.NodeStatus) -> RenderableType:
+    if not status.steps_total:
+        return "-"
+    grid = Table.grid(padding=(0, 1))
+    share = status.steps_done / status.steps_total
+    eta = f", about {duration(status.eta_seconds)} left" if status.eta_seconds else ""
+    grid.add_row(
+        _bar(status), f"{share:.0%}  {status.steps_done} of {status.steps_total} steps{eta}"
+    )
+    return grid
+
+
+def _reasons(refusals: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(refusals.items()))
+
+
+# For scripts
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """A status as plain values: every field under its name in the .proto, 64-bit numbers as
+    numbers, enums as lower-case words without their prefix, numbers that JSON lacks as None.
+
+    protobuf's own JSON mapping makes texts of 64-bit numbers and of NaN.
+    """
+    return {
+        field.name: _plain(field, getattr(message, field.name))
+        for field in message.DESCRIPTOR.fields
+    }
+
+
+def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(sorted(value.items()))
+    if field.is_repeated:
+        return [_single(field, item) for item in value]
+    return _single(field, value)
+
+
+def _single(field: FieldDescriptor, value: Any) -> Any:
+    if isinstance(value, Message):
+        return as_json(value)
+    if field.enum_type is not None:
+        return _word(field, value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _word(field: FieldDescriptor, value: int) -> Any:
+    known = field.enum_type.values_by_number.get(value)
+    prefix = f"{field.enum_type.name.upper()}_"
+    return known.name.removeprefix(prefix).lower() if known else value

@@ -1,0 +1,456 @@
+"""Meeting peers: contacts become peers by a greeting, and stay so by greeting again.
+
+Discovery only proposes contacts. Every contact has one task that greets it, with backoff while it
+does not answer and as a heartbeat once it does. What a greeting means is decided in membership.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deca_node import membership
+from deca_node.config import Timing
+from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable
+from deca_node.fingerprint import PROTOCOL_VERSION, difference
+from deca_node.limits import (
+    MAX_ADDRESS_BYTES,
+    MAX_CONTACTS,
+    MAX_FINGERPRINT_BYTES,
+    MAX_FINGERPRINT_FIELDS,
+    MAX_MEMBERS,
+    MAX_NAME_BYTES,
+    MAX_REASON_BYTES,
+)
+from deca_node.membership import Peer, Phase, State
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import Link, Transport
+
+# Redialling grows from timing.redial by doubling up to this many times it, with jitter, so that a
+# healed network is not hit by everybody at once and is found again within seconds.
+MAX_BACKOFF = 8
+# Greetings to a node that refused us: often enough to notice that its operator mended it.
+REFUSED_HEARTBEATS = 5
+# A contact that only a peer or multicast proposed is dropped after this many vain greetings.
+MAX_VAIN_GREETINGS = 30
+
+
+@dataclass
+class Traffic:
+    """Bytes of blocks exchanged with a peer, and what of it was refused, by reason."""
+
+    sent: int = 0
+    received: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+
+class RateMeter:
+    """Mean bytes per second over the last ``window`` seconds."""
+
+    def __init__(self, window: float = 10.0) -> None:
+        self._window = window
+        self._events: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def add(self, now: float, nbytes: int) -> None:
+        """Count bytes; neighbouring messages share an entry, so that memory stays small."""
+        self._sum += nbytes
+        if self._events and now - self._events[-1][0] < 0.1:
+            first, count = self._events[-1]
+            self._events[-1] = (first, count + nbytes)
+        else:
+            self._events.append((now, nbytes))
+        self._forget(now)
+
+    def rate(self, now: float) -> float:
+        """Bytes per second."""
+        self._forget(now)
+        return self._sum / self._window
+
+    def _forget(self, now: float) -> None:
+        while self._events and now - self._events[0][0] > self._window:
+            self._sum -= self._events.popleft()[1]
+
+
+@dataclass
+class Identity:
+    """Who this node is, and what it tells in every greeting."""
+
+    run: str
+    node: str
+    session: int
+    fingerprint: Mapping[str, str]
+    host: str = ""
+    port: int = 0
+
+
+class Swarm:
+    """The peers of one node.
+
+    Args:
+        identity: this node.
+        transport: how to reach others.
+        timing: heartbeat and backoff.
+        position: this node's phase and visit, asked at every greeting.
+        changed: called after every change of a peer's state.
+        log: a structlog logger.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        transport: Transport,
+        timing: Timing,
+        position: Callable[[], tuple[Phase, int]],
+        changed: Callable[[], None],
+        log: Any,
+    ) -> None:
+        self.identity = identity
+        self.peers: dict[str, Peer] = {}
+        self.traffic: dict[str, Traffic] = {}
+        self.strangers: Counter[str] = Counter()  # refusals of callers that are no peers
+        self.send_meter, self.receive_meter = RateMeter(), RateMeter()
+        self._transport = transport
+        self._timing = timing
+        self._position = position
+        self._changed = changed
+        self._log = log
+        self._contacts: dict[str, asyncio.Task[None]] = {}
+        self._links: dict[str, tuple[str, Link]] = {}
+        self._said: dict[str, str] = {}
+        self._nudged = asyncio.Event()
+        self._jitter = random.Random(identity.session)  # noqa: S311 - spreads redials, no secret
+
+    # --- contacts
+
+    def propose(self, address: str, *, lasting: bool = False) -> None:
+        """Somebody may be at HOST:PORT. ``lasting`` contacts are never dropped."""
+        if address in self._contacts or len(self._contacts) >= MAX_CONTACTS:
+            return
+        if len(address) > MAX_ADDRESS_BYTES or not address.rpartition(":")[2].isdecimal():
+            return
+        task = asyncio.create_task(self._keep_greeting(address, lasting))
+        self._contacts[address] = task
+        task.add_done_callback(lambda _: self._contacts.pop(address, None))
+
+    async def _keep_greeting(self, address: str, lasting: bool) -> None:
+        link = self._transport.link(address)
+        failures = 0
+        try:
+            while lasting or failures < MAX_VAIN_GREETINGS:
+                try:
+                    reply = await link.hello(self.greeting(), self._timing.rpc)
+                    outcome = self._take_reply(reply, address, link)
+                except PeerError as error:
+                    outcome = None
+                    failures += 1
+                    self._unanswered(address, failures, error)
+                if outcome == "self":
+                    return
+                if outcome == "duplicate" and not lasting:
+                    return
+                if outcome is None:
+                    pause = self._timing.redial * min(2 ** (failures - 1), MAX_BACKOFF)
+                else:
+                    failures = 0
+                    slow = REFUSED_HEARTBEATS if outcome in ("refused", "duplicate") else 1
+                    pause = self._timing.heartbeat * slow
+                await self._pause(pause * self._jitter.uniform(0.75, 1.25))
+        finally:
+            self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
+            await link.close()
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nudged.wait(), seconds)
+
+    def nudge(self) -> None:
+        """Greet everybody now: this node's phase changed."""
+        self._nudged.set()
+        self._nudged = asyncio.Event()
+
+    def greeting(self) -> pb.HelloRequest:
+        """What this node says of itself."""
+        phase, visit = self._position()
+        return pb.HelloRequest(
+            sender=self.sender(),
+            protocol=PROTOCOL_VERSION,
+            fingerprint=self._fields(),
+            port=self.identity.port,
+            host=self.identity.host,
+            phase=pb.Phase.Name(phase),
+            visit=visit,
+            known=self._known(),
+        )
+
+    def _take_reply(self, reply: pb.HelloReply, address: str, link: Link) -> str:
+        if reply.sender.session == self.identity.session:
+            return "self"
+        refusal = reply.refusal or self._objection(
+            reply.sender, reply.protocol, reply.fingerprint, address
+        )
+        if refusal:
+            self._refused(reply.sender, address, refusal[:MAX_REASON_BYTES])
+            return "refused"
+        name = reply.sender.node
+        held = self._links.get(name)
+        known = self.peers.get(name)
+        same = held and held[1] is not link and known and known.session == reply.sender.session
+        if same and known and known.state in (State.ALIVE, State.DONE, State.BEHIND):
+            return "duplicate"  # the same node at another of its addresses
+        self._links[name] = (address, link)
+        self._heard(reply.sender, address, reply.phase, reply.visit)
+        for contact in reply.known[:MAX_MEMBERS]:
+            self._proposed_by_peer(contact)
+        return "met"
+
+    def _unanswered(self, address: str, failures: int, error: PeerError) -> None:
+        for name, (at, _) in list(self._links.items()):
+            if at == address and name in self.peers:
+                self._update(
+                    membership.failed(
+                        self.peers[name], self._now(), self._timing.gone_after, failures, str(error)
+                    )
+                )
+        if failures == 1:
+            self._log.debug("no answer", address=address, reason=str(error))
+
+    def _proposed_by_peer(self, contact: pb.Contact) -> None:
+        known = self.peers.get(contact.node)
+        if contact.node != self.identity.node and (
+            known is None or known.state in (State.GONE, State.SUSPECT)
+        ):
+            self.propose(contact.address)
+
+    # --- answering greetings
+
+    async def answer_hello(self, request: pb.HelloRequest, source: str) -> pb.HelloReply:
+        """Answer a greeting; the caller becomes a peer when it belongs to this run."""
+        phase, visit = self._position()
+        reply = pb.HelloReply(
+            sender=self.sender(),
+            protocol=PROTOCOL_VERSION,
+            phase=pb.Phase.Name(phase),
+            visit=visit,
+        )
+        if request.sender.session == self.identity.session:
+            return reply
+        host = request.host or source
+        address = f"[{host}]:{request.port}" if ":" in host else f"{host}:{request.port}"
+        refusal = self._objection(request.sender, request.protocol, request.fingerprint, address)
+        if refusal:
+            reply.refusal = refusal
+            reply.fingerprint.extend(self._fields())
+            self._refused(request.sender, address, refusal)
+            return reply
+        reply.fingerprint.extend(self._fields())
+        reply.known.extend(self._known())
+        self._heard(request.sender, address, request.phase, request.visit)
+        held = self._links.get(request.sender.node)
+        if request.port and (held is None or held[0] != address):
+            self.propose(address)
+        return reply
+
+    def answer_goodbye(self, request: pb.GoodbyeRequest) -> None:
+        """A peer takes leave."""
+        name = self.check_sender(request.sender)
+        self._update(membership.departed(self.peers[name], self._now(), finished=request.finished))
+
+    def _objection(
+        self, sender: pb.Sender, protocol: int, fields: Sequence[pb.FingerprintField], address: str
+    ) -> str:
+        """Why a caller cannot be a peer, as ``reason: text``; empty when it can."""
+        own = self.identity
+        if not _is_name(sender.node) or not _is_name(sender.run):
+            return "bad_name: node and run names are 1 to 64 printable characters"
+        if sender.run != own.run:
+            return f"other_run: run.name is {own.run!r} here, {sender.run!r} there"
+        if protocol != PROTOCOL_VERSION:
+            return f"protocol: version {PROTOCOL_VERSION} here, {protocol} there"
+        if len(fields) > MAX_FINGERPRINT_FIELDS or any(
+            len(f.name) + len(f.value) > MAX_FINGERPRINT_BYTES for f in fields
+        ):
+            return "bad_fingerprint: too long"
+        if found := difference(own.fingerprint, {f.name: f.value for f in fields}):
+            return f"settings_differ: {found}"
+        known = self.peers.get(sender.node)
+        if sender.node == own.node or (
+            known is not None
+            and known.session != sender.session
+            and known.state == State.ALIVE
+            and known.address != address
+            and self._now() - known.last_seen < 2 * self._timing.heartbeat
+        ):
+            return f"name_taken: another node is called {sender.node!r}; set node.name"
+        if known is None and len(self.peers) >= MAX_MEMBERS:
+            return f"full: {MAX_MEMBERS} peers are known here"
+        return ""
+
+    def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
+        reason, _, text = refusal.partition(": ")
+        self.strangers[reason if reason.isidentifier() else "refused"] += 1
+        name = sender.node if _is_name(sender.node) else "?"
+        if reason == "settings_differ" and sender.run == self.identity.run:
+            known = self.peers.get(name)
+            if known is None and len(self.peers) >= MAX_MEMBERS:
+                return
+            phase, now = Phase.UNKNOWN, self._now()
+            self._update(
+                Peer(name, sender.session, address, State.REFUSED, phase, 0, now, text[:200])
+            )
+        elif self._said.get(address) != reason:
+            if len(self._said) >= MAX_CONTACTS:
+                self._said.clear()
+            self._said[address] = reason
+            # Other runs on the same network are normal; anything else wants a look.
+            level = self._log.info if reason == "other_run" else self._log.warning
+            level("peer refused", peer=name, address=address, reason=reason, detail=text)
+
+    # --- what the rest of the node asks (exchange.Neighbourhood)
+
+    def sender(self) -> pb.Sender:
+        """See Neighbourhood."""
+        own = self.identity
+        return pb.Sender(run=own.run, node=own.node, session=own.session)
+
+    def link(self, peer: str) -> Link | None:
+        """See Neighbourhood."""
+        known = self.peers.get(peer)
+        if known is None or known.state not in (State.ALIVE, State.SUSPECT):
+            return None
+        held = self._links.get(peer)
+        return held[1] if held else _Unmet()
+
+    def is_suspect(self, peer: str) -> bool:
+        """See Neighbourhood."""
+        known = self.peers.get(peer)
+        return known is None or known.state != State.ALIVE
+
+    def trouble(self, peer: str, error: PeerError) -> None:
+        """See Neighbourhood."""
+        self._traffic(peer).refusals[error.reason] += 1
+        known = self.peers.get(peer)
+        if known is None:
+            return
+        if isinstance(error, PeerUnavailable):
+            self._update(
+                membership.failed(known, self._now(), self._timing.gone_after, 0, str(error))
+            )
+        elif not isinstance(error, PeerTimeout):
+            self._log.warning("refused", peer=peer, reason=error.reason, detail=str(error))
+
+    def seen(self, peer: str) -> None:
+        """See Neighbourhood."""
+        known = self.peers.get(peer)
+        if known is not None and known.state in (State.ALIVE, State.SUSPECT):
+            self._update(replace(known, state=State.ALIVE, last_seen=self._now(), detail=""))
+
+    def sent(self, peer: str, nbytes: int) -> None:
+        """See Neighbourhood."""
+        self._traffic(peer).sent += nbytes
+        self.send_meter.add(self._now(), nbytes)
+
+    def received(self, peer: str, nbytes: int) -> None:
+        """See Neighbourhood."""
+        self._traffic(peer).received += nbytes
+        self.receive_meter.add(self._now(), nbytes)
+
+    def check_sender(self, sender: pb.Sender) -> str:
+        """See Neighbourhood."""
+        known = self.peers.get(sender.node)
+        if sender.run != self.identity.run:
+            self.strangers["other_run"] += 1
+            raise PeerRefused("other_run", f"this is run {self.identity.run!r}")
+        if known is None or known.session != sender.session or known.state == State.REFUSED:
+            self.strangers["stranger"] += 1
+            raise PeerRefused("stranger", "say Hello first")
+        return sender.node
+
+    def members(self) -> frozenset[str]:
+        """The set that the topology is made from."""
+        return membership.members(self.identity.node, self.peers.values())
+
+    # --- end
+
+    async def goodbye(self, *, finished: bool, timeout: float = 1.0) -> None:
+        """Tell everybody that this node leaves; nobody is waited for longer than ``timeout``."""
+        request = pb.GoodbyeRequest(sender=self.sender(), finished=finished)
+        alive = [link for _, link in self._links.values()]
+        await asyncio.gather(
+            *(link.goodbye(request, timeout) for link in alive), return_exceptions=True
+        )
+
+    async def close(self) -> None:
+        """Stop greeting and give up all links."""
+        tasks = list(self._contacts.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- inner
+
+    def _heard(self, sender: pb.Sender, address: str, phase: int, visit: int) -> None:
+        own_phase, own_visit = self._position()
+        known = self.peers.get(sender.node)
+        at = known.address if known and known.session == sender.session else address
+        self._update(
+            membership.heard(
+                known,
+                name=sender.node,
+                session=sender.session,
+                address=at,
+                phase=Phase(phase),
+                visit=visit,
+                own_phase=own_phase,
+                own_visit=own_visit,
+                now=self._now(),
+            )
+        )
+
+    def _update(self, peer: Peer) -> None:
+        known = self.peers.get(peer.name)
+        self.peers[peer.name] = peer
+        if known is not None and known.phase != peer.phase:
+            self._changed()
+        if known is None or (known.state, known.session) != (peer.state, peer.session):
+            level = (
+                self._log.info
+                if peer.state in (State.ALIVE, State.DONE) or peer.phase == Phase.STOPPING
+                else self._log.warning
+            )
+            level(f"peer {peer.state}", peer=peer.name, address=peer.address, detail=peer.detail)
+            self._changed()
+
+    def _traffic(self, peer: str) -> Traffic:
+        if peer not in self.traffic and len(self.traffic) >= MAX_MEMBERS:
+            return Traffic()
+        return self.traffic.setdefault(peer, Traffic())
+
+    def _fields(self) -> list[pb.FingerprintField]:
+        items = self.identity.fingerprint.items()
+        return [pb.FingerprintField(name=name, value=value) for name, value in items]
+
+    def _known(self) -> list[pb.Contact]:
+        return [
+            pb.Contact(node=peer.name, address=peer.address)
+            for peer in self.peers.values()
+            if peer.state == State.ALIVE
+        ]
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+class _Unmet:
+    """Stands for the link to a peer that greeted us and has not been greeted back yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise PeerUnavailable("not greeted back yet")
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text.encode()) <= MAX_NAME_BYTES and text.isprintable()

@@ -1,0 +1,398 @@
+"""How nodes reach each other: the interface, and its implementation over gRPC.
+
+The only file that imports grpc. Its exceptions become PeerErrors here, and ours status codes.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from deca_node.errors import ListenError, PeerError, PeerRefused, PeerTimeout, PeerUnavailable
+from deca_node.limits import (
+    MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_REASON_BYTES,
+    MAX_STREAMS_PER_CONNECTION,
+)
+from deca_node.pb import node_pb2 as pb
+
+
+class Handler(Protocol):
+    """What a node answers its peers. A PeerRefused raised here reaches the caller as one."""
+
+    async def hello(self, request: pb.HelloRequest, source: str) -> pb.HelloReply:
+        """Answer a greeting; ``source`` is the caller's IP address."""
+        ...
+
+    async def open_visit(self, request: pb.VisitOffer) -> pb.VisitAnswer:
+        """Take an edge's offer."""
+        ...
+
+    async def settle_visit(self, request: pb.VisitDegree) -> pb.VisitAnswer:
+        """Take a neighbour's degree."""
+        ...
+
+    def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
+        """Yield the messages of a published block, waiting for it first."""
+        ...
+
+    async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
+        """Note that the sender leaves."""
+        ...
+
+
+class StatusHandler(Protocol):
+    """What a node answers people and scripts."""
+
+    async def get_status(self) -> pb.NodeStatus:
+        """The status now."""
+        ...
+
+    def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
+        """The status now and every ``interval`` seconds until the run ends."""
+        ...
+
+
+class Link(Protocol):
+    """Calls to one peer. All raise PeerUnavailable, PeerTimeout or PeerRefused."""
+
+    async def hello(self, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
+        """Greet."""
+        ...
+
+    async def open_visit(self, request: pb.VisitOffer, timeout: float) -> pb.VisitAnswer:
+        """Offer an edge."""
+        ...
+
+    async def settle_visit(self, request: pb.VisitDegree, timeout: float) -> pb.VisitAnswer:
+        """Tell the degree."""
+        ...
+
+    def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """Receive a block's messages; ends early when the iterator is closed."""
+        ...
+
+    async def goodbye(self, request: pb.GoodbyeRequest, timeout: float) -> pb.GoodbyeReply:
+        """Take leave."""
+        ...
+
+    async def close(self) -> None:
+        """Give up the connection."""
+        ...
+
+
+class Transport(Protocol):
+    """A way to be reached and to reach."""
+
+    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
+        """Start answering; returns the port. Raises ListenError."""
+        ...
+
+    def link(self, address: str) -> Link:
+        """A link to HOST:PORT; nothing is sent before the first call."""
+        ...
+
+    async def close(self, grace: float) -> None:
+        """Stop answering; calls under way have ``grace`` seconds to end."""
+        ...
+
+
+PEER = pb.DESCRIPTOR.services_by_name["Peer"]
+STATUS = pb.DESCRIPTOR.services_by_name["Status"]
+
+_COMMON: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    # Bandwidth probing and small frames halve the rate of long streams (docs/protocol.md).
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.max_frame_size", 16_777_215),
+    # A peer that goes silent without closing is noticed within 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER = [
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # two nodes on one port would share its callers
+    ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # under the client's keepalive
+]
+_CLIENT = [
+    *_COMMON,
+    ("grpc.enable_http_proxy", 0),  # peers are on this network
+    ("grpc.use_local_subchannel_pool", 1),
+    # The default backoff grows to two minutes; a restarted neighbour is wanted back sooner.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+def _path(service: Any, method: str) -> str:
+    return f"/{service.full_name}/{method}"
+
+
+def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
+    details = str(error.details() or "")[:MAX_REASON_BYTES]
+    code = error.code()
+    if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return PeerTimeout(f"{address}: no answer in time")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+        return PeerUnavailable(f"{address}: {details}")
+    reason, _, text = details.partition(": ")
+    known = reason if reason.isidentifier() else code.name.lower()
+    return PeerRefused(known, f"{address}: {text or details}")
+
+
+class GrpcLink:
+    """A channel to one peer."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=_CLIENT)
+        self._unary: dict[str, Callable[..., Awaitable[Any]]] = {}
+        for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers"})):
+            for method in service.methods:
+                if method.server_streaming or (names and method.name not in names):
+                    continue
+                self._unary[method.name] = self._channel.unary_unary(
+                    _path(service, method.name),
+                    request_serializer=GetMessageClass(method.input_type).SerializeToString,
+                    response_deserializer=GetMessageClass(method.output_type).FromString,
+                )
+        # No deserializer: the payload is read where it lies (wire.parse).
+        self._pull = self._channel.unary_stream(
+            _path(PEER, "Pull"), request_serializer=pb.PullRequest.SerializeToString
+        )
+        self._watch = self._channel.unary_stream(
+            _path(STATUS, "WatchStatus"),
+            request_serializer=pb.WatchStatusRequest.SerializeToString,
+            response_deserializer=pb.NodeStatus.FromString,
+        )
+
+    async def _call(self, name: str, request: Any, timeout: float) -> Any:
+        try:
+            return await self._unary[name](request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise _translate(error, self.address) from None
+
+    async def hello(self, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
+        """See Link."""
+        reply: pb.HelloReply = await self._call("Hello", request, timeout)
+        return reply
+
+    async def open_visit(self, request: pb.VisitOffer, timeout: float) -> pb.VisitAnswer:
+        """See Link."""
+        reply: pb.VisitAnswer = await self._call("OpenVisit", request, timeout)
+        return reply
+
+    async def settle_visit(self, request: pb.VisitDegree, timeout: float) -> pb.VisitAnswer:
+        """See Link."""
+        reply: pb.VisitAnswer = await self._call("SettleVisit", request, timeout)
+        return reply
+
+    async def goodbye(self, request: pb.GoodbyeRequest, timeout: float) -> pb.GoodbyeReply:
+        """See Link."""
+        reply: pb.GoodbyeReply = await self._call("Goodbye", request, timeout)
+        return reply
+
+    async def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """See Link."""
+        call = self._pull(request, timeout=timeout)
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise _translate(error, self.address) from None
+        finally:
+            call.cancel()
+
+    async def get_status(self, timeout: float) -> pb.NodeStatus:
+        """The node's status."""
+        status: pb.NodeStatus = await self._call("GetStatus", pb.GetStatusRequest(), timeout)
+        return status
+
+    async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
+        """The node's status, again and again until it ends."""
+        call = self._watch(pb.WatchStatusRequest(interval_seconds=interval))
+        try:
+            async for status in call:
+                yield status
+        except grpc.aio.AioRpcError as error:
+            raise _translate(error, self.address) from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        """See Link."""
+        await self._channel.close()
+
+
+class GrpcTransport:
+    """Plain-text gRPC on one port.
+
+    Args:
+        host: interface address to listen on.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+
+    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
+        """See Transport."""
+        server = grpc.aio.server(options=_SERVER)
+        server.add_generic_rpc_handlers([_peer_handlers(handler)])
+        names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if status is not None:
+            server.add_generic_rpc_handlers([_status_handlers(status)])
+            names.append(STATUS.full_name)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(names, server)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            port = server.add_insecure_port(f"{host}:{self._port}")
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise ListenError(
+                f"cannot listen on {host}:{self._port}: the port is taken or the address is not "
+                "this machine's; set node.port (0 takes a free one) or node.host"
+            )
+        await server.start()
+        self._server = server
+        for name in ("", PEER.full_name, STATUS.full_name):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return int(port)
+
+    def link(self, address: str) -> GrpcLink:
+        """See Transport."""
+        return GrpcLink(address)
+
+    async def close(self, grace: float) -> None:
+        """See Transport."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace)
+
+
+def _host_of(peer: str) -> str:
+    """The IP address in gRPC's ``ipv4:1.2.3.4:567`` or ``ipv6:%5B::1%5D:567``."""
+    kind, _, rest = peer.partition(":")
+    host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+    return host if kind in ("ipv4", "ipv6") else "127.0.0.1"
+
+
+async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:
+    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.reason}: {error}")
+
+
+def _peer_handlers(handler: Handler) -> grpc.GenericRpcHandler:
+    def unary(answer: Callable[[Any, str], Awaitable[Any]], name: str) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return await answer(request, _host_of(context.peer()))
+            except PeerError as error:
+                await _refuse(context, error)
+
+        kind = PEER.methods_by_name[name]
+        return grpc.unary_unary_rpc_method_handler(
+            call,
+            request_deserializer=GetMessageClass(kind.input_type).FromString,
+            response_serializer=GetMessageClass(kind.output_type).SerializeToString,
+        )
+
+    async def pull(
+        request: pb.PullRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[bytes]:
+        try:
+            async with aclosing(handler.pull(request)) as messages:
+                async for message in messages:
+                    yield message
+        except PeerError as error:
+            await _refuse(context, error)
+
+    return grpc.method_handlers_generic_handler(
+        PEER.full_name,
+        {
+            "Hello": unary(handler.hello, "Hello"),
+            "OpenVisit": unary(lambda request, _: handler.open_visit(request), "OpenVisit"),
+            "SettleVisit": unary(lambda request, _: handler.settle_visit(request), "SettleVisit"),
+            "Goodbye": unary(lambda request, _: handler.goodbye(request), "Goodbye"),
+            "Pull": grpc.unary_stream_rpc_method_handler(
+                pull, request_deserializer=pb.PullRequest.FromString
+            ),
+        },
+    )
+
+
+def _status_handlers(status: StatusHandler) -> grpc.GenericRpcHandler:
+    async def get(_: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.NodeStatus:
+        del context
+        return await status.get_status()
+
+    async def peers(_: pb.ListPeersRequest, context: grpc.aio.ServicerContext) -> Any:
+        del context
+        return pb.ListPeersReply(peers=(await status.get_status()).peers)
+
+    async def watch(
+        request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.NodeStatus]:
+        try:
+            async with aclosing(status.watch_status(request.interval_seconds)) as states:
+                async for now in states:
+                    yield now
+        except PeerError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    return grpc.method_handlers_generic_handler(
+        STATUS.full_name,
+        {
+            "GetStatus": grpc.unary_unary_rpc_method_handler(
+                get, pb.GetStatusRequest.FromString, pb.NodeStatus.SerializeToString
+            ),
+            "ListPeers": grpc.unary_unary_rpc_method_handler(
+                peers, pb.ListPeersRequest.FromString, pb.ListPeersReply.SerializeToString
+            ),
+            "WatchStatus": grpc.unary_stream_rpc_method_handler(
+                watch, pb.WatchStatusRequest.FromString, pb.NodeStatus.SerializeToString
+            ),
+        },
+    )
+
+
+async def ask_status(address: str, timeout: float) -> pb.NodeStatus:
+    """One node's status.
+
+    Raises:
+        PeerError: it does not answer as a deca node does.
+    """
+    link = GrpcLink(address)
+    try:
+        return await asyncio.wait_for(link.get_status(timeout), timeout + 1)
+    except TimeoutError:
+        raise PeerTimeout(f"{address}: no answer in {timeout:g} s") from None
+    finally:
+        await link.close()
+
+
+async def ask_all(addresses: Sequence[str], timeout: float) -> list[pb.NodeStatus | PeerError]:
+    """Status of several nodes at once; a node that does not answer gives its error."""
+
+    async def one(address: str) -> pb.NodeStatus | PeerError:
+        try:
+            return await ask_status(address, timeout)
+        except PeerError as error:
+            return error
+
+    return list(await asyncio.gather(*map(one, addresses)))

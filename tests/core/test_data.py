@@ -1,0 +1,567 @@
+"""Rows, examples and batches, on a tokenizer of one token a byte."""
+
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from deca_node.config import DataSettings
+from deca_node.data import (
+    IGNORED,
+    Batch,
+    BatchStream,
+    Example,
+    batches,
+    collate,
+    examples,
+    label_counts,
+    label_token_ids,
+    label_words,
+    read_rows,
+)
+from deca_node.errors import ConfigError, DataError
+
+SOURCE = Path("shard.jsonl")
+BOS, EOS, PAD = 256, 257, 258
+
+
+class ByteTokenizer:
+    """One token a UTF-8 byte."""
+
+    def __init__(self, bos_id: int | None = BOS, eos_id: int | None = EOS) -> None:
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.pad_id = PAD
+
+    def encode(self, text: str) -> list[int]:
+        """Bytes are ids."""
+        return list(text.encode())
+
+    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+        """``<u>hi`` EOS ``<a>ho`` EOS, of which ``ho`` EOS is learned."""
+        segments = []
+        for message in messages:
+            if message["role"] not in ("system", "user", "assistant"):
+                raise ValueError(f"unknown role {message['role']}")
+            segments.append((self.encode(f"<{message['role'][0]}>"), False))
+            segments.append(
+                ([*self.encode(message["content"]), EOS], message["role"] == "assistant")
+            )
+        return segments
+
+
+TOKENIZER = ByteTokenizer()
+
+
+def data_settings(**changes: Any) -> DataSettings:
+    given: dict[str, Any] = {"train": SOURCE, "max_tokens": 64, **changes}
+    return DataSettings(**given)
+
+
+def decode(ids: list[int]) -> str:
+    """Strict: a character cut in half raises."""
+    return bytes(token for token in ids if token < 256).decode()
+
+
+def prompt_of(example: Example) -> str:
+    pairs = zip(example.input_ids, example.completion, strict=True)
+    return decode([token for token, trained in pairs if not trained])
+
+
+def completion_of(example: Example) -> str:
+    pairs = zip(example.input_ids, example.completion, strict=True)
+    return decode([token for token, trained in pairs if trained])
+
+
+# Files -> rows
+
+ROWS = [{"text": "a, \u2028 b", "label": "x"}, {"text": 'line\none "q"', "label": "é"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "A.JSONL"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    """Blank lines, a byte order mark and Windows line ends do not matter."""
+    lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read_rows(tmp_path / name) == ROWS
+
+
+def test_csv(tmp_path: Path) -> None:
+    """Quotes, line ends within quotes and blank lines are read as RFC 4180 has them."""
+    content = 'text,label\r\n"a, \u2028 b",x\r\n\r\n"line\none ""q""",é\r\n'
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    assert read_rows(tmp_path / "a.csv") == ROWS
+
+
+def test_csv_values_stay_as_written(tmp_path: Path) -> None:
+    """Nothing is guessed: a code keeps its zero, NA is a word, long articles are welcome."""
+    article = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"text,label\n{article},007\nb,NA\n")
+    assert read_rows(tmp_path / "a.csv") == [
+        {"text": article, "label": "007"},
+        {"text": "b", "label": "NA"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def columnar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ROWS as Parquet, as a saved Dataset and as a saved DatasetDict."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = tmp_path_factory.mktemp("columnar")
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.to_parquet(folder / "a [1]*.parquet")
+    saved.save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(folder / "splits")
+    return folder
+
+
+def test_parquet_and_saved_folder(columnar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both give the rows, leave the folder as it was and open no connection."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    before = sorted(columnar.rglob("*"))
+    assert read_rows(columnar / "a [1]*.parquet") == ROWS
+    assert read_rows(columnar / "saved") == ROWS
+    assert sorted(columnar.rglob("*")) == before
+
+
+def test_parquet_needs_no_home(columnar: Path) -> None:
+    """A daemon whose home folder cannot be written reads Parquet in silence."""
+    code = "import sys, pathlib, deca_node.data as d; d.read_rows(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(columnar / "a [1]*.parquet")],
+        env={"HOME": "/proc/nothing", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_data_set_dict_names_its_splits(columnar: Path) -> None:
+    """A split's folder can be read, and the message says which there are."""
+    with pytest.raises(DataError, match="splits: a DatasetDict with the splits test, train;"):
+        read_rows(columnar / "splits")
+    assert read_rows(columnar / "splits" / "test") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl, line 3: not valid JSON (Expecting value)"),
+        ("a.jsonl", b"[\n1]", "a.jsonl, line 1: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl, line 2: a JSON array; each line must be one"),
+        ("a.jsonl", b"null", "a.jsonl, line 1: a JSON null"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', "a.jsonl, line 2: not UTF-8 text"),
+        ("a.jsonl", b'{"a": "\\ud800"}', "a.jsonl, line 1: holds half of a surrogate pair"),
+        ("a.jsonl", b"", "a.jsonl: no rows"),
+        ("a.jsonl", b"\n \n", "a.jsonl: no rows"),
+        ("a.csv", b'a,b\n"x\ny",1\n2\n', "a.csv, line 4: 1 fields where the header has 2"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields where the header has 2"),
+        ("a.csv", b'a,b\n1,2\n"1,2\n3,4\n', "a.csv, line 3: not valid CSV"),
+        ("a.csv", b"a,a\n1,2\n", "a.csv, line 1: two columns are named 'a'"),
+        ("a.csv", b"a\n1\n\xe9\n", "a.csv, line 3: not UTF-8 text"),
+        ("a.csv", b"a,b\n", "a.csv: no rows"),
+        ("a.csv", b"", "a.csv: no rows"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
+        ("a.txt", b"hello", "a.txt: unknown kind of data file; use one of .jsonl, .ndjson, .json"),
+    ],
+)
+def test_broken_file_is_named_with_its_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    """Whoever mends the file is told where to look."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_missing_file(tmp_path: Path, name: str) -> None:
+    """A file that is not there is said to be so, whatever its kind."""
+    with pytest.raises(DataError, match=f"{name}: no such file or folder"):
+        read_rows(tmp_path / name)
+
+
+def test_other_folders(tmp_path: Path) -> None:
+    """A folder that is no data set, or a damaged one, is not taken for one."""
+    with pytest.raises(DataError, match=r"not a folder written by Dataset\.save_to_disk"):
+        read_rows(tmp_path)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="not a readable data set"):
+        read_rows(tmp_path)
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    """A Parquet file with columns only is empty, too."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: no rows"):
+        read_rows(tmp_path / "a.parquet")
+
+
+# Classification
+
+
+def test_classification_example() -> None:
+    """The prompt is the filled template after BOS; the completion is a space and the word."""
+    settings = data_settings(template="{text}\nTopic:", labels={"0": "sport", "1": "tech"})
+    [example] = examples([{"text": " a  b ", "label": 1}], settings, TOKENIZER, SOURCE)
+    assert example.input_ids[0] == BOS
+    assert prompt_of(example) == " a  b \nTopic:"
+    assert completion_of(example) == " tech"
+    assert example.label == "1"
+
+
+def test_template_that_ends_in_white_space_gets_no_second_space() -> None:
+    """The completion then is the bare word."""
+    settings = data_settings(template="{text}\nTopic:\n")
+    [example] = examples([{"text": "a", "label": "x"}], settings, TOKENIZER, SOURCE)
+    assert completion_of(example) == "x"
+
+
+def test_tokenizer_without_bos() -> None:
+    """No BOS is made up."""
+    tokenizer = ByteTokenizer(bos_id=None)
+    [example] = examples([{"text": "a", "label": "x"}], data_settings(), tokenizer, SOURCE)
+    assert decode(example.input_ids) == "a\nLabel: x"
+    assert example.input_ids[0] == ord("a")
+
+
+def test_label_token_ids_are_those_of_the_examples() -> None:
+    """Evaluation scores exactly the tokens that training taught."""
+    rows = [{"text": "t", "label": label} for label in ("b", "a", "b")]
+    settings = data_settings()
+    made = examples(rows, settings, TOKENIZER, SOURCE)
+    words = label_words(made, settings)
+    assert words == {"a": "a", "b": "b"}
+    assert label_counts(made) == {"a": 1, "b": 2}
+    ids = label_token_ids(words, settings, TOKENIZER)
+    for example in made:
+        pairs = zip(example.input_ids, example.completion, strict=True)
+        assert ids[str(example.label)] == [token for token, trained in pairs if trained]
+
+
+def test_configured_label_words_are_kept_whole() -> None:
+    """A shard that lacks a label still knows its word."""
+    settings = data_settings(labels={"1": "yes", "0": "no"})
+    made = examples([{"text": "t", "label": 1}], settings, TOKENIZER, SOURCE)
+    assert label_words(made, settings) == {"1": "yes", "0": "no"}
+
+
+@pytest.mark.parametrize("given", [{"labels": {"a": "a", "b": "b"}}, {}])
+def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
+    """The row, its label and the known labels are in the message."""
+    rows = [{"text": "t", "label": "a"}, {"text": "t", "label": "c"}]
+    words = None if given else {"a": "a", "b": "b"}
+    with pytest.raises(DataError, match=r"shard\.jsonl, row 2: label 'c' is not one of: a, b"):
+        examples(rows, data_settings(**given), TOKENIZER, SOURCE, words)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "t"}, "row 2: no field 'label'; it has: text"),
+        ({"label": "a"}, "row 2: no field 'text'; it has: label"),
+        ({"text": None, "label": "a"}, "row 2: field 'text' is null"),
+        ({"text": "t", "label": None}, "row 2: field 'label' is null"),
+        ({"text": "t", "label": ["a"]}, "row 2: field 'label' is a list, not text"),
+        ({"text": "t", "label": ""}, "row 2: label '' is not one of: a"),
+    ],
+)
+def test_unfit_row_is_named(row: dict[str, Any], message: str) -> None:
+    """A field that is missing or no text is named with its row."""
+    rows = [{"text": "t", "label": "a"}, row]
+    with pytest.raises(DataError, match=re.escape(f"shard.jsonl, {message}")):
+        examples(rows, data_settings(), TOKENIZER, SOURCE)
+
+
+def test_long_text_is_cut_at_a_space() -> None:
+    """What follows the text in the template and the completion stay whole."""
+    settings = data_settings(template="{title}: {text}\nTopic:", max_tokens=38)
+    row = {"title": "News", "text": "alpha beta  gamma delta epsilon zeta", "label": "x"}
+    [example] = examples([row], settings, TOKENIZER, SOURCE)
+    assert prompt_of(example) == "News: alpha beta  gamma\nTopic:"
+    assert completion_of(example) == " x"
+
+
+def test_text_without_spaces_is_cut_between_characters() -> None:
+    """Characters of several tokens are never halved, and the room is used up."""
+    settings = data_settings(max_tokens=32)
+    [example] = examples([{"text": "語" * 99, "label": "x"}], settings, TOKENIZER, SOURCE)
+    assert prompt_of(example) == "語" * 7 + "\nLabel:"
+    assert 32 - 3 < len(example.input_ids) <= 32
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=200), other=st.text(max_size=5), limit=st.integers(48, 80))
+def test_cut_rows_always_fit(text: str, other: str, limit: int) -> None:
+    """Whatever the text, at most max_tokens remain and only its end is lost."""
+    settings = data_settings(template="{other}|{text}|", max_tokens=limit)
+    row = {"text": "." * 6 + text, "other": other, "label": "x"}
+    [example] = examples([row], settings, TOKENIZER, SOURCE)
+    assert len(example.input_ids) <= limit
+    kept = prompt_of(example).removeprefix(other + "|").removesuffix("|")
+    assert str(row["text"]).startswith(kept)
+    assert len(kept) >= 3  # six fit at least, and going back to a space gives up no more than half
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        ("x" * 70 + "{text}", {"text": "t", "label": "a"}),
+        ("{text}", {"text": "t", "label": "word" * 20}),
+        ("{text}", {"text": 10**70, "label": "a"}),
+    ],
+)
+def test_no_room_for_text(template: str, row: dict[str, Any]) -> None:
+    """When cutting cannot help, the setting to raise is named."""
+    with pytest.raises(DataError, match=r"row 1: .* no room for text in data\.max_tokens = 64"):
+        examples([row], data_settings(template=template), TOKENIZER, SOURCE)
+
+
+def test_template_may_format_fields() -> None:
+    """Format specifications and indexing work as in Python."""
+    settings = data_settings(template="{score:.1f} {tags[0]} {{x}}:")
+    row = {"score": 0.25, "tags": ["t"], "label": "a"}
+    [example] = examples([row], settings, TOKENIZER, SOURCE)
+    assert prompt_of(example) == "0.2 t {x}:"
+
+
+def test_template_that_does_not_suit_the_row() -> None:
+    """A format specification that the value refuses names the row."""
+    with pytest.raises(DataError, match=r"row 1: data\.template cannot be filled"):
+        examples(
+            [{"text": "t", "label": "a"}], data_settings(template="{text:d}"), TOKENIZER, SOURCE
+        )
+
+
+def test_prompt_without_tokens() -> None:
+    """Nothing would predict the completion's first token."""
+    with pytest.raises(DataError, match="row 1: the prompt is empty"):
+        examples(
+            [{"text": "", "label": "a"}],
+            data_settings(template="{text}"),
+            ByteTokenizer(bos_id=None),
+            SOURCE,
+        )
+
+
+@pytest.mark.parametrize("template", ["{text", "{}", "{0}", "no field", ""])
+def test_unusable_template(template: str) -> None:
+    """A template that cannot be filled is a mistake in the configuration."""
+    with pytest.raises(ConfigError, match=r"data\.template"):
+        examples([{"text": "t", "label": "a"}], data_settings(template=template), TOKENIZER, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"a": " "}, "label 'a' has no word"),
+        ({"a": "x", "b": "x"}, "cannot tell labels 'a' and 'b' apart"),
+    ],
+)
+def test_unusable_label_words(words: dict[str, str], message: str) -> None:
+    """Each label needs tokens of its own."""
+    with pytest.raises(ConfigError, match=message):
+        label_token_ids(words, data_settings(), TOKENIZER)
+
+
+# Instruction
+
+
+def test_prompt_and_response() -> None:
+    """They become a user's and an assistant's message; only the latter is learned."""
+    settings = data_settings(task="instruction")
+    [example] = examples([{"prompt": "hi", "response": "ho"}], settings, TOKENIZER, SOURCE)
+    assert prompt_of(example) == "<u>hi<a>"
+    assert completion_of(example) == "ho"
+    assert example.input_ids[-1] == EOS
+    assert example.completion[-1]
+    assert example.label is None
+
+
+def test_messages_win_over_prompt_and_response() -> None:
+    """All assistant turns are learned; null messages count as none."""
+    settings = data_settings(task="instruction")
+    turns = [("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    messages = [{"role": role, "content": content, "id": 7} for role, content in turns]
+    rows: list[dict[str, Any]] = [
+        {"messages": messages, "prompt": "p", "response": "r"},
+        {"messages": None, "prompt": "p", "response": "r"},
+    ]
+    first, second = examples(rows, settings, TOKENIZER, SOURCE)
+    assert prompt_of(first) == "<s>s<u>1<a><u>3<a>"
+    assert completion_of(first) == "24"
+    assert completion_of(second) == "r"
+
+
+def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
+    """A row that keeps some of its answer stays; one that keeps none is dropped and logged."""
+    settings = data_settings(task="instruction", max_tokens=16)
+    rows = [
+        {"prompt": "12345", "response": "long answer"},
+        {"prompt": "12345678901234567890", "response": "lost"},
+    ]
+    with capture_logs() as logs:
+        [example] = examples(rows, settings, TOKENIZER, SOURCE)
+    assert len(example.input_ids) == 16
+    assert completion_of(example) == "long"
+    assert [(entry["rows"], entry["dropped"]) for entry in logs] == [(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "t"}, "neither field 'messages' nor field 'prompt'; it has: text"),
+        ({"prompt": "p"}, "no field 'response'; it has: prompt"),
+        ({"messages": "hi"}, "field 'messages' is not a list of {role, content} objects"),
+        ({"messages": ["hi"]}, "field 'messages' is not a list of {role, content} objects"),
+        ({"messages": [{"role": "user"}]}, "message 1 of 'messages': no field 'content'"),
+        (
+            {"messages": [{"role": "elf", "content": "c"}]},
+            "the model's chat template refuses it: unknown role elf",
+        ),
+    ],
+)
+def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
+    """The row and what it lacks are in the message."""
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        examples([row], data_settings(task="instruction"), TOKENIZER, SOURCE)
+    assert str(caught.value).startswith("shard.jsonl, row 1: ")
+
+
+# Text
+
+
+def test_text_is_cut_into_pieces() -> None:
+    """Pieces joined are BOS, the text, EOS; all of it is learned."""
+    settings = data_settings(task="text", max_tokens=8)
+    made = examples([{"text": "0123456789abc"}], settings, TOKENIZER, SOURCE)
+    assert [len(example.input_ids) for example in made] == [8, 7]
+    joined = [token for example in made for token in example.input_ids]
+    assert joined == [BOS, *b"0123456789abc", EOS]
+    assert all(all(example.completion) for example in made)
+
+
+def test_piece_of_one_token_is_dropped() -> None:
+    """The ninth token alone has nothing to be predicted from."""
+    settings = data_settings(task="text", max_tokens=8)
+    made = examples([{"text": "0123456"}], settings, TOKENIZER, SOURCE)
+    assert [len(example.input_ids) for example in made] == [8]
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("text", {"text": ""}),
+        ("instruction", {"prompt": "much too long", "response": "lost"}),
+        ("instruction", {"messages": []}),
+    ],
+)
+def test_rows_without_an_example_are_an_empty_shard(task: str, row: dict[str, Any]) -> None:
+    """A node with nothing to learn says so before the run."""
+    settings = data_settings(task=task, max_tokens=8)
+    with pytest.raises(DataError, match=r"shard\.jsonl: empty shard: none of 1 rows"):
+        examples([row], settings, TOKENIZER, SOURCE)
+
+
+# Batches
+
+
+def numbered(count: int) -> list[Example]:
+    """Examples of 1 to 3 tokens, each with its own number as first token."""
+    return [
+        Example([number] * (1 + number % 3), [True] * (1 + number % 3)) for number in range(count)
+    ]
+
+
+def numbers(batch: Batch) -> list[int]:
+    return [int(number) for number in batch.input_ids[:, 0]]
+
+
+def test_collate() -> None:
+    """Padding is on the right, masked from attention and, like the prompt, from the loss."""
+    made = [Example([5, 6, 7], [False, True, True]), Example([8], [True])]
+    batch = collate(made, PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, PAD, PAD]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
+        assert tensor.dtype == torch.int64
+
+
+def test_evaluation_batches_are_in_order() -> None:
+    """Every example comes once; the last batch is smaller."""
+    assert [numbers(batch) for batch in batches(numbered(5), 2, PAD)] == [[0, 1], [2, 3], [4]]
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 12), size=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+def test_every_example_once_an_epoch(count: int, size: int, seed: int) -> None:
+    """Three epochs are three permutations, across the bounds of batches."""
+    stream = BatchStream(numbered(count), size, seed, PAD)
+    drawn: list[int] = []
+    while len(drawn) < 3 * count:
+        drawn += numbers(stream.next())
+        assert stream.position == len(drawn)
+    for epoch in range(3):
+        assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 12), size=st.integers(1, 7), steps=st.integers(0, 9))
+def test_position_resumes_the_stream(count: int, size: int, steps: int) -> None:
+    """A new stream set to an old position gives the same batches from there."""
+    old = BatchStream(numbered(count), size, 1, PAD)
+    for _ in range(steps):
+        old.next()
+    new = BatchStream(numbered(count), size, 1, PAD)
+    new.position = old.position
+    for _ in range(4):
+        assert torch.equal(old.next().labels, new.next().labels)
+
+
+def test_position_can_be_set_back() -> None:
+    """The stream keeps no state besides its position."""
+    stream = BatchStream(numbered(5), 2, 0, PAD)
+    first = [numbers(stream.next()) for _ in range(6)]
+    stream.position = 0
+    assert [numbers(stream.next()) for _ in range(6)] == first
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    """The permutation is the documented one, another for each epoch and each seed."""
+    stream = BatchStream(numbered(30), 30, 4, PAD)
+    expected = []
+    for epoch in range(2):
+        order = list(range(30))
+        random.Random(f"deca/data/4/{epoch}").shuffle(order)
+        expected.append(order)
+    assert [numbers(stream.next()), numbers(stream.next())] == expected
+    assert expected[0] != expected[1]
+    assert numbers(BatchStream(numbered(30), 30, 5, PAD).next()) != expected[0]
+
+
+def test_stream_of_nothing_is_refused() -> None:
+    """Without examples there is no batch to wait for."""
+    with pytest.raises(ValueError, match="at least one example"):
+        BatchStream([], 1, 0, PAD)

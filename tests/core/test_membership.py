@@ -1,0 +1,163 @@
+"""Membership decisions: tables of events and what they lead to."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deca_node.membership import (
+    Peer,
+    Phase,
+    State,
+    Verdict,
+    VisitAgreement,
+    departed,
+    failed,
+    heard,
+    members,
+    ready,
+)
+
+BOB = Peer("bob", 7, "10.0.0.2:7430", State.ALIVE, Phase.TRAINING, 3, last_seen=100.0)
+
+
+def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, now=101.0):
+    return heard(
+        known,
+        name="bob",
+        session=session,
+        address="10.0.0.2:7430",
+        phase=phase,
+        visit=visit,
+        own_phase=Phase.TRAINING,
+        own_visit=own_visit,
+        now=now,
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "event", "state"),
+    [
+        (None, {}, State.ALIVE),
+        (None, {"visit": 9}, State.BEHIND),  # joins elsewhere in the schedule
+        (None, {"visit": 4}, State.ALIVE),  # next door is near enough
+        (BOB, {"visit": 9}, State.ALIVE),  # the same session may have run ahead of our news
+        (BOB, {"visit": 0, "session": 8}, State.BEHIND),  # restarted from nothing
+        (replace(BOB, state=State.GONE), {}, State.ALIVE),
+        (replace(BOB, state=State.BEHIND), {"visit": 0}, State.BEHIND),
+        (replace(BOB, state=State.BEHIND), {"visit": 2}, State.ALIVE),  # caught up
+        (BOB, {"phase": Phase.SERVING}, State.DONE),
+        (BOB, {"phase": Phase.STOPPING}, State.GONE),
+    ],
+)
+def test_a_greeting_decides_the_state(known, event, state):
+    """What a greeting means depends on what was known and on both places in the schedule."""
+    assert greet(known, **event).state == state
+
+
+@pytest.mark.parametrize(
+    ("silence", "failures", "state"),
+    [(1, 1, State.SUSPECT), (1, 2, State.SUSPECT), (1, 3, State.GONE), (31, 0, State.GONE)],
+)
+def test_failures_lead_over_suspicion_to_gone(silence, failures, state):
+    """One or two vain greetings make a suspect; three, or long silence, count as gone."""
+    assert failed(BOB, 100.0 + silence, 30.0, failures, "refused").state == state
+
+
+def test_who_is_done_stays_done():
+    """The end of a finished peer's process is no failure."""
+    done = departed(BOB, 101.0, finished=True)
+    assert done.state == State.DONE
+    assert failed(done, 999.0, 30.0, 9, "refused") is done
+
+
+def test_members_are_those_that_act():
+    """Starting, gone, behind and finished peers are in nobody's topology."""
+    peers = [
+        BOB,
+        replace(BOB, name="sue", state=State.SUSPECT),
+        replace(BOB, name="new", phase=Phase.STARTING),
+        replace(BOB, name="out", state=State.GONE),
+        replace(BOB, name="far", state=State.BEHIND),
+        replace(BOB, name="end", state=State.DONE),
+    ]
+    assert members("me", peers) == {"me", "bob", "sue"}
+
+
+def test_waiting_names_who_is_here_and_who_does_not_count():
+    """The line a waiting node logs says what an operator needs to know."""
+    refused = replace(BOB, name="eve", state=State.REFUSED, detail="run.seed is '1' here")
+    enough, text = ready("me", [BOB, refused], 4)
+    assert not enough
+    assert text == (
+        "2 of 4 members missing; here: bob, me; not counted: eve refused: run.seed is '1' here"
+    )
+    assert ready("me", [BOB], 2) == (True, "2 of 2 members: bob, me")
+
+
+class Net:
+    """Two agreements whose messages are delivered in an order that hypothesis chooses."""
+
+    def __init__(self):
+        self.sides = {"a": VisitAgreement(5), "b": VisitAgreement(5)}
+        for me, other in (("a", "b"), ("b", "a")):
+            self.sides[me].begin(5, frozenset({other}))
+
+
+@given(st.permutations(["offer a", "offer b", "close a", "close b"]))
+def test_an_edge_is_used_by_both_ends_or_by_neither(order):
+    """Whenever the two ends close, before or after the offers, they agree on the edge."""
+    net = Net()
+    edges = {}
+    for event, me in (step.split() for step in order):
+        other = "b" if me == "a" else "a"
+        if event == "offer":
+            if not net.sides[me].closed:
+                verdict = net.sides[other].offered(me, 5, 1)
+                net.sides[me].answered(other, verdict)
+        else:
+            edges[me] = net.sides[me].close()
+    assert bool(edges["a"]) == bool(edges["b"])
+
+
+def test_offers_ahead_of_time_are_kept_for_the_visit():
+    """A neighbour that is one visit ahead need not ask again."""
+    desk = VisitAgreement(0)
+    desk.begin(0, frozenset({"b"}))
+    assert desk.offered("b", 1, 1) is Verdict.ACCEPTED
+    desk.answered("b", Verdict.PASSED)
+    assert desk.close() == frozenset()
+    desk.begin(1, frozenset({"b"}))
+    desk.answered("b", Verdict.ACCEPTED)
+    assert not desk.undecided()
+    assert desk.close() == {"b"}
+
+
+def test_a_restarted_neighbour_gets_no_edge_in_a_closed_visit():
+    """A repeated offer of the same session is confirmed, one of a new session is too late."""
+    desk = VisitAgreement(2)
+    desk.begin(2, frozenset({"b"}))
+    desk.offered("b", 2, 1)
+    desk.answered("b", Verdict.ACCEPTED)
+    desk.close()
+    assert desk.offered("b", 2, 1) is Verdict.ACCEPTED
+    assert desk.offered("b", 2, 9) is Verdict.PASSED
+    assert desk.offered("c", 2, 1) is Verdict.PASSED
+    assert desk.offered("b", 1, 1) is Verdict.PASSED
+
+
+def test_an_edge_without_its_degree_carries_nothing():
+    """A neighbour that vanished between offer and degree leaves its weight with the node."""
+    desk = VisitAgreement(0)
+    desk.begin(0, frozenset("bc"))
+    for peer in "bc":
+        desk.offered(peer, 0, 1)
+        desk.answered(peer, Verdict.ACCEPTED)
+    desk.close()
+    desk.degree("b", 0, 2)
+    desk.degree("c", 7, 2)  # of another visit
+    edges = desk.settle()
+    assert edges.weights == {"b": pytest.approx(1 / 3)}
+    assert edges.own_weight == pytest.approx(2 / 3)
+    assert edges.degree == 2

@@ -1,0 +1,395 @@
+"""The exchange over the loopback transport, in virtual time: deadlines cost no waiting."""
+
+import asyncio
+
+import pytest
+import structlog
+import torch
+
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.config import Timing
+from deca_node.errors import PeerRefused, PeerUnavailable
+from deca_node.exchange import Exchange
+from deca_node.loopback import LoopbackNetwork
+from deca_node.membership import Phase, State
+from deca_node.mixing import mix_arrival
+from deca_node.pb import node_pb2 as pb
+from deca_node.swarm import Identity, Swarm
+from deca_node.topology import TopologySpec, graph
+from deca_node.wire import Layout, TensorSpec, frame, metadata, parse, snapshot
+from tests.virtual_time import run
+
+LAYOUT = Layout((TensorSpec("w", (600, 1000)),))  # three messages of values
+TIMING = Timing.lan()
+STEPS = 4
+
+
+class Member:
+    """A node without training: its block is a constant, its mix the real one."""
+
+    def __init__(self, network, index, marks=None):
+        self.name = f"n{index}"
+        self.index = index
+        self.visit = 0
+        self.stopping = asyncio.Event()
+        self.transport = network.transport(f"10.0.0.{index}", 7430)
+        identity = Identity("run", self.name, 100 + index, marks or {"seed": "0"}, port=7430)
+        self.swarm = Swarm(
+            identity,
+            self.transport,
+            TIMING,
+            lambda: (Phase.TRAINING, self.visit),
+            lambda: self.exchange.wake(),
+            structlog.get_logger(),
+        )
+        self.exchange = Exchange(self.swarm, TIMING, "run", self.stopping)
+        self.values = torch.full((LAYOUT.numel,), float(index))
+
+    async def hello(self, request, source):
+        return await self.swarm.answer_hello(request, source)
+
+    async def open_visit(self, request):
+        return self.exchange.answer_offer(request)
+
+    async def settle_visit(self, request):
+        return self.exchange.answer_degree(request)
+
+    def pull(self, request):
+        return self.exchange.answer_pull(request)
+
+    async def goodbye(self, request):
+        self.swarm.answer_goodbye(request)
+
+    async def listen(self):
+        await self.transport.listen(self, None)
+
+    async def open(self, wanted):
+        return await self.exchange.open_visit(self.visit, STEPS, wanted, self.visit * STEPS)
+
+    async def step(self, step):
+        serial = self.visit * STEPS + step
+        own = self.values.clone()
+        self.exchange.publish(snapshot(own, LAYOUT, serial, metadata("run", self.name, serial)))
+
+        def mix(first, values, weight):
+            part = slice(first, first + values.numel())
+            mix_arrival(self.values[part], own[part], values, weight)
+
+        return await self.exchange.gather(serial, LAYOUT, mix)
+
+
+async def meet(network, count):
+    """``count`` members that all know each other."""
+    members = [Member(network, i) for i in range(count)]
+    for member in members:
+        await member.listen()
+    for member in members:
+        for other in members:
+            member.swarm.propose(other.transport.address)
+    while any(len(member.swarm.members()) < count for member in members):
+        await asyncio.sleep(0.01)
+    return members
+
+
+def wanted(members, kind="ring"):
+    made = graph([member.name for member in members], TopologySpec(kind))
+    return [made[member.name] for member in members]
+
+
+async def together(coroutines):
+    return await asyncio.gather(*coroutines)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("ring", 4), ("full", 5), ("ring", 2)])
+def test_a_visit_mixes_with_metropolis_hastings_weights(kind, count):
+    """Every node ends with its row of W times everybody's values, and the mean stays."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), count)
+        edges = await together(
+            m.open(w) for m, w in zip(members, wanted(members, kind), strict=True)
+        )
+        reports = await together(m.step(0) for m in members)
+        for member, edge, report in zip(members, edges, reports, strict=True):
+            expected = edge.own_weight * member.index + sum(
+                weight * int(peer[1:]) for peer, weight in edge.weights.items()
+            )
+            torch.testing.assert_close(
+                member.values, torch.full_like(member.values, expected), rtol=0, atol=1e-6
+            )
+            assert report.complete
+            assert sorted(report.used) == sorted(edge.weights)
+        mean = torch.stack([m.values for m in members]).mean(0)
+        torch.testing.assert_close(mean, torch.full_like(mean, (count - 1) / 2), rtol=0, atol=1e-6)
+
+    run(scenario())
+
+
+def test_many_visits_bring_everybody_together():
+    """Repeated visits and steps lead a ring to the common mean."""
+
+    async def life(member, wish):
+        for visit in range(6):
+            member.visit = visit
+            await member.open(wish)
+            for step in range(STEPS):
+                assert (await member.step(step)).complete
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 4)
+        await together(life(m, w) for m, w in zip(members, wanted(members), strict=True))
+        for member in members:
+            assert float((member.values - 1.5).abs().max()) < 1e-5
+
+    run(scenario())
+
+
+def test_a_silent_neighbour_costs_one_deadline_and_its_weight():
+    """It is waited for once; then the others go on at full speed, its weight with themselves."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 3)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        reports = await together(m.step(0) for m in members[:2])  # n2 publishes nothing
+        assert clock() - begin == pytest.approx(TIMING.step_deadline, abs=0.5)
+        begin = clock()
+        again = await together(m.step(1) for m in members[:2])
+        assert clock() - begin < 0.5
+        for report, other in zip([*reports, *again], "1010", strict=True):
+            assert report.used == [f"n{other}"]
+            assert report.missing == {"n2": "late"}
+        assert float(members[0].values[0] + members[1].values[0]) == pytest.approx(1.0)
+
+    run(scenario())
+
+
+def test_a_dead_neighbour_costs_nothing_but_its_share():
+    """A broken connection is known at once and waited for by nobody."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 3)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        network.kill(members[2].transport.address)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        reports = await together(m.step(0) for m in members[:2])
+        assert clock() - begin < 0.5
+        assert [r.missing for r in reports] == [{"n2": "unavailable"}] * 2
+
+    run(scenario())
+
+
+def test_the_next_visit_heals_around_the_dead():
+    """Gone members leave the topology, and the weights are those of the smaller graph."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 4)
+        network.kill(members[2].transport.address)
+        left = [m for m in members if m.index != 2]
+        while any("n2" in m.swarm.members() for m in left):
+            await asyncio.sleep(0.1)
+        assert all(m.swarm.peers["n2"].state == State.GONE for m in left)
+        edges = await together(m.open(w) for m, w in zip(left, wanted(left), strict=True))
+        for edge in edges:
+            assert edge.weights == pytest.approx({p: 1 / 3 for p in edge.weights})
+            assert len(edge.weights) == 2
+
+    run(scenario())
+
+
+def test_a_neighbour_that_never_comes_costs_a_visit_deadline():
+    """A living peer that stays in another visit holds the others up only so long."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 3)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        edges = await together(
+            m.open(w) for m, w in zip(members[:2], wanted(members)[:2], strict=True)
+        )
+        assert clock() - begin == pytest.approx(TIMING.visit_deadline, abs=1)
+        assert [set(edge.weights) for edge in edges] == [{"n1"}, {"n0"}]
+        late = await members[2].open(wanted(members)[2])  # everybody has closed
+        assert late.weights == {}
+
+    run(scenario())
+
+
+GARBAGE = {
+    "malformed": lambda m: b"\xff" * len(m),
+    "checksum": lambda m: m[:-1] + bytes([m[-1] ^ 1]),
+    "wrong_step": lambda m: frame(99, parse(m).offset, m[32:]),
+    "gap": lambda m: frame(parse(m).serial, parse(m).offset + 4, m[32:]),
+    "not_finite": lambda m: frame(parse(m).serial, parse(m).offset, b"\xff" * (len(m) - 32)),
+    "too_long": lambda m: m + b"\0" * (2 << 20),
+}
+
+
+@pytest.mark.parametrize("reason", GARBAGE)
+@pytest.mark.parametrize("where", [1, 2])
+def test_garbage_is_counted_and_the_run_goes_on(reason, where):
+    """A bad message is refused with its reason; what came before it stays a convex mix."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+
+        def fault(call, index, message):
+            bad = call.method == "Pull" and call.target.startswith("10.0.0.1:") and index == where
+            return GARBAGE[reason](message) if bad else message
+
+        network.fault = fault
+        report, honest = await together(m.step(0) for m in members)
+        assert honest.complete
+        if where == 1:
+            assert report.missing == {"n1": reason}
+            assert torch.equal(members[0].values, torch.zeros(LAYOUT.numel))
+        else:
+            assert report.partial == ["n1"]
+            assert set(members[0].values.tolist()) == {0.0, 0.5}
+        assert members[0].swarm.traffic["n1"].refusals == {reason: 1}
+        network.fault = lambda call, index, message: message
+        assert (await together(m.step(1) for m in members))[0].complete
+
+    run(scenario())
+
+
+def test_a_stream_that_ends_early_is_incomplete():
+    """A neighbour that dies within its stream leaves a partial contribution."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+
+        def fault(call, index, message):
+            if call.method == "Pull" and call.target.startswith("10.0.0.1:") and index == 2:
+                raise PeerUnavailable("cut")
+            return message
+
+        network.fault = fault
+        report, _ = await together(m.step(0) for m in members)
+        assert report.partial == ["n1"]
+
+    run(scenario())
+
+
+def test_other_settings_are_refused_on_both_sides_with_the_field():
+    """Two nodes whose settings differ know which one, and exchange nothing."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        one, other = Member(network, 0), Member(network, 1, {"seed": "1"})
+        for member in (one, other):
+            await member.listen()
+        one.swarm.propose(other.transport.address)
+        await asyncio.sleep(1)
+        for me, them in ((one, other), (other, one)):
+            peer = me.swarm.peers[them.name]
+            assert peer.state == State.REFUSED
+            assert "seed is" in peer.detail
+            assert them.name not in me.swarm.members()
+
+    run(scenario())
+
+
+def test_two_nodes_with_one_name_are_kept_apart():
+    """A second node of the same name is refused and told to change it."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 2)
+        double = Member(network, 5)
+        double.swarm.identity.node = "n1"
+        await double.listen()
+        double.swarm.propose(members[0].transport.address)
+        await asyncio.sleep(0.5)
+        assert members[0].swarm.strangers["name_taken"] >= 1
+        assert members[0].swarm.peers["n1"].session == 101
+
+    run(scenario())
+
+
+def test_strangers_get_no_block():
+    """Who has not greeted, or is no neighbour, cannot pull."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 4)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        outsider = Member(network, 9)
+        for asking, reason in ((outsider, "stranger"), (members[2], "not_a_neighbour")):
+            link = asking.transport.link(members[0].transport.address)
+            request = pb.PullRequest(sender=asking.swarm.sender(), serial=0)
+            with pytest.raises(PeerRefused) as caught:
+                async for _ in link.pull(request, 5):
+                    pass
+            assert caught.value.reason == reason
+
+    run(scenario())
+
+
+def test_stopping_ends_every_wait():
+    """A node told to stop leaves handshake, gather and drain at once."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        clock = asyncio.get_running_loop().time
+        waiting = asyncio.create_task(members[0].step(0))
+        await asyncio.sleep(1)
+        begin = clock()
+        members[0].stopping.set()
+        members[0].exchange.wake()
+        await waiting
+        assert clock() == begin
+
+    run(scenario())
+
+
+def test_draining_waits_for_the_last_reader():
+    """A finished node serves its last block until its neighbour has it."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        first = asyncio.create_task(members[0].step(0))
+        await asyncio.sleep(3)
+        assert not first.done()
+        await members[1].step(0)
+        await first
+        assert await members[0].exchange.drain() == frozenset()
+        members[0].exchange.release()
+
+    run(scenario())
+
+
+def test_a_slow_reader_holds_at_most_two_snapshots():
+    """Training goes on past a neighbour that does not read; older snapshots are let go."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        for step in range(3):
+            serial = step
+            members[0].exchange.publish(
+                snapshot(members[0].values, LAYOUT, serial, metadata("run", "n0", serial))
+            )
+        held = members[0].exchange._held
+        assert [s.serial for s in held] == [1, 2]
+
+    run(scenario())
+
+
+def test_serials_of_the_schedule_match_the_visits_that_neighbours_derive():
+    """The exchange finds a serial's visit with the schedule's own numbers."""
+    schedule = Schedule(partition_layers(6, 2), 2, STEPS, "ascending", 0)
+    for visit in schedule.remaining(0):
+        for step in range(STEPS):
+            assert schedule.serial(visit.index, step) // STEPS == visit.index

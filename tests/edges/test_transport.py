@@ -1,0 +1,208 @@
+"""One contract, two transports: what loopback promises, gRPC keeps, and the other way round."""
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from deca_node.errors import (
+    ListenError,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnavailable,
+)
+from deca_node.loopback import LoopbackNetwork
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import GrpcTransport, ask_all, ask_status
+from deca_node.wire import frame
+
+
+class Answers:
+    """A handler with canned answers that remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+        self.hold = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def hello(self, request, source):
+        self.asked.append((request.sender.node, source))
+        if request.sender.run == "wrong":
+            raise PeerRefused("other_run", "this is run 'right'")
+        return pb.HelloReply(visit=7)
+
+    async def open_visit(self, request):
+        await self.hold.wait()
+        return pb.VisitAnswer(visit=request.visit)
+
+    async def settle_visit(self, request):
+        return pb.VisitAnswer(visit=request.visit + request.degree)
+
+    async def pull(self, request):
+        try:
+            for index in range(request.serial):
+                yield frame(request.serial, index, bytes([index]) * 1000)
+            if request.sender.run == "hold":
+                await self.hold.wait()
+            if request.sender.run == "refuse":
+                raise PeerRefused("passed", "too late")
+        finally:
+            self.cancelled.set()
+
+    async def goodbye(self, request):
+        return pb.GoodbyeReply()
+
+    async def get_status(self):
+        return pb.NodeStatus(node="bob", peers=[pb.PeerStatus(node="eve")])
+
+    async def watch_status(self, interval):
+        for step in range(3):
+            yield pb.NodeStatus(step=step)
+
+
+@pytest.fixture(params=["loopback", "grpc"])
+def make(request):
+    """A function that makes a transport on a free port."""
+    network = LoopbackNetwork()
+    if request.param == "grpc":
+        return lambda port=0: GrpcTransport("127.0.0.1", port)
+    return lambda port=0: network.transport("127.0.0.1", port)
+
+
+@asynccontextmanager
+async def serving(make):
+    """A served handler and a link to it."""
+    handler, server, client = Answers(), make(), make()
+    port = await server.listen(handler, handler)
+    link = client.link(f"127.0.0.1:{port}")
+    try:
+        yield handler, server, link, port
+    finally:
+        handler.hold.set()
+        await link.close()
+        await server.close(0)
+
+
+def sender(run="right"):
+    return pb.Sender(run=run, node="alice", session=3)
+
+
+async def test_unary_calls_arrive_and_are_answered(make):
+    """Every call reaches its method and its answer comes back."""
+    async with serving(make) as (handler, _, link, _):
+        assert (await link.hello(pb.HelloRequest(sender=sender()), 5)).visit == 7
+        assert handler.asked == [("alice", "127.0.0.1")]
+        answer = await link.settle_visit(pb.VisitDegree(visit=4, degree=2), 5)
+        assert answer.visit == 6
+        assert await link.goodbye(pb.GoodbyeRequest(), 5) == pb.GoodbyeReply()
+
+
+async def test_a_refusal_keeps_its_reason(make):
+    """PeerRefused crosses the wire with the word under which it is counted."""
+    async with serving(make) as (_, _, link, _):
+        with pytest.raises(PeerRefused, match="this is run 'right'") as caught:
+            await link.hello(pb.HelloRequest(sender=sender("wrong")), 5)
+        assert caught.value.reason == "other_run"
+
+
+async def test_streams_arrive_in_order_and_whole(make):
+    """Messages of a pull are the bytes that the handler gave."""
+    async with serving(make) as (_, _, link, _):
+        messages = [m async for m in link.pull(pb.PullRequest(sender=sender(), serial=5), 5)]
+        assert messages == [frame(5, i, bytes([i]) * 1000) for i in range(5)]
+
+
+async def test_a_stream_may_end_in_a_refusal(make):
+    """What came before a refusal is delivered, then the refusal is raised."""
+    async with serving(make) as (_, _, link, _):
+        got = []
+        with pytest.raises(PeerRefused) as caught:
+            async for message in link.pull(pb.PullRequest(sender=sender("refuse"), serial=2), 5):
+                got.append(message)
+        assert caught.value.reason == "passed"
+        assert len(got) == 2
+
+
+async def test_a_slow_answer_is_a_timeout(make):
+    """The caller waits as long as it said, for calls and for streams."""
+    async with serving(make) as (_, _, link, _):
+        with pytest.raises(PeerTimeout):
+            await link.open_visit(pb.VisitOffer(), 0.05)
+        with pytest.raises(PeerTimeout):
+            async for _ in link.pull(pb.PullRequest(sender=sender("hold")), 0.05):
+                pass
+
+
+async def test_leaving_a_stream_ends_it_at_the_server(make):
+    """A reader that turns away does not leave the server waiting."""
+    async with serving(make) as (handler, _, link, _):
+        request = pb.PullRequest(sender=sender("hold"), serial=1)
+        async with aclosing(link.pull(request, 30)) as messages:
+            async for _ in messages:
+                break
+        await asyncio.wait_for(handler.cancelled.wait(), 5)
+
+
+async def test_nobody_there_is_unavailable(make):
+    """Calling an address where nobody listens fails at once, as PeerUnavailable."""
+    link = make().link("127.0.0.1:9")
+    with pytest.raises(PeerUnavailable):
+        await link.hello(pb.HelloRequest(), 5)
+    with pytest.raises(PeerUnavailable):
+        async for _ in link.pull(pb.PullRequest(), 5):
+            pass
+    await link.close()
+
+
+async def test_a_server_that_goes_away_becomes_unavailable(make):
+    """After the server closed, calls fail, and a stream under way ends with an error."""
+    async with serving(make) as (_, server, link, _):
+        await link.hello(pb.HelloRequest(sender=sender()), 5)
+        await server.close(0)
+        with pytest.raises(PeerError):
+            await link.hello(pb.HelloRequest(sender=sender()), 5)
+
+
+async def test_a_taken_port_is_one_clear_line(make):
+    """Listening on a used port names the port and the setting."""
+    async with serving(make) as (handler, _, _, port):
+        with pytest.raises(ListenError, match=str(port)):
+            await make(port).listen(handler, handler)
+
+
+async def test_status_is_served_beside_the_peers():
+    """GetStatus, ListPeers and WatchStatus answer; a dead address is an error of that entry."""
+    async with serving(lambda port=0: GrpcTransport("127.0.0.1", port)) as (_, _, link, port):
+        alive, dead = await ask_all([f"127.0.0.1:{port}", "127.0.0.1:9"], 5)
+        assert alive.node == "bob"
+        assert isinstance(dead, PeerUnavailable)
+        assert [status.step async for status in link.watch_status(0)] == [0, 1, 2]
+        with pytest.raises(PeerUnavailable):
+            await ask_status("127.0.0.1:9", 5)
+
+
+async def test_health_and_reflection_work_without_our_protos():
+    """Standard tools see the services and their health, as grpcurl and orchestrators do."""
+    async with serving(lambda port=0: GrpcTransport("127.0.0.1", port)) as (_, _, _, port):
+        address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for service in ("", "deca.v1.Peer", "deca.v1.Status"):
+                reply = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+        def reflect():
+            with grpc.insecure_channel(address) as channel:
+                database = ProtoReflectionDescriptorDatabase(channel)
+                found = database.FindFileContainingSymbol("deca.v1.Status")
+                return set(database.get_services()), {s.name for s in found.service}
+
+        services, described = await asyncio.to_thread(reflect)
+        assert {"deca.v1.Peer", "deca.v1.Status", "grpc.health.v1.Health"} <= services
+        assert described == {"Peer", "Status"}

@@ -1,0 +1,109 @@
+"""Tiny random models on disk, as Hugging Face folders: real architectures, no download."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+HIDDEN = 32
+LETTERS = "abcdefgh"  # " a" to " h" are one token each, so they can serve as label words
+BOS, EOS, PAD, START, END = "<s>", "</s>", "<pad>", "<|start|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+_COMMON = {"hidden_size": HIDDEN, "num_attention_heads": 4, "max_position_embeddings": 256}
+_LLAMA_LIKE = {**_COMMON, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {**_LLAMA_LIKE, "tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": 8}),
+    "gemma2": ("Gemma2Config", {**_LLAMA_LIKE, "sliding_window": 8}),
+    "phi3": ("Phi3Config", {**_COMMON, "intermediate_size": 64, "num_key_value_heads": 2}),
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": HIDDEN, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 64, "hidden_dropout": 0.1}),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+@cache
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """A byte-level tokenizer of 269 tokens that puts ``<s>`` before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, EOS, START, END]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"Ġ{letter}" for letter in LETTERS]  # Ġ is how a byte-level vocabulary writes a space
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet, *words])}
+    merges = [("Ġ", letter) for letter in LETTERS]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=chat_template,
+    )
+
+
+def make_model(
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    layers: int = 4,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Write a random model of one of ``FAMILIES`` with its tokenizer; a seed gives the same bytes.
+
+    Args:
+        folder: where to; made if it is not there.
+        family: the architecture.
+        dtype: of the stored weights.
+        layers: number of decoder layers.
+        seed: of the weights; torch's own generator is left as it was.
+        config: further arguments of the model's configuration class.
+
+    Returns:
+        ``folder``.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = make_tokenizer()
+    name, arguments = _FAMILIES[family]
+    settings = getattr(transformers, name)(
+        **{
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": layers,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **arguments,
+            **config,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
