@@ -52,31 +52,94 @@ class Section(BaseModel):
 class RunSettings(Section):
     """What all nodes of a run must agree on, besides model, schedule and optimizer."""
 
-    name: Name = "deca"
-    seed: int = Field(0, ge=0, lt=2**32)
-    method: Literal["deca"] = "deca"
-    start_when: int = Field(2, ge=1, le=1000)
+    name: Name = Field(
+        "deca",
+        description="The run, the same on all its nodes. Nodes look for others of the same run, "
+        "and for nobody else.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Decides random graphs, random block orders and the order of examples; the "
+        "same on all nodes.",
+    )
+    method: Literal["deca"] = Field(
+        "deca", description="What is trained and exchanged at each step."
+    )
+    start_when: int = Field(
+        2,
+        ge=1,
+        le=1000,
+        description="Members to wait for before training, this node included; 1 begins alone.",
+    )
 
 
 class NodeSettings(Section):
     """This machine's part."""
 
-    name: Name = Field(default_factory=default_node_name)
-    host: str = "0.0.0.0"  # noqa: S104 - neighbours are on other machines
-    port: int = Field(DEFAULT_PORT, ge=0, le=65535)
-    advertise: str | None = None
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
-    threads: int = Field(0, ge=0, le=1024)
-    output: Path = Path("out")
+    name: Name = Field(
+        default_factory=default_node_name,
+        description="This node, unique in the run. Unset: the machine's host name.",
+    )
+    host: str = Field(
+        "0.0.0.0",  # noqa: S104 - neighbours are on other machines
+        description="Address to listen on. 0.0.0.0 is every IPv4 interface; 127.0.0.1 keeps the "
+        "node to this machine.",
+    )
+    port: int = Field(
+        DEFAULT_PORT,
+        ge=0,
+        le=65535,
+        description="TCP port to listen on; 0 takes a free one, which zeroconf tells the others.",
+    )
+    advertise: str | None = Field(
+        None,
+        description="Host that others call, where it is not an address of this machine: behind "
+        "NAT, in a container.",
+        examples=["192.0.2.7"],
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="auto, cpu, cuda, cuda:N or mps. auto takes a GPU where there is one.",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of the computation; 0 leaves it to PyTorch (all cores). Nodes "
+        "that share a machine should share its cores.",
+    )
+    output: Path = Field(
+        Path("out"),
+        description="Folder of the trained model, the run's record and the state to resume "
+        "from. One run, one node, one folder.",
+    )
 
 
 class ModelSettings(Section):
     """The base model."""
 
-    path: Path
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = False
-    cache: Path = Path("~/.cache/deca-node")
+    path: Path = Field(
+        description="Base model: a Hugging Face folder of a decoder-only model, or a .gguf "
+        "file. The same on all nodes."
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16",
+        description="Precision of the frozen weights: 2, 2 or 4 bytes a parameter. The active "
+        "block always has an fp32 master. fp32 is the fastest on most CPUs.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, about a third "
+        "more time.",
+    )
+    cache: Path = Field(
+        Path("~/.cache/deca-node"),
+        description="Folder where converted .gguf files are kept, shared by all nodes of a "
+        "machine.",
+    )
 
     @field_validator("cache")
     @classmethod
@@ -87,48 +150,118 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """The private data and how rows become examples."""
 
-    train: Path
-    test: Path | None = None
-    task: Literal["classification", "instruction", "text"] = "classification"
-    template: str = "{text}\nLabel:"
-    labels: dict[str, str] = Field(default_factory=dict)
-    label_field: str = "label"
-    prompt_field: str = "prompt"
-    response_field: str = "response"
-    messages_field: str = "messages"
-    text_field: str = "text"
-    max_tokens: int = Field(512, ge=8, le=1_000_000)
-    batch_size: int = Field(4, ge=1, le=4096)
+    train: Path = Field(
+        description="Private training data: .jsonl, .csv, .parquet, or a folder written by "
+        "Dataset.save_to_disk. It never leaves this machine."
+    )
+    test: Path | None = Field(
+        None,
+        description="Held-out data of the same form, measured before and after the run. Unset: "
+        "no measurement.",
+        examples=["test.jsonl"],
+    )
+    task: Literal["classification", "instruction", "text"] = Field(
+        "classification",
+        description="classification learns the label's word after the template; instruction the "
+        "responses of prompts or chats; text all of it.",
+    )
+    template: str = Field(
+        "{text}\nLabel:",
+        description="classification: the prompt, with a row's fields in braces. A row that is "
+        "too long loses the end of its longest field.",
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="classification: label = word that the model says for it; best one token "
+        "each. Empty: the labels found in train, as they are. Give all of them "
+        "where nodes do not hold all.",
+    )
+    label_field: str = Field("label", description="classification: the field of the label.")
+    prompt_field: str = Field("prompt", description="instruction: the field of the prompt.")
+    response_field: str = Field("response", description="instruction: the field of the response.")
+    messages_field: str = Field(
+        "messages",
+        description="instruction: the field of a chat, a list of {role, content}; it wins over "
+        "prompt and response.",
+    )
+    text_field: str = Field("text", description="text: the field of the text.")
+    max_tokens: int = Field(
+        512,
+        ge=8,
+        le=1_000_000,
+        description="Longest example in tokens. Time and memory of a step grow with it.",
+    )
+    batch_size: int = Field(
+        4,
+        ge=1,
+        le=4096,
+        description="Examples per step. Larger: steadier gradients, more time and memory a step.",
+    )
 
 
 class ScheduleSettings(Section):
     """How long and in which order."""
 
-    rounds: int = Field(4, ge=1, le=100_000)
-    steps: int = Field(48, ge=1, le=1_000_000)
-    layers_per_block: int = Field(1, ge=1, le=10_000)
-    order: Literal["ascending", "descending", "random"] = "ascending"
+    rounds: int = Field(4, ge=1, le=100_000, description="Passes over all blocks.")
+    steps: int = Field(
+        48,
+        ge=1,
+        le=1_000_000,
+        description="Steps on a block before the next one's turn. Each step exchanges the block "
+        "with every neighbour.",
+    )
+    layers_per_block: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="Layers trained at a time. Memory for the optimizer and bytes per step grow "
+        "with it; visits become fewer.",
+    )
+    order: Literal["ascending", "descending", "random"] = Field(
+        "ascending",
+        description="Order of the blocks within a round: from the input up, from the output "
+        "down, or drawn anew each round.",
+    )
 
 
 class OptimizerSettings(Section):
     """Adam and its correction from the mix (BMA)."""
 
-    learning_rate: Positive = 1e-4
-    adam_beta1: Decay = 0.9
-    adam_beta2: Decay = 0.999
-    adam_eps: Positive = 1e-8
-    bma: Literal["on", "off", "trivial"] = "on"
-    bma_beta1: Share = 0.3
-    bma_beta2: Share = 0.333
-    discrepancy: Literal["l2", "none", "lr"] = "l2"
+    learning_rate: Positive = Field(1e-4, description="Step size of Adam.")
+    adam_beta1: Decay = Field(0.9, description="Decay of Adam's mean of gradients.")
+    adam_beta2: Decay = Field(0.999, description="Decay of Adam's mean of squared gradients.")
+    adam_eps: Positive = Field(1e-8, description="Added to Adam's denominator.")
+    bma: Literal["on", "off", "trivial"] = Field(
+        "on",
+        description="What a step's whole move, mix included, does to Adam's moments: blends in "
+        "(on), nothing (off), replaces them (trivial).",
+    )
+    bma_beta1: Share = Field(
+        0.3, description="Share of Adam's first moment that survives the blend; 1 keeps all of it."
+    )
+    bma_beta2: Share = Field(
+        0.333,
+        description="Share of Adam's second moment that survives the blend; 1 keeps all of it.",
+    )
+    discrepancy: Literal["l2", "none", "lr"] = Field(
+        "l2",
+        description="Scale of the move that is blended in: unit length (l2), as it is (none), "
+        "or divided by the learning rate (lr).",
+    )
 
 
 class TopologySettings(Section):
     """Who exchanges with whom."""
 
-    kind: Literal["full", "ring", "erdos_renyi", "bipartite", "explicit"] = "ring"
-    p: float = Field(0.5, gt=0, le=1)
-    edges: tuple[tuple[str, str], ...] = ()
+    kind: Literal["full", "ring", "erdos_renyi", "bipartite", "explicit"] = Field(
+        "ring",
+        description="Who exchanges with whom; each node derives the graph from the members' "
+        "names. A full graph mixes fastest and sends the most.",
+    )
+    p: float = Field(0.5, gt=0, le=1, description="erdos_renyi: probability of each edge.")
+    edges: tuple[tuple[str, str], ...] = Field(
+        (), description="explicit: pairs of node names. None at all: every node trains alone."
+    )
 
     @model_validator(mode="after")
     def _edges_only_when_explicit(self) -> "TopologySettings":
@@ -140,14 +273,38 @@ class TopologySettings(Section):
 class NetworkSettings(Section):
     """How peers are found and how long they are waited for."""
 
-    preset: Literal["local", "lan", "wan"] = "lan"
-    zeroconf: bool = True
-    interfaces: tuple[str, ...] = ()
-    static_peers: tuple[str, ...] = ()
-    step_deadline: Positive | None = None
-    visit_deadline: Positive | None = None
-    heartbeat: Positive | None = None
-    gone_after: Positive | None = None
+    preset: Literal["local", "lan", "wan"] = Field(
+        "lan", description="Deadlines for nodes on one machine, in one room, or at several sites."
+    )
+    zeroconf: bool = Field(True, description="Find peers of the local network by multicast DNS.")
+    interfaces: tuple[str, ...] = Field(
+        (), description="Addresses of the interfaces that zeroconf uses. Empty: all."
+    )
+    static_peers: tuple[str, ...] = Field(
+        (),
+        description="HOST:PORT of peers to call, beside or in place of zeroconf. One that is up "
+        "is enough: it names the others.",
+    )
+    step_deadline: Positive | None = Field(
+        None,
+        description="Seconds that a step waits for a neighbour's block. Unset: the preset's.",
+        examples=[30.0],
+    )
+    visit_deadline: Positive | None = Field(
+        None,
+        description="Seconds that a block visit waits for neighbours to agree on edges. Unset: "
+        "the preset's.",
+        examples=[60.0],
+    )
+    heartbeat: Positive | None = Field(
+        None, description="Seconds between greetings. Unset: the preset's.", examples=[2.0]
+    )
+    gone_after: Positive | None = Field(
+        None,
+        description="Seconds of silence after which a peer leaves the member set. Unset: the "
+        "preset's.",
+        examples=[30.0],
+    )
 
     @field_validator("static_peers")
     @classmethod

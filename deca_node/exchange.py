@@ -148,14 +148,15 @@ class Exchange:
     ) -> None:
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        calls = [call(peer) for peer in sorted(peers)]
+        calls = {peer: call(peer) for peer in sorted(peers)}
         while not self._stopping.is_set():
             elapsed = loop.time() - begin
             # A living peer answers at once, whatever it is doing: a suspect that has not is not
-            # worth the deadline of those that have.
+            # worth the deadline of those that have. What we have to say must arrive as well.
+            unsaid = {peer for peer, task in calls.items() if not task.done()}
             waiting = {
                 peer
-                for peer in open_()
+                for peer in open_() | unsaid
                 if not self._given_up(peer)
                 and not (elapsed > self._timing.rpc and self._peers.is_suspect(peer))
             }
@@ -165,9 +166,9 @@ class Exchange:
                     self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
                 break
             await self._wait_change(min(left, self._timing.heartbeat))
-        for task in calls:
+        for task in calls.values():
             task.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.gather(*calls.values(), return_exceptions=True)
 
     def _given_up(self, peer: str) -> bool:
         return self._peers.link(peer) is None
@@ -210,7 +211,8 @@ class Exchange:
                     self._peers.trouble(peer, error)
                     await asyncio.sleep(RETRY_SECONDS)
                 else:
-                    return
+                    break
+            self._pulse()
 
         return asyncio.create_task(tell())
 

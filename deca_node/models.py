@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import os
+import threading
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -34,6 +35,10 @@ FP16_LOSS_SCALE = 1024.0
 # Where a configuration was written and how it was read, not what the model computes.
 _VOLATILE = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache"})
 _READ_BYTES = 16 * 2**20
+
+
+# transformers switches the process's default dtype and device while it loads.
+_LOADING = threading.Lock()
 
 
 def pick_device(text: str) -> torch.device:
@@ -226,7 +231,8 @@ class LanguageModel:
         path = settings.path
         folder = _converted(path, settings.cache) if path.suffix.lower() == ".gguf" else path
         _check_folder(folder, path)
-        module = _read_model(folder, path, dtype=DTYPES[settings.dtype])
+        with _LOADING:
+            module = _read_model(folder, path, dtype=DTYPES[settings.dtype])
         tokenizer = Tokenizer(_read_tokenizer(folder, path), path)
         try:
             module.to(device)
@@ -317,7 +323,7 @@ class LanguageModel:
 
     def config_digest(self) -> str:
         """xxh3_128 of what defines the architecture: equal on all nodes that train one model."""
-        # The difference from the defaults: newer releases of transformers only add defaults.
+        # Without the defaults of the base class, to which each release of transformers adds some.
         tree = _without_volatile(self.module.config.to_diff_dict())
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"), default=str)
         return xxhash.xxh3_128_hexdigest(text.encode())

@@ -344,6 +344,7 @@ class Node:
         }
         write_summary(self.settings.node.output / "summary.json", summary)
         self._checkpoint.save_visit(None, progress)
+        self._progress = progress
         self._waiting_for = ""
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1))
 
@@ -445,7 +446,7 @@ class Node:
 
     async def _leave(self) -> None:
         assert self._swarm is not None  # noqa: S101
-        await self._swarm.goodbye(finished=self._progress.finished or self._phase == Phase.SERVING)
+        await self._swarm.goodbye(finished=self._progress.finished)
         await self._swarm.close()
 
     async def _evaluate(

@@ -1,10 +1,9 @@
 """A node's status for people (rich) and for scripts (plain dicts)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -14,7 +13,7 @@ from rich.text import Text
 from deca_node.pb import node_pb2 as pb
 
 _STATE_STYLES = {"alive": "green", "suspect": "yellow", "gone": "red", "refused": "red"}
-_BAR_WIDTH = 24
+_BAR_WIDTH = 16
 
 
 # Units
@@ -128,12 +127,12 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
     return table
 
 
-def render_swarm(statuses: Mapping[str, pb.NodeStatus | str] | Sequence[pb.NodeStatus]) -> Table:
+def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
     """One row per node.
 
     Args:
-        statuses: in the order of the rows; given by name, a text stands for a node of which
-            there is no status and says why.
+        statuses: by node name, in the order of the rows; a text stands for a node of which there
+            is no status and says why.
     """
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("node", "phase"):
@@ -142,12 +141,7 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str] | Sequence[pb.NodeS
     for heading in ("block", "step", "eta", "loss", "disagreement", "in", "out", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("neighbours", overflow="fold")
-    named = (
-        statuses
-        if isinstance(statuses, Mapping)
-        else {f"{number}": status for number, status in enumerate(statuses)}
-    )
-    for name, status in named.items():
+    for name, status in statuses.items():
         if isinstance(status, str):
             table.add_row(Text(name, "bold"), Text(status, "dim"))
             continue
@@ -165,9 +159,25 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str] | Sequence[pb.NodeS
             size(status.bytes_received),
             size(status.bytes_sent),
             size(status.memory_bytes),
-            Text(status.waiting_for or neighbours or "-"),
+            Text(f"waits for {status.waiting_for}" if status.waiting_for else neighbours or "-"),
         )
     return table
+
+
+def render_line(status: pb.NodeStatus) -> RenderableType:
+    """Where one node is, in a line."""
+    if not status.steps_done:
+        return Text(f"{phase(status.phase)}  {status.waiting_for}", "dim")
+    neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(
+        _bar(status),
+        position(status),
+        f"loss {status.loss:.3f}",
+        f"with {neighbours}" if neighbours else "alone",
+        f"{duration(status.eta_seconds)} left" if status.eta_seconds else phase(status.phase),
+    )
+    return grid
 
 
 def _phase(status: pb.NodeStatus) -> Text:
@@ -199,10 +209,10 @@ def _reasons(refusals: Mapping[str, int]) -> str:
 
 
 def as_json(message: Message) -> dict[str, Any]:
-    """A status as plain values: every field under its name in the .proto, 64-bit numbers as
-    numbers, enums as lower-case words without their prefix, numbers that JSON lacks as None.
+    """A message as plain values, with every field under its name in the .proto.
 
-    protobuf's own JSON mapping makes texts of 64-bit numbers and of NaN.
+    Enums are lower-case words without their prefix, NaN and infinity are None. 64-bit numbers stay
+    numbers: protobuf's own JSON mapping would make texts of them.
     """
     return {
         field.name: _plain(field, getattr(message, field.name))
@@ -210,7 +220,7 @@ def as_json(message: Message) -> dict[str, Any]:
     }
 
 
-def _plain(field: FieldDescriptor, value: Any) -> Any:
+def _plain(field: Any, value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(sorted(value.items()))
     if field.is_repeated:
@@ -218,17 +228,13 @@ def _plain(field: FieldDescriptor, value: Any) -> Any:
     return _single(field, value)
 
 
-def _single(field: FieldDescriptor, value: Any) -> Any:
+def _single(field: Any, value: Any) -> Any:
     if isinstance(value, Message):
         return as_json(value)
     if field.enum_type is not None:
-        return _word(field, value)
+        known = field.enum_type.values_by_number.get(value)
+        prefix = f"{field.enum_type.name.upper()}_"
+        return known.name.removeprefix(prefix).lower() if known else value
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _word(field: FieldDescriptor, value: int) -> Any:
-    known = field.enum_type.values_by_number.get(value)
-    prefix = f"{field.enum_type.name.upper()}_"
-    return known.name.removeprefix(prefix).lower() if known else value

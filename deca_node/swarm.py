@@ -37,6 +37,9 @@ REFUSED_HEARTBEATS = 5
 # A contact that only a peer or multicast proposed is dropped after this many vain greetings.
 MAX_VAIN_GREETINGS = 30
 
+# The reason of a call to a peer that greeted us a moment ago: nobody's fault.
+UNMET = "unmet"
+
 
 @dataclass
 class Traffic:
@@ -331,10 +334,10 @@ class Swarm:
 
     def trouble(self, peer: str, error: PeerError) -> None:
         """See Neighbourhood."""
-        self._traffic(peer).refusals[error.reason] += 1
         known = self.peers.get(peer)
-        if known is None:
+        if known is None or error.reason == UNMET:
             return
+        self._traffic(peer).refusals[error.reason] += 1
         if isinstance(error, PeerUnavailable):
             self._update(
                 membership.failed(known, self._now(), self._timing.gone_after, 0, str(error))
@@ -449,7 +452,7 @@ class _Unmet:
     """Stands for the link to a peer that greeted us and has not been greeted back yet."""
 
     def __getattr__(self, name: str) -> Any:
-        raise PeerUnavailable("not greeted back yet")
+        raise PeerError(UNMET, "not greeted back yet")
 
 
 def _is_name(text: str) -> bool:

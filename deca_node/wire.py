@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from google.protobuf.message import DecodeError
@@ -238,7 +239,8 @@ class Receiver:
         first = self._values
         if first + values.numel() > self._layout.numel:
             raise PayloadError("too_long", "more values than the block has")
-        if not bool(torch.isfinite(values).all()):
+        # NumPy, because torch would use its thread pool for so many and stall on busy cores.
+        if not np.isfinite(values.numpy()).all():
             raise PayloadError("not_finite", f"NaN or infinity near element {first}")
         self._values += values.numel()
         return first, values

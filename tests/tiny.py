@@ -9,6 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+# Nothing here is large enough to share out, and torch's idle threads spin: on busy cores that
+# made the tests ten times slower.
+torch.set_num_threads(1)
+
 HIDDEN = 32
 LETTERS = "abcdefgh"  # " a" to " h" are one token each, so they can serve as label words
 BOS, EOS, PAD, START, END = "<s>", "</s>", "<pad>", "<|start|>", "<|end|>"

@@ -1,6 +1,7 @@
 """The exchange over the loopback transport, in virtual time: deadlines cost no waiting."""
 
 import asyncio
+import random
 
 import pytest
 import structlog
@@ -140,6 +141,30 @@ def test_many_visits_bring_everybody_together():
         await together(life(m, w) for m, w in zip(members, wanted(members), strict=True))
         for member in members:
             assert float((member.values - 1.5).abs().max()) < 1e-5
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slow_and_uneven_networks_lose_nothing(seed):
+    """Whatever order delays put the messages in, every edge is used by both ends in every step."""
+    source = random.Random(seed)
+
+    async def life(member, wish):
+        for visit in range(4):
+            member.visit = visit
+            await member.open(wish)
+            for step in range(2):
+                report = await member.step(step)
+                assert report.complete
+                assert sorted(report.used) == sorted(wish)
+
+    async def scenario():
+        network = LoopbackNetwork(delay=lambda _a, _b: source.choice([0, 0, 0.01, 0.3, 1.0]))
+        members = await meet(network, 4)
+        begin = asyncio.get_running_loop().time()
+        await together(life(m, w) for m, w in zip(members, wanted(members), strict=True))
+        assert asyncio.get_running_loop().time() - begin < TIMING.visit_deadline
 
     run(scenario())
 

@@ -5,9 +5,11 @@ import json
 import shutil
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def load(path: Path, dtype: str = "fp32", **settings: Any) -> LanguageModel:
-    return LanguageModel.load(ModelSettings(path=path, dtype=dtype, **settings), CPU)  # type: ignore[arg-type]
+    return LanguageModel.load(ModelSettings(path=path, dtype=dtype, **settings), CPU)
 
 
 def some_batch(rows: int = 3) -> Batch:
@@ -219,6 +221,17 @@ def test_block_tensors_load_again(folder: Callable[[str], Path]) -> None:
         model.load_block(range(1, 2), {n: t for n, t in saved.items() if n != name})
     with pytest.raises(ModelError, match=f"{name}' has shape"):
         model.load_block(range(1, 2), {**saved, name: saved[name][:1]})
+
+
+def test_the_model_folder_is_only_read(tmp_path: Path) -> None:
+    """The weights may be mapped into memory: what is written there must not reach the file."""
+    path = make_model(tmp_path / "model")
+    before = (path / "model.safetensors").read_bytes()
+    model = load(path)
+    zeros = {name: tensor * 0 for name, tensor in model.block_tensors(range(2)).items()}
+    model.load_block(range(2), zeros)
+    train(model, range(1, 3), some_batch(), steps=1)
+    assert (path / "model.safetensors").read_bytes() == before
 
 
 def test_digests(folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -585,12 +598,21 @@ def test_gguf_is_converted_once(
 def test_a_killed_conversion_leaves_nothing_in_the_way(
     folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an earlier attempt left half-done is not taken for the model."""
+    """It holds a lock, and what it left half-done is not taken for the model."""
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"any content")
     copy = folder("llama")
 
+    def is_locked(target: Path) -> bool:
+        try:
+            with filelock.FileLock(target.with_suffix(".lock"), timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+
     def convert(path: Path, target: Path) -> None:
+        with ThreadPoolExecutor() as another_node:
+            assert another_node.submit(is_locked, target).result()
         with models._complete(target) as place:
             shutil.copytree(copy, place, dirs_exist_ok=True)
             if not killed:
@@ -618,6 +640,6 @@ def test_gguf_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load(file, cache=tmp_path)
     with pytest.raises(OutputError, match="cannot be written"):
         load(file, cache=file / "cache")
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'deca-node\[gguf\]'"):
         load(file, cache=tmp_path)

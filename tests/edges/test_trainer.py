@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, dtype: str = "fp32", checkpointing: bool = False) -> LanguageModel:
-    settings = ModelSettings(path=folder, dtype=dtype, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+    settings = ModelSettings(path=folder, dtype=dtype, gradient_checkpointing=checkpointing)
     return LanguageModel.load(settings, torch.device("cpu"))
 
 

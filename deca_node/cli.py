@@ -1,0 +1,343 @@
+"""The command line: verbs, and errors as one line and an exit code (errors.py lists them).
+
+What takes seconds to import (torch, transformers) is imported by the verbs that need it, so that
+``status`` and ``--help`` answer at once.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import structlog
+import typer
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from deca_node import __version__, logs, registry, status, template
+from deca_node.config import load
+from deca_node.errors import (
+    ConfigError,
+    DecaError,
+    OutputError,
+    PeerError,
+    UnreachableError,
+)
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import GrpcLink, ask_all, ask_status
+
+ASK_SECONDS = 3.0
+WATCH_SECONDS = 1.0
+
+app = typer.Typer(
+    help="Machines with private data fine-tune one language model together, with nobody in charge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file; `deca-node init` writes one.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting; may be given many times."),
+]
+AddressArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[HOST:PORT]", help="A node; else those of this machine."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a verb and exit: 0, the error's own code, 1 for a defect, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(list(arguments), prog_name="deca-node")
+        sys.exit(0)
+    except DecaError as error:
+        if "--traceback" in arguments:
+            raise
+        text = " ".join(str(error).split())
+        print(f"deca-node: error: {text}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:  # noqa: BLE001 - the one place where a defect becomes an exit code
+        structlog.get_logger().exception("this is a defect of deca-node; please report it")
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deca-node {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from.")
+    ] = False,
+) -> None:
+    del version, traceback  # the first has exited, main reads the second
+    logs.configure(human=sys.stderr.isatty())
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("node.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write a commented settings file."""
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(template.commented())
+    except FileExistsError:
+        raise OutputError(f"{path}: is there already; --force overwrites it") from None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    typer.echo(f"wrote {path}; fill in model.path and data.train, then: deca-node start -c {path}")
+
+
+@app.command()
+def start(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step.")] = False,
+) -> None:
+    """Run this machine's node until the run is finished, or a signal ends it.
+
+    SIGINT and SIGTERM save the state; the same command resumes there.
+    """
+    human = sys.stderr.isatty()
+    logs.configure(human=human, verbose=verbose)
+    chosen = load(config, settings or ())
+    from deca_node.node import Node  # noqa: PLC0415 - imports torch
+
+    log = structlog.get_logger()
+    with _progress_bar(shown=human) as report:
+        node = Node(chosen, log, report)
+        finished = asyncio.run(node.run())
+    if not finished:
+        log.info("ended before the run was finished; the same command resumes it")
+    if node.abandoned:
+        # Python cannot be wound up under a thread that is inside torch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+@contextmanager
+def _progress_bar(*, shown: bool) -> Iterator[Callable[[pb.NodeStatus], None] | None]:
+    """A line under the log with the run's position; yields what takes the status."""
+    if not shown:
+        yield None
+        return
+    with Live(console=logs.console, refresh_per_second=4, transient=True) as live:
+        yield lambda now: live.update(status.render_line(now))
+
+
+@app.command("status")
+def show_status(
+    address: AddressArgument = None,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until interrupted.")] = False,
+) -> None:
+    """Show what a node, or all nodes of this machine, are doing."""
+    where = [address] if address else [entry.address for entry in _local_nodes()]
+    asyncio.run(_show(where, as_json=as_json, watch=watch))
+
+
+@app.command()
+def peers(address: AddressArgument = None, as_json: JsonOption = False) -> None:
+    """Show what a node, or each node of this machine, knows of its peers."""
+    where = [address] if address else [entry.address for entry in _local_nodes()]
+    found = asyncio.run(_ask(where))
+    if as_json:
+        rows = {now.node: [status.as_json(peer) for peer in now.peers] for now in found}
+        typer.echo(json.dumps(rows[found[0].node] if len(found) == 1 else rows))
+        return
+    console = Console()
+    for now in found:
+        if len(found) > 1:
+            console.print(Text(now.node, "bold"))
+        console.print(status.render_peers(now.peers) if now.peers else "no peers yet")
+
+
+def _local_nodes() -> list[registry.Entry]:
+    found = registry.local_nodes()
+    if not found:
+        raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
+    return found
+
+
+async def _show(where: list[str], *, as_json: bool, watch: bool) -> None:
+    console = Console()
+    async with aclosing(_states(where, watch=watch)) as states:
+        if as_json:
+            async for now in states:
+                tree = [status.as_json(one) for one in now]
+                typer.echo(json.dumps(tree[0] if len(where) == 1 else tree))
+        elif watch and console.is_terminal:
+            with Live(console=console, auto_refresh=False) as live:
+                async for now in states:
+                    live.update(_rendered(now), refresh=True)
+        else:
+            async for now in states:
+                console.print(_rendered(now))
+
+
+def _rendered(states: list[pb.NodeStatus]) -> RenderableType:
+    if len(states) == 1:
+        return status.render(states[0])
+    return status.render_swarm({one.node: one for one in states})
+
+
+async def _states(where: list[str], *, watch: bool) -> AsyncGenerator[list[pb.NodeStatus]]:
+    if not watch:
+        yield await _ask(where)
+    elif len(where) == 1:
+        link = GrpcLink(where[0])
+        try:
+            async for now in link.watch_status(WATCH_SECONDS):
+                yield [now]
+        except PeerError as error:
+            raise _unreachable(error) from None
+        finally:
+            await link.close()
+    else:
+        while True:
+            yield await _ask(where)
+            await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _ask(where: list[str]) -> list[pb.NodeStatus]:
+    """The status of those that answer; at least one must."""
+    if len(where) == 1:
+        try:
+            return [await ask_status(where[0], ASK_SECONDS)]
+        except PeerError as error:
+            raise _unreachable(error) from None
+    answers = await ask_all(where, ASK_SECONDS)
+    states = [answer for answer in answers if isinstance(answer, pb.NodeStatus)]
+    if not states:
+        raise _unreachable(next(one for one in answers if isinstance(one, PeerError)))
+    return states
+
+
+def _unreachable(error: PeerError) -> UnreachableError:
+    return UnreachableError(f"no deca-node answers at {error}")
+
+
+@app.command()
+def partition(
+    source: Annotated[Path, typer.Argument(help="Labelled data: .jsonl, .csv, .parquet, folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for node-0.jsonl and so on.")],
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, help="How many nodes.")],
+    concentration: Annotated[
+        float,
+        typer.Option("--concentration", "-a", help="Dirichlet: 100 is even, 0.1 very uneven."),
+    ] = 0.25,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same split.")] = 0,
+    label_field: Annotated[
+        str, typer.Option("--label-field", help="Field of the label.")
+    ] = "label",
+    test_per_label: Annotated[
+        int, typer.Option("--test-per-label", min=0, help="Rows of each label for test.jsonl.")
+    ] = 0,
+) -> None:
+    """Split a labelled data set among nodes, each with a label mix of its own."""
+    from deca_node.partition import write_shards  # noqa: PLC0415 - imports torch
+
+    counts = write_shards(
+        source,
+        out,
+        nodes,
+        concentration,
+        seed,
+        label_field=label_field,
+        test_per_label=test_per_label,
+    )
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("node")
+    for label in [*counts[0], "rows"]:
+        table.add_column(Text(label), justify="right")
+    for number, row in enumerate(counts):
+        table.add_row(f"node-{number}", *map(str, row.values()), str(sum(row.values())))
+    Console().print(table)
+    typer.echo(f"wrote {out}{os.sep}node-0.jsonl to node-{nodes - 1}.jsonl")
+
+
+@app.command("testbed")
+def run_testbed(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, help="How many nodes.")] = 4,
+    train: Annotated[
+        Path | None, typer.Option("--train", help="Labelled data to split among the nodes.")
+    ] = None,
+    shards: Annotated[
+        Path | None,
+        typer.Option("--shards", help="Folder with node-0.jsonl and so on, in place of --train."),
+    ] = None,
+    test: Annotated[Path | None, typer.Option("--test", help="Held-out data.")] = None,
+    test_per_label: Annotated[
+        int,
+        typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
+    ] = 0,
+    concentration: Annotated[
+        float,
+        typer.Option("--concentration", "-a", help="Dirichlet: 100 is even, 0.1 very uneven."),
+    ] = 0.25,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0,
+    label_field: Annotated[
+        str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything.")] = Path(
+        "out/testbed"
+    ),
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="No edges: every node trains alone.")
+    ] = False,
+) -> None:
+    """Run several nodes on this machine, each a process of its own, and compare them.
+
+    The same command resumes a run that was interrupted.
+    """
+    if (train is None) == (shards is None):
+        raise ConfigError("give either --train FILE or --shards DIR")
+    if test_per_label and (test is not None or train is None):
+        raise ConfigError("--test-per-label needs --train, and no --test")
+    from deca_node import testbed  # noqa: PLC0415 - imports torch
+
+    testbed.run(
+        testbed.Plan(
+            nodes=nodes,
+            config=config,
+            overrides=tuple(settings or ()),
+            train=train,
+            shards=shards,
+            test=test,
+            test_per_label=test_per_label,
+            concentration=concentration,
+            seed=seed,
+            label_field=label_field,
+            out=out,
+            isolated=isolated,
+        )
+    )

@@ -1,0 +1,173 @@
+"""Real daemons: stop and resume, meet without multicast, refuse each other, answer status."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.cluster.daemons import DEADLINE, Daemon
+from tests.tiny import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", "llama")
+
+
+@pytest.fixture
+def make(tmp_path, model):
+    """A function that makes daemons of one run and ends them afterwards."""
+    made = []
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"{'abcd'[i % 4]} {i}", "label": "ab"[i % 2]} for i in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = f"life-{uuid.uuid4().hex[:8]}"
+
+    def factory(name, *settings):
+        common = [
+            f"run.name={run}",
+            f"model.path={model}",
+            "model.dtype=fp32",
+            f"data.train={data}",
+            "schedule.rounds=1",
+            "optimizer.learning_rate=1e-3",
+        ]
+        daemon = Daemon(tmp_path, name, [*common, *settings])
+        made.append(daemon)
+        return daemon
+
+    yield factory
+    for daemon in made:
+        if daemon.process:
+            daemon.end(signal.SIGKILL)
+            daemon.process.wait()
+
+
+def weights(daemon):
+    return load_file(daemon.output / "model" / "model.safetensors")
+
+
+def test_a_stopped_run_resumes_in_its_visit_and_ends_the_same(make):
+    """SIGTERM in the middle of a visit, then a second start: the very same model, bit for bit."""
+    alone = ["run.start_when=1", "network.zeroconf=false", "schedule.steps=60"]
+    whole = make("whole", *alone).start()
+    assert whole.wait() == 0, whole.log.read_text()[-3000:]
+    stopped = make("stopped", *alone, "data.batch_size=4").start()
+    stopped.until(lambda s: s.steps_done >= 70)
+    begin = time.monotonic()
+    stopped.end(signal.SIGTERM)
+    assert stopped.wait() == 0
+    assert time.monotonic() - begin < 5
+    done = len(stopped.history())
+    assert 70 <= done < 240
+    assert not (stopped.output / "model").exists()
+    assert stopped.start().wait() == 0
+    resumed = next(e for e in stopped.events() if e["event"] == "resuming")
+    assert resumed["visit"] * 60 + resumed["step"] == done
+    rows = [(r["visit"], r["step"]) for r in stopped.history()]
+    assert rows == [(v, s) for v in range(4) for s in range(60)]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(stopped)[name]), name
+    loaded = AutoModelForCausalLM.from_pretrained(stopped.output / "model")
+    assert loaded.config.num_hidden_layers == 4
+    again = stopped.start()
+    assert again.wait() == 0  # a finished run stays finished
+    assert any("finished" in e["event"] for e in again.events()[-1:])
+
+
+def test_another_run_does_not_get_the_folder(make):
+    """The same output with another seed is refused with the field, and nothing is touched."""
+    first = make("one", "run.start_when=1", "network.zeroconf=false", "schedule.steps=1").start()
+    assert first.wait() == 0
+    before = (first.output / "history.jsonl").read_bytes()
+    other = make(
+        "one", "run.start_when=1", "network.zeroconf=false", "schedule.steps=1", "run.seed=5"
+    ).start()
+    assert other.wait() == 8
+    assert "run.seed" in other.log.read_text().splitlines()[-1]
+    assert (first.output / "history.jsonl").read_bytes() == before
+
+
+def test_static_peers_and_peer_exchange_take_the_place_of_multicast(make):
+    """Three nodes that only know one address each find all of each other."""
+    common = ["network.zeroconf=false", "run.start_when=3", "schedule.steps=2"]
+    hub = make("hub", *common).start()
+    address = hub.until(lambda s: s.address).address
+    rest = [make(n, *common, f'network.static_peers=["{address}"]').start() for n in ("a", "b")]
+    daemons = [hub, *rest]
+    assert [d.wait() for d in daemons] == [0, 0, 0], hub.log.read_text()[-3000:]
+    for daemon in daemons:
+        others = sorted({"hub", "a", "b"} - {daemon.name})
+        assert all(row["neighbours"] == others for row in daemon.history())
+
+
+def test_different_settings_are_named_on_both_sides(make):
+    """Two nodes of one run that differ in a setting wait, and both logs say which."""
+    common = ["run.start_when=2", "schedule.steps=1"]
+    one = make("one", *common).start()
+    other = make("other", *common, "optimizer.bma=off").start()
+    for daemon in (one, other):
+        status = daemon.until(lambda s: s.peers and s.peers[0].state == "refused")
+        assert "optimizer.bma is" in status.peers[0].detail
+        assert "optimizer.bma" in status.waiting_for
+        daemon.end(signal.SIGINT)
+    assert [d.wait() for d in (one, other)] == [0, 0]
+    for daemon in (one, other):
+        assert any("optimizer.bma" in str(event.get("detail")) for event in daemon.events())
+
+
+def test_a_killed_neighbour_does_not_stop_the_others(make):
+    """SIGKILL one of three in the middle: the others notice, heal and finish."""
+    common = ["run.start_when=3", "schedule.steps=150", "topology.kind=ring"]
+    daemons = [make(name, *common).start() for name in "abc"]
+    daemons[2].until(lambda s: s.steps_done >= 20)
+    daemons[2].end(signal.SIGKILL)
+    assert [d.wait() for d in daemons[:2]] == [0, 0], daemons[0].log.read_text()[-3000:]
+    for daemon, other in zip(daemons[:2], "ba", strict=True):
+        history = daemon.history()
+        assert len(history) == 600
+        assert history[0]["neighbours"] == sorted({"a", "b", "c"} - {daemon.name})
+        assert history[-1]["neighbours"] == [other]
+        assert history[-1]["degree"] == 1
+        slowest = max(row["seconds_step"] for row in history)
+        assert slowest < 30  # far from the 60 s deadline: a closed connection is not waited for
+    first, second = (weights(d) for d in daemons[:2])
+    assert max(float((first[n] - second[n]).abs().max()) for n in first) < 0.05
+
+
+def test_status_verbs_show_a_running_node(make):
+    """`status` finds the node of this machine; JSON and table agree; peers lists the neighbour."""
+    common = ["run.start_when=2", "schedule.steps=4000"]
+    daemons = [make(name, *common).start() for name in "ab"]
+    address = daemons[0].until(lambda s: s.steps_done >= 5).address
+
+    def verb(*arguments):
+        command = [sys.executable, "-m", "deca_node", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+
+    found = verb("status", address, "--json")
+    assert found.returncode == 0, found.stderr
+    status = json.loads(found.stdout)
+    assert status["node"] == "a"
+    assert status["phase"] == "training"
+    assert status["peers"][0]["weight"] == pytest.approx(0.5)
+    table = verb("status", address)
+    assert table.returncode == 0
+    assert "training" in table.stdout
+    assert verb("peers", address).stdout.count("alive") == 1
+    everybody = verb("status")
+    assert everybody.returncode == 0
+    assert daemons[0].run_name[:12] in everybody.stdout
+    for daemon in daemons:
+        daemon.end(signal.SIGTERM)
+    assert [d.wait() for d in daemons] == [0, 0]
+    gone = verb("status", address)
+    assert gone.returncode == 3
+    assert len(gone.stderr.strip().splitlines()) == 1
