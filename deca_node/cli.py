@@ -205,7 +205,7 @@ async def _show(where: list[str], *, as_json: bool, watch: bool) -> None:
 def _rendered(states: list[pb.NodeStatus]) -> RenderableType:
     if len(states) == 1:
         return status.render(states[0])
-    return status.render_swarm({one.node: one for one in states})
+    return status.render_swarm({f"{one.run}/{one.node}": one for one in states})
 
 
 async def _states(where: list[str], *, watch: bool) -> AsyncGenerator[list[pb.NodeStatus]]:

@@ -125,10 +125,11 @@ class ModelSettings(Section):
         description="Base model: a Hugging Face folder of a decoder-only model, or a .gguf "
         "file. The same on all nodes."
     )
-    dtype: Literal["bf16", "fp16", "fp32"] = Field(
-        "bf16",
-        description="Precision of the frozen weights: 2, 2 or 4 bytes a parameter. The active "
-        "block always has an fp32 master. fp32 is the fastest on most CPUs.",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="Precision of the frozen weights: bf16 and fp16 take 2 bytes a parameter, "
+        "fp32 4; the active block always has an fp32 master. auto is bf16 on CUDA and fp32 "
+        "elsewhere (most CPUs are slow in 16 bits); nodes of one run need the same.",
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -375,18 +376,6 @@ class Settings(BaseSettings):
             if getattr(self.network, field.name, None) is not None
         }
         return replace(base, **given)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the hook's signature
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """``--set`` first, then the environment; the file's source is put in by ``load``."""
-        return init_settings, env_settings
 
 
 def _keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:

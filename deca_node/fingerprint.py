@@ -11,7 +11,7 @@ PROTOCOL_VERSION = 1
 
 
 def fingerprint(
-    settings: Settings, schedule: Schedule, model_config: str, base_weights: str
+    settings: Settings, schedule: Schedule, model_config: str, base_weights: str, dtype: str
 ) -> dict[str, str]:
     """Named values of a run; two nodes work together when all are equal.
 
@@ -20,14 +20,15 @@ def fingerprint(
         schedule: blocks, rounds, steps and order.
         model_config: digest of the model's configuration.
         base_weights: digest of the weights that the run starts from.
+        dtype: precision of the frozen weights, as used.
     """
     return {
         "run.name": settings.run.name,
         "run.seed": str(settings.run.seed),
         "run.method": settings.run.method,
         "model.config": model_config,
+        "model.dtype": dtype,  # before the digest of the weights, which it changes
         "model.weights": base_weights,
-        "model.dtype": settings.model.dtype,
         "schedule.rounds": str(schedule.rounds),
         "schedule.steps": str(schedule.steps),
         "schedule.order": schedule.order,

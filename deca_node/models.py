@@ -10,8 +10,8 @@ import inspect
 import io
 import json
 import os
-import threading
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
@@ -61,6 +61,13 @@ def pick_device(text: str) -> torch.device:
     if missing:
         raise DeviceError(f'device {text!r}: {missing}; set node.device = "cpu" or "auto"')
     return device
+
+
+def pick_dtype(text: str, device: torch.device) -> str:
+    """The name of the dtype for ``bf16|fp16|fp32|auto``: auto is bf16 on CUDA, else fp32."""
+    if text != "auto":
+        return text
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 class ActiveBlock:
@@ -205,6 +212,7 @@ class LanguageModel:
         tokenizer: its tokenizer.
         device: where all parameters are.
         n_layers: length of the layer stack.
+        dtype: precision of the frozen weights: bf16, fp16 or fp32.
         module: the Hugging Face model.
     """
 
@@ -215,6 +223,8 @@ class LanguageModel:
         self.module = module.eval().requires_grad_(False)
         self._stack, layers = _layer_stack(module, path)
         self.n_layers = len(layers)
+        first = next(layers[0].parameters()).dtype
+        self.dtype = next((name for name, dtype in DTYPES.items() if dtype is first), str(first))
         self._refuse_shared(path)
         self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._active: ActiveBlock | None = None
@@ -232,7 +242,7 @@ class LanguageModel:
         folder = _converted(path, settings.cache) if path.suffix.lower() == ".gguf" else path
         _check_folder(folder, path)
         with _LOADING:
-            module = _read_model(folder, path, dtype=DTYPES[settings.dtype])
+            module = _read_model(folder, path, dtype=DTYPES[pick_dtype(settings.dtype, device)])
         tokenizer = Tokenizer(_read_tokenizer(folder, path), path)
         try:
             module.to(device)

@@ -217,6 +217,7 @@ class Node:
             schedule,
             await self._compute(model.config_digest),
             await self._compute(model.weights_digest),
+            model.dtype,
         )
         self._checkpoint = checkpoint = Checkpoint(
             settings.node.output, {**marks, "node": settings.node.name}

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Paul Tol's light scheme, so that a label is not taken for a node.
+LABEL_COLOURS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#44BB99", "#AAAA00", "#DDDDDD")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Share of a new value in the running mean that the loss is drawn as.
 SMOOTHING = 0.2
@@ -90,11 +92,11 @@ def _bars(axes: Any, label_counts: Mapping[str, Mapping[str, int]]) -> None:
             counts,
             left=left,
             label=label,
-            color=COLOURS[number % len(COLOURS)],
+            color=LABEL_COLOURS[number % len(LABEL_COLOURS)],
             edgecolor="white",
             linewidth=0.8,
         )
         left = [sum(pair) for pair in zip(left, counts, strict=True)]
     axes.invert_yaxis()
     axes.set(title="Training rows per node and label", xlabel="rows")
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize=8)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

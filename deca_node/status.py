@@ -79,7 +79,7 @@ def render(status: pb.NodeStatus) -> RenderableType:
         facts.add_row("waiting for", Text(status.waiting_for))
     facts.add_row("position", position(status))
     facts.add_row("progress", _progress(status))
-    if status.steps_done:
+    if status.loss:
         facts.add_row("loss", f"{status.loss:.4f}  gradient norm {status.gradient_norm:.3g}")
         facts.add_row("disagreement", f"{status.disagreement:.3g}")
     facts.add_row("degree", f"{status.degree}  own weight {status.own_weight:.3f}")
@@ -132,33 +132,32 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
 
     Args:
         statuses: by node name, in the order of the rows; a text stands for a node of which there
-            is no status and says why.
+            is no status and says why. Nodes of several runs show theirs.
     """
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("node", "phase"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("progress")
-    for heading in ("block", "step", "eta", "loss", "disagreement", "in", "out", "memory"):
+    table.add_column("", min_width=8)
+    for heading in ("step", "left", "loss", "disagreed", "received", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("neighbours", overflow="fold")
+    runs = {status.run for status in statuses.values() if not isinstance(status, str)}
     for name, status in statuses.items():
         if isinstance(status, str):
             table.add_row(Text(name, "bold"), Text(status, "dim"))
             continue
-        trained = bool(status.steps_done)
+        trained = status.loss != 0  # unset until this process has done a step
         neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
         table.add_row(
-            Text(status.node, "bold"),
+            Text(status.node if len(runs) == 1 else f"{status.run}/{status.node}", "bold"),
             _phase(status),
-            _bar(status),
-            f"{status.position + 1}/{status.blocks}" if status.blocks else "-",
+            _bar(status, 8),
             f"{status.steps_done}/{status.steps_total}" if status.steps_total else "-",
             duration(status.eta_seconds) if status.eta_seconds else "-",
             f"{status.loss:.3f}" if trained else "-",
             f"{status.disagreement:.3g}" if trained else "-",
             size(status.bytes_received),
             size(status.bytes_sent),
-            size(status.memory_bytes),
             Text(f"waits for {status.waiting_for}" if status.waiting_for else neighbours or "-"),
         )
     return table
@@ -166,7 +165,7 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
 
 def render_line(status: pb.NodeStatus) -> RenderableType:
     """Where one node is, in a line."""
-    if not status.steps_done:
+    if not status.loss:
         return Text(f"{phase(status.phase)}  {status.waiting_for}", "dim")
     neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
     grid = Table.grid(padding=(0, 2))
@@ -185,8 +184,8 @@ def _phase(status: pb.NodeStatus) -> Text:
     return Text(word, {"training": "green", "done": "green", "stopping": "red"}.get(word, "yellow"))
 
 
-def _bar(status: pb.NodeStatus) -> ProgressBar:
-    return ProgressBar(max(status.steps_total, 1), status.steps_done, width=_BAR_WIDTH)
+def _bar(status: pb.NodeStatus, width: int = _BAR_WIDTH) -> ProgressBar:
+    return ProgressBar(max(status.steps_total, 1), status.steps_done, width=width)
 
 
 def _progress(status: pb.NodeStatus) -> RenderableType:

@@ -432,13 +432,11 @@ def progress_line(known: Mapping[str, pb.NodeStatus | str]) -> str:
     for name, state in known.items():
         if isinstance(state, str):
             parts.append(f"{name} {state}")
-        elif state.steps_done:
-            loss = f" loss {state.loss:.3f}"
-            parts.append(
-                f"{name} {status.phase(state.phase)} {state.steps_done}/{state.steps_total}{loss}"
-            )
-        else:
-            parts.append(f"{name} {status.phase(state.phase)}")
+            continue
+        part = f"{name} {status.phase(state.phase)}"
+        if state.steps_total:
+            part += f" {state.steps_done}/{state.steps_total}"
+        parts.append(part + (f" loss {state.loss:.3f}" if state.loss else ""))
     return "; ".join(parts)
 
 

@@ -4,6 +4,7 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -103,6 +104,10 @@ class Transport(Protocol):
         ...
 
 
+# A reader that turns away within a stream is logged there as an error with a traceback; what it
+# means for the run is in our own report.
+logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+
 PEER = pb.DESCRIPTOR.services_by_name["Peer"]
 STATUS = pb.DESCRIPTOR.services_by_name["Status"]
 
@@ -147,9 +152,12 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
         return PeerTimeout(f"{address}: no answer in time")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return PeerUnavailable(f"{address}: {details}")
-    reason, _, text = details.partition(": ")
-    known = reason if reason.isidentifier() else code.name.lower()
-    return PeerRefused(known, f"{address}: {text or details}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return PeerRefused("too_long", f"{address}: {details}")
+    if code is not grpc.StatusCode.FAILED_PRECONDITION:
+        return PeerRefused(code.name.lower(), f"{address}: {details}")
+    reason, _, text = details.partition(": ")  # as _refuse wrote it
+    return PeerRefused(reason if reason.isidentifier() else "refused", f"{address}: {text}")
 
 
 class GrpcLink:

@@ -94,12 +94,10 @@ class Evil:
         for message in crimes[serial % STEPS]:
             yield message
 
-    @staticmethod
-    def wrong_shape(serial):
+    def wrong_shape(self, serial):
         layout = Layout((TensorSpec("w", (3,)),))
-        return snapshot(
-            torch.zeros(3), layout, serial, metadata("hostile", "evil", serial)
-        ).messages[0]
+        about = metadata(self.run, "evil", serial)
+        return snapshot(torch.zeros(3), layout, serial, about).messages[0]
 
 
 @pytest.fixture
@@ -130,14 +128,6 @@ async def test_every_crime_is_counted_and_the_run_ends_well(daemon):
     """The daemon trains to its end, alone in effect, and says why it refused what."""
     status = await asyncio.to_thread(daemon.until, lambda s: s.waiting_for.startswith("1 of 2"))
     evil = Evil(status.run, status.address)
-    Evil.wrong_shape = staticmethod(
-        lambda serial: snapshot(
-            torch.zeros(3),
-            Layout((TensorSpec("w", (3,)),)),
-            serial,
-            metadata(status.run, "evil", serial),
-        ).messages[0]
-    )
     # Strangers first: wrong run, no greeting, nonsense on the wire.
     for sender in (
         pb.Sender(run="other", node="x", session=1),
@@ -177,10 +167,9 @@ async def test_every_crime_is_counted_and_the_run_ends_well(daemon):
         "header",
         "shape",
         None,  # more than a block: what is whole was taken, the rest never read
-        reasons[7],
+        "too_long",
     ]
     assert history[6]["neighbours"] == ["evil"]
-    assert reasons[7] in ("too_long", "resource_exhausted", "unavailable")
     assert {"other_run", "stranger", "settings_differ", "malformed", "checksum"} <= set(seen)
     losses = [row["loss"] for row in history]
     assert all(loss is not None for loss in losses)
