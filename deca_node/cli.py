@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import structlog
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -172,7 +172,7 @@ def peers(address: AddressArgument = None, as_json: JsonOption = False) -> None:
         rows = {now.node: [status.as_json(peer) for peer in now.peers] for now in found}
         typer.echo(json.dumps(rows[found[0].node] if len(found) == 1 else rows))
         return
-    console = Console()
+    console = status.make_console()
     for now in found:
         if len(found) > 1:
             console.print(Text(now.node, "bold"))
@@ -187,7 +187,7 @@ def _local_nodes() -> list[registry.Entry]:
 
 
 async def _show(where: list[str], *, as_json: bool, watch: bool) -> None:
-    console = Console()
+    console = status.make_console()
     async with aclosing(_states(where, watch=watch)) as states:
         if as_json:
             async for now in states:
@@ -279,7 +279,7 @@ def partition(
         table.add_column(Text(label), justify="right")
     for number, row in enumerate(counts):
         table.add_row(f"node-{number}", *map(str, row.values()), str(sum(row.values())))
-    Console().print(table)
+    status.make_console().print(table)
     typer.echo(f"wrote {out}{os.sep}node-0.jsonl to node-{nodes - 1}.jsonl")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf.message import Message
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +14,13 @@ from deca_node.pb import node_pb2 as pb
 
 _STATE_STYLES = {"alive": "green", "suspect": "yellow", "gone": "red", "refused": "red"}
 _BAR_WIDTH = 16
+_PIPE_WIDTH = 140
+
+
+def make_console() -> Console:
+    """A console on stdout; what is piped is not cut to a terminal's width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
 
 
 # Units
@@ -61,7 +68,7 @@ def position(status: pb.NodeStatus) -> str:
     return (
         f"round {status.round + 1}/{status.rounds}"
         f"  block {status.block} ({status.position + 1}/{status.blocks})"
-        f"  step {status.step + 1}/{status.steps_per_visit}"
+        f"  step {min(status.step + 1, status.steps_per_visit)}/{status.steps_per_visit}"
     )
 
 

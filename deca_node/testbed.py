@@ -105,7 +105,7 @@ def run(plan: Plan) -> None:
         DecaError: settings or data cannot be used.
     """
     began = time.monotonic()
-    console = Console()
+    console = status.make_console()
     out = plan.out.absolute()
     base = _base_settings(plan, out)
     mark = _Mark.claim(out, _intent(plan, base))
@@ -427,17 +427,18 @@ def _display(console: Console) -> Iterator[Callable[[Mapping[str, pb.NodeStatus 
 
 
 def progress_line(known: Mapping[str, pb.NodeStatus | str]) -> str:
-    """All nodes in a line."""
-    parts = []
+    """All nodes in a line; those that do the same share a phrase."""
+    phrases: dict[str, list[str]] = {}
     for name, state in known.items():
-        if isinstance(state, str):
-            parts.append(f"{name} {state}")
-            continue
-        part = f"{name} {status.phase(state.phase)}"
-        if state.steps_total:
-            part += f" {state.steps_done}/{state.steps_total}"
-        parts.append(part + (f" loss {state.loss:.3f}" if state.loss else ""))
-    return "; ".join(parts)
+        phrases.setdefault(state if isinstance(state, str) else _phrase(state), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {phrase}" for phrase, names in phrases.items())
+
+
+def _phrase(now: pb.NodeStatus) -> str:
+    if now.waiting_for:
+        return f"{status.phase(now.phase)}, {now.waiting_for}"
+    loss = f", loss {now.loss:.3f}" if now.loss else ""
+    return f"{status.phase(now.phase)} {now.steps_done}/{now.steps_total}{loss}"
 
 
 # Results
@@ -511,7 +512,7 @@ def _results_table(measures: Sequence[Measure]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("node", no_wrap=True)
     for label in labels:
-        table.add_column(Text(label), justify="right")
+        table.add_column(Text(label), justify="right", overflow="fold")
     scores = [name for name in _SCORES if any(m.after.get(name) is not None for m in measures)]
     for name in scores:
         table.add_column(_SCORES[name], justify="right", no_wrap=True)

@@ -40,7 +40,7 @@ class Member:
             self.transport,
             TIMING,
             lambda: (Phase.TRAINING, self.visit),
-            lambda: self.exchange.wake(),
+            lambda: self.exchange.wake(),  # noqa: PLW0108 - made below
             structlog.get_logger(),
         )
         self.exchange = Exchange(self.swarm, TIMING, "run", self.stopping)
@@ -220,7 +220,7 @@ def test_the_next_visit_heals_around_the_dead():
         assert all(m.swarm.peers["n2"].state == State.GONE for m in left)
         edges = await together(m.open(w) for m, w in zip(left, wanted(left), strict=True))
         for edge in edges:
-            assert edge.weights == pytest.approx({p: 1 / 3 for p in edge.weights})
+            assert edge.weights == pytest.approx(dict.fromkeys(edge.weights, 1 / 3))
             assert len(edge.weights) == 2
 
     run(scenario())

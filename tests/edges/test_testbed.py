@@ -214,8 +214,9 @@ def test_a_nodes_last_words(log: str, words: str, tmp_path: Path) -> None:
 
 def test_progress_in_a_line() -> None:
     training = pb.NodeStatus(phase=pb.PHASE_TRAINING, steps_done=3, steps_total=9, loss=1.5)
-    line = testbed.progress_line({"a": "starting", "b": training})
-    assert line == "a starting; b training 3/9 loss 1.500"
+    loading = pb.NodeStatus(phase=pb.PHASE_STARTING, waiting_for="the model")
+    line = testbed.progress_line({"a": loading, "b": training, "c": loading, "d": "ended"})
+    assert line == "a, c: starting, the model; b: training 3/9, loss 1.500; d: ended"
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
