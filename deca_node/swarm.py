@@ -283,7 +283,7 @@ class Swarm:
         if sender.node == own.node or (
             known is not None
             and known.session != sender.session
-            and known.state == State.ALIVE
+            and known.state in (State.ALIVE, State.BEHIND, State.DONE)
             and known.address != address
             and self._now() - known.last_seen < 2 * self._timing.heartbeat
         ):

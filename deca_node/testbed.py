@@ -10,6 +10,7 @@ Each node is a ``deca-node start`` process with a folder of its own::
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -56,7 +57,8 @@ class Plan:
 
     Args:
         nodes: how many.
-        config: settings of all nodes; name, address, data and output are set per node.
+        config: settings of all nodes; name, address, data and output are set per
+            node, and the run's name is made unique.
         overrides: ``section.key=value`` on top.
         train: labelled data to split with ``concentration``, ``seed`` and ``label_field``.
         shards: folder of ready shards, in place of ``train``.
@@ -155,7 +157,7 @@ def _base_settings(plan: Plan, out: Path) -> Settings:
             "threads": max(1, torch.get_num_threads() // plan.nodes),
             "output": out,
         },
-        "run": {"start_when": plan.nodes},
+        "run": {"name": _own_name(settings.run.name, out), "start_when": plan.nodes},
         "network": {"preset": "local", "interfaces": ("127.0.0.1",)},
         "model": {
             "path": settings.model.path.expanduser().absolute(),
@@ -165,6 +167,12 @@ def _base_settings(plan: Plan, out: Path) -> Settings:
         "data": {"label_field": plan.label_field} if plan.label_field else {},
     }
     return _updated(settings, update)
+
+
+def _own_name(run: str, out: Path) -> str:
+    """A run name of this folder alone, so that two testbeds on one machine never meet."""
+    digest = hashlib.sha256(str(out).encode()).hexdigest()[:6]
+    return f"{run[:41]}-{digest}"  # 48 characters at most
 
 
 def _updated(settings: Settings, update: Mapping[str, Mapping[str, Any]]) -> Settings:

@@ -71,6 +71,20 @@ def test_a_nodes_file_gives_its_settings(folder: Path) -> None:
     assert config.load(path).model_dump(mode="json") == settings.model_dump(mode="json")
 
 
+def test_two_testbeds_do_not_meet(folder: Path) -> None:
+    """Their run names differ by folder, are valid, and are the same when resumed."""
+    name = "x" * 48
+    overrides = ("model.path=m", f"run.name={name}")
+    here, again, there = (
+        testbed._base_settings(_plan(folder, overrides=overrides), out).run
+        for out in (folder / "a", folder / "a", folder / "b")
+    )
+    assert here == again
+    assert here.name != there.name
+    assert config.RunSettings(name=here.name) == here.model_copy(update={"start_when": 2})
+    assert len(here.name) == 48
+
+
 def test_isolated_nodes_have_no_edges_but_wait_for_each_other(folder: Path) -> None:
     for settings in _nodes(_plan(folder, isolated=True)):
         assert settings.topology.kind == "explicit"
