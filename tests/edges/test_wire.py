@@ -168,14 +168,22 @@ def test_random_bytes_never_raise_anything_else(blob):
         parse(blob)
 
 
+SMALL = Layout((TensorSpec("w", (5, 3)),))
+SMALL_VALUES = torch.arange(15.0)
+SMALL_MESSAGES = snapshot(SMALL_VALUES, SMALL, 5, ABOUT).messages
+
+
 @given(st.data())
-@settings(max_examples=200, deadline=None)
-def test_flipped_bits_never_reach_the_mix(messages, data):
-    """Any single flipped bit of a message is noticed."""
-    message = bytearray(data.draw(st.sampled_from(messages)))
-    where = data.draw(st.integers(0, min(len(message), 4096) * 8 - 1))
-    message[where // 8] ^= 1 << where % 8
-    receiver = Receiver(LAYOUT, 5, "run", "bob")
-    with pytest.raises(PayloadError):
-        for original in messages:
-            receiver.feed(bytes(message) if len(original) == len(message) else original)
+@settings(max_examples=500, deadline=None)
+def test_flipped_bits_never_change_the_mix(data):
+    """A flipped bit is noticed, or it changes nothing (a tag that names another field of 0)."""
+    index = data.draw(st.integers(0, 1))
+    broken = [bytearray(message) for message in SMALL_MESSAGES]
+    where = data.draw(st.integers(0, len(broken[index]) * 8 - 1))
+    broken[index][where // 8] ^= 1 << where % 8
+    receiver = Receiver(SMALL, 5, "run", "bob")
+    taken = []
+    with suppress(PayloadError):
+        taken = [receiver.feed(bytes(message)) for message in broken]
+    if taken and receiver.complete:
+        assert torch.equal(torch.cat([part[1] for part in taken if part]), SMALL_VALUES)
