@@ -478,6 +478,14 @@ def _check_environment(environ: Mapping[str, str]) -> None:
                 else "write DECA_SECTION__KEY"
             )
             raise ConfigError(f"environment variable {variable}: unknown setting; {remedy}")
+        if key in KEYS and get_origin(KEYS[key]) in (tuple, dict):
+            try:
+                json.loads(environ[variable])
+            except ValueError:
+                kind = "list" if get_origin(KEYS[key]) is tuple else "object"
+                raise ConfigError(
+                    f"environment variable {variable}: {environ[variable]!r} is not a JSON {kind}"
+                ) from None
 
 
 def load(config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -510,7 +518,7 @@ def load(config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
         return Loaded(**_read_overrides(overrides))
     except ValidationError as error:
         raise ConfigError(_explain(error, config)) from None
-    except ValueError as error:  # a variable whose value is not JSON where a list is wanted
+    except ValueError as error:  # pydantic-settings could not read a variable
         raise ConfigError(f"environment: {error}".splitlines()[0]) from None
 
 

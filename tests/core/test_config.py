@@ -1,0 +1,134 @@
+"""Settings: who wins, what is refused and how it is said."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.config import Timing, load
+from deca_node.errors import ConfigError
+from deca_node.fingerprint import difference, fingerprint
+
+GOOD = '[model]\npath = "model"\n[data]\ntrain = "train.jsonl"\n'
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "node.toml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_later_sources_win(file, monkeypatch):
+    """Defaults, file, environment, --set."""
+    file.write_text(GOOD + "[schedule]\nsteps = 2\nrounds = 2\norder = 'random'\n")
+    monkeypatch.setenv("DECA_SCHEDULE__STEPS", "3")
+    monkeypatch.setenv("DECA_SCHEDULE__ROUNDS", "3")
+    schedule = load(file, ["schedule.steps=4"]).schedule
+    assert (schedule.steps, schedule.rounds, schedule.order) == (4, 3, "random")
+    assert schedule.layers_per_block == 1
+
+
+def test_paths_in_a_file_are_relative_to_it(file):
+    """A file can be used from anywhere; --set is relative to where one stands."""
+    assert load(file).model.path == file.parent / "model"
+    assert load(file, ["model.path=other"]).model.path == Path("other")
+
+
+def test_everything_can_come_from_the_environment(monkeypatch):
+    """A container needs no file."""
+    monkeypatch.setenv("DECA_MODEL__PATH", "/m")
+    monkeypatch.setenv("DECA_DATA__TRAIN", "/d")
+    monkeypatch.setenv("DECA_NETWORK__STATIC_PEERS", '["a:1"]')
+    monkeypatch.setenv("DECA_DATA__LABELS", '{"x": "y"}')
+    settings = load()
+    assert settings.network.static_peers == ("a:1",)
+    assert settings.data.labels == {"x": "y"}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (GOOD + "[optimiser]\nlearning_rate = 1\n", [], "'optimizer.learning_rate'"),
+        (GOOD + "[run]\nsed = 1\n", [], "did you mean 'run.seed'?"),
+        (GOOD + "[run\n", [], "not valid TOML"),
+        (GOOD + "[run]\nseed = 'x'\n", [], 'run.seed = "x"'),
+        (GOOD + "[schedule]\nsteps = 0\n", [], "schedule.steps = 0"),
+        (GOOD, ["run.name=No Spaces"], "run.name"),
+        (GOOD, ["optimizer.learning_rate=inf"], "optimizer.learning_rate"),
+        (GOOD, ['topology.edges=[["a","b"]]'], 'kind = "explicit"'),
+        (GOOD, ["network.static_peers=['nowhere']"], "HOST:PORT"),
+        (GOOD, ["run.seed"], "--set section.key=value"),
+        ("", [], "'model.path' is missing"),
+        ("[model]\npath = 'm'\n", [], "'data.train' is missing"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(file, text, overrides, words):
+    """The file, the key and the nearest valid name or the rule that was broken."""
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        load(file, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DECA_RUN__SEDD", "1", "DECA_RUN__SEED"),
+        ("DECA_NETWORK__STATIC_PEERS", "a:1", "STATIC_PEERS: 'a:1' is not a JSON list"),
+        ("DECA_RUN__SEED", "many", "run.seed"),
+    ],
+)
+def test_mistakes_in_variables_are_named(file, monkeypatch, variable, value, words):
+    """An unknown or ill-typed variable is as wrong as a line of the file."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=words):
+        load(file)
+
+
+def test_presets_can_be_adjusted(file):
+    """A deadline given by itself replaces the preset's, and only that."""
+    timing = load(file, ["network.preset=wan", "network.step_deadline=7"]).timing()
+    assert timing.step_deadline == 7
+    assert timing.visit_deadline == Timing.wan().visit_deadline
+
+
+def test_the_fingerprint_tells_what_matters_and_nothing_else(file):
+    """Hyperparameters are compared, names, paths and addresses are not."""
+
+    def marks(*overrides):
+        settings = load(file, overrides)
+        schedule = Schedule(
+            partition_layers(4, settings.schedule.layers_per_block),
+            settings.schedule.rounds,
+            settings.schedule.steps,
+            settings.schedule.order,
+            settings.run.seed,
+        )
+        return fingerprint(settings, schedule, "c", "w", "fp32")
+
+    own = marks()
+    for private in ("node.name=x", "data.batch_size=9", "network.preset=wan", "node.port=1"):
+        assert difference(own, marks(private)) is None
+    for key, value in {
+        "run.name": "other",
+        "run.seed": 9,
+        "schedule.rounds": 7,
+        "schedule.steps": 7,
+        "schedule.order": "random",
+        "schedule.layers_per_block": 2,
+        "optimizer.learning_rate": 0.5,
+        "optimizer.adam_beta1": 0.5,
+        "optimizer.adam_beta2": 0.5,
+        "optimizer.adam_eps": 0.5,
+        "optimizer.bma": "off",
+        "optimizer.bma_beta1": 0.5,
+        "optimizer.bma_beta2": 0.5,
+        "optimizer.discrepancy": "lr",
+        "topology.kind": "full",
+        "topology.p": 0.25,
+    }.items():
+        found = difference(own, marks(f"{key}={value}"))
+        assert found is not None, key
+        assert str(value) in found

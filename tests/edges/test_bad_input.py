@@ -1,0 +1,153 @@
+"""`deca-node start` with bad input: one line that names the culprit, its exit code, no traces."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+
+import pytest
+import torch
+
+from deca_node import cli
+from tests.tiny import make_model
+
+ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("bad") / "model", "llama", layers=2)
+
+
+@pytest.fixture
+def start(tmp_path, model, capsys):
+    """Runs `start` on good settings with some replaced; returns exit code and error line."""
+    (tmp_path / "train.jsonl").write_text(lines(*ROWS))
+
+    def run(*changes):
+        settings = [
+            "run.start_when=1",
+            "node.host=127.0.0.1",
+            "node.port=0",
+            f"node.output={tmp_path / 'out'}",
+            f"model.path={model}",
+            "model.dtype=fp32",
+            f"data.train={tmp_path / 'train.jsonl'}",
+            "network.zeroconf=false",
+            "schedule.rounds=1",
+            "schedule.steps=1",
+            *changes,
+        ]
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["start", *(word for s in settings for word in ("--set", s))])
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
+        assert len(errors) <= 1, errors
+        return caught.value.code or 0, "".join(errors)
+
+    return run
+
+
+def test_good_input_is_good(start, tmp_path):
+    """The settings that the other tests spoil do work."""
+    assert start() == (0, "")
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lines(*ROWS) + "{broken\n", "train.jsonl, line 9"),
+        (lines(*ROWS, {"text": "x"}), "label"),
+        ("", "no rows"),
+        (lines(*ROWS, ["a", "list"]), "line 9"),
+    ],
+)
+def test_broken_data_names_file_and_line(start, tmp_path, content, words):
+    """Exit 4, and nothing is left in the output folder but its mark."""
+    (tmp_path / "train.jsonl").write_text(content)
+    code, error = start()
+    assert code == 4
+    assert words in error
+    assert "train.jsonl" in error
+    assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ("data.train=/absent.jsonl", 4, "/absent.jsonl: no such file"),
+        ("data.labels={a='a'}", 4, "'b'"),
+        ("model.path=/absent", 5, "/absent"),
+        ("node.device=cuda", 7, 'node.device = "cpu"'),
+        ("node.host=203.0.113.1", 6, "203.0.113.1"),
+        ("data.template='{body}'", 4, "body"),
+        ("optimizer.bma=sometimes", 2, "optimizer.bma"),
+        ("schedule.rounds=0", 2, "schedule.rounds"),
+    ],
+)
+def test_each_culprit_is_named(start, change, code, words):
+    """Wrong settings, paths, labels and devices have their own exit code and line."""
+    if "cuda" in change and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    found, error = start(change)
+    assert found == code, error
+    assert words in error
+
+
+def test_a_taken_port_is_named(start):
+    """Exit 6, with the port and the setting to change."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, error = start(f"node.port={port}")
+    assert code == 6
+    assert str(port) in error
+    assert "node.port" in error
+
+
+def test_a_model_that_is_not_causal_is_named(start, model, tmp_path):
+    """Exit 5 for an encoder, naming the folder."""
+    other = shutil.copytree(model, tmp_path / "bert")
+    tree = json.loads((other / "config.json").read_text())
+    tree.update(architectures=["BertForMaskedLM"], model_type="bert")
+    (other / "config.json").write_text(json.dumps(tree))
+    code, error = start(f"model.path={other}")
+    assert code == 5
+    assert str(other) in error
+
+
+def test_the_output_of_another_run_is_refused(start, tmp_path):
+    """Exit 8, naming what differs; the finished model is as it was."""
+    assert start()[0] == 0
+    before = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    code, error = start("optimizer.learning_rate=0.5")
+    assert code == 8
+    assert "optimizer.learning_rate" in error
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(start, small_disk):
+    """The run goes on without its checkpoints, says so, and ends with exit 9 and one line."""
+    (small_disk / "filler").write_bytes(b"\0" * 180_000)
+    code, error = start(f"node.output={small_disk / 'out'}", "schedule.steps=3")
+    assert code == 9, error
+    assert "no space left" in error
+    history = (small_disk / "out" / "history.jsonl").read_text().splitlines()
+    assert len(history) == 6
+    assert not (small_disk / "out" / "model").exists()
