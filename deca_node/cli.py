@@ -6,6 +6,7 @@ What takes seconds to import (torch, transformers) is imported by the verbs that
 
 import asyncio
 import json
+import math
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_node import __version__, logs, registry, status, template
-from deca_node.config import load
+from deca_node.config import checked_address, load
 from deca_node.errors import (
     ConfigError,
     DecaError,
@@ -54,7 +55,31 @@ AddressArgument = Annotated[
     str | None,
     typer.Argument(metavar="[HOST:PORT]", help="A node; else those of this machine."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="JSON for scripts: with HOST:PORT what it says of itself, an object (peers: a list);"
+        " without it a list of one object per node.",
+    ),
+]
+
+
+def _above_zero(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter("a finite number above 0 is needed")
+    return value
+
+
+ConcentrationOption = Annotated[
+    float,
+    typer.Option(
+        "--concentration",
+        "-a",
+        callback=_above_zero,
+        help="Dirichlet: 100 is even, 0.1 very uneven.",
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -66,14 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except DecaError as error:
         if "--traceback" in arguments:
             raise
-        text = " ".join(str(error).split())
-        print(f"deca-node: error: {text}", file=sys.stderr)  # noqa: T201
+        print(f"deca-node: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # noqa: BLE001 - the one place where a defect becomes an exit code
         structlog.get_logger().exception("this is a defect of deca-node; please report it")
         sys.exit(1)
+
+
+def _one_line(error: DecaError) -> str:
+    return " ".join(str(error).split())
 
 
 def _show_version(wanted: bool) -> None:
@@ -94,7 +122,7 @@ def _everywhere(
         bool, typer.Option("--traceback", help="Show where an error comes from.")
     ] = False,
 ) -> None:
-    del version, traceback  # the first has exited, main reads the second
+    del version, traceback  # the first has exited, main and start look the second up
     logs.configure(human=sys.stderr.isatty())
 
 
@@ -116,6 +144,7 @@ def init(
 
 @app.command()
 def start(
+    context: typer.Context,
     config: ConfigOption = None,
     settings: SetOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step.")] = False,
@@ -126,13 +155,20 @@ def start(
     """
     human = sys.stderr.isatty()
     logs.configure(human=human, verbose=verbose)
-    chosen = load(config, settings or ())
-    from deca_node.node import Node  # noqa: PLC0415 - imports torch
-
     log = structlog.get_logger()
-    with _progress_bar(shown=human) as report:
-        node = Node(chosen, log, report)
-        finished = asyncio.run(node.run())
+    try:
+        chosen = load(config, settings or ())
+        from deca_node.node import Node  # noqa: PLC0415 - imports torch
+
+        with _progress_bar(shown=human) as report:
+            node = Node(chosen, log, report)
+            finished = asyncio.run(node.run())
+    except DecaError as error:
+        if human or context.find_root().params["traceback"]:
+            raise
+        # The log is JSON to its end.
+        log.error(_one_line(error), exit_code=error.exit_code)  # noqa: TRY400 - no defect
+        raise typer.Exit(error.exit_code) from None
     if not finished:
         log.info("ended before the run was finished; the same command resumes it")
     if node.abandoned:
@@ -159,18 +195,24 @@ def show_status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until interrupted.")] = False,
 ) -> None:
     """Show what a node, or all nodes of this machine, are doing."""
-    where = [address] if address else [entry.address for entry in _local_nodes()]
-    asyncio.run(_show(where, as_json=as_json, watch=watch))
+    where = _addresses(address)
+    asyncio.run(_show(where, as_json=as_json, single=address is not None, watch=watch))
 
 
 @app.command()
 def peers(address: AddressArgument = None, as_json: JsonOption = False) -> None:
     """Show what a node, or each node of this machine, knows of its peers."""
-    where = [address] if address else [entry.address for entry in _local_nodes()]
-    found = asyncio.run(_ask(where))
+    found = asyncio.run(_ask(_addresses(address)))
     if as_json:
-        rows = {now.node: [status.as_json(peer) for peer in now.peers] for now in found}
-        typer.echo(json.dumps(rows[found[0].node] if len(found) == 1 else rows))
+        nodes = [
+            {
+                "run": now.run,
+                "node": now.node,
+                "peers": [status.as_json(peer) for peer in now.peers],
+            }
+            for now in found
+        ]
+        typer.echo(json.dumps(nodes[0]["peers"] if address else nodes))
         return
     console = status.make_console()
     for now in found:
@@ -179,20 +221,26 @@ def peers(address: AddressArgument = None, as_json: JsonOption = False) -> None:
         console.print(status.render_peers(now.peers) if now.peers else "no peers yet")
 
 
-def _local_nodes() -> list[registry.Entry]:
-    found = registry.local_nodes()
+def _addresses(given: str | None) -> list[str]:
+    """The address that was given, or those of this machine's nodes."""
+    if given is not None:
+        try:
+            return [checked_address(given)]
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    found = [entry.address for entry in registry.local_nodes()]
     if not found:
         raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
     return found
 
 
-async def _show(where: list[str], *, as_json: bool, watch: bool) -> None:
+async def _show(where: list[str], *, as_json: bool, single: bool, watch: bool) -> None:
     console = status.make_console()
     async with aclosing(_states(where, watch=watch)) as states:
         if as_json:
             async for now in states:
                 tree = [status.as_json(one) for one in now]
-                typer.echo(json.dumps(tree[0] if len(where) == 1 else tree))
+                typer.echo(json.dumps(tree[0] if single else tree))
         elif watch and console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
                 async for now in states:
@@ -249,10 +297,7 @@ def partition(
     source: Annotated[Path, typer.Argument(help="Labelled data: .jsonl, .csv, .parquet, folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for node-0.jsonl and so on.")],
     nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, help="How many nodes.")],
-    concentration: Annotated[
-        float,
-        typer.Option("--concentration", "-a", help="Dirichlet: 100 is even, 0.1 very uneven."),
-    ] = 0.25,
+    concentration: ConcentrationOption = 0.25,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same split.")] = 0,
     label_field: Annotated[
         str, typer.Option("--label-field", help="Field of the label.")
@@ -280,7 +325,8 @@ def partition(
     for number, row in enumerate(counts):
         table.add_row(f"node-{number}", *map(str, row.values()), str(sum(row.values())))
     status.make_console().print(table)
-    typer.echo(f"wrote {out}{os.sep}node-0.jsonl to node-{nodes - 1}.jsonl")
+    test = " and test.jsonl" if test_per_label else ""
+    typer.echo(f"wrote {out}{os.sep}node-0.jsonl to node-{nodes - 1}.jsonl{test}")
 
 
 @app.command("testbed")
@@ -300,10 +346,7 @@ def run_testbed(
         int,
         typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
     ] = 0,
-    concentration: Annotated[
-        float,
-        typer.Option("--concentration", "-a", help="Dirichlet: 100 is even, 0.1 very uneven."),
-    ] = 0.25,
+    concentration: ConcentrationOption = 0.25,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0,
     label_field: Annotated[
         str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
@@ -318,6 +361,12 @@ def run_testbed(
     """Run several nodes on this machine, each a process of its own, and compare them.
 
     The same command resumes a run that was interrupted.
+
+    It sets by itself, whatever --config and --set say: node.name, node.host,
+    node.port, node.advertise, node.output, data.train, run.start_when,
+    network.zeroconf, network.interfaces, network.static_peers. It makes
+    run.name unique. Unless given, network.preset is local and node.threads an
+    equal share.
     """
     if (train is None) == (shards is None):
         raise ConfigError("give either --train FILE or --shards DIR")

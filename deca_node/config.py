@@ -5,18 +5,28 @@ defaults, file, environment, ``--set``. Relative paths in a file are relative to
 """
 
 import difflib
+import ipaddress
 import json
 import os
 import platform
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -30,11 +40,44 @@ from deca_node.errors import ConfigError
 ENV_PREFIX = "DECA_"
 DEFAULT_PORT = 7430  # unassigned by IANA
 
+
+def _shaped(pattern: str, words: str) -> AfterValidator:
+    """Text of a pattern; whoever misses it is told in words."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(words)
+        return text
+
+    return AfterValidator(check)
+
+
 # A name becomes part of a DNS label (63 bytes, RFC 1035), a folder and a log line.
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
+Name = Annotated[
+    str,
+    _shaped(
+        r"[a-z0-9][a-z0-9-]{0,47}",
+        "use 1 to 48 characters of a-z, 0-9 and -, the first of them no -",
+    ),
+]
+Device = Annotated[
+    str, _shaped(r"auto|cpu|cuda(:[0-9]+)?|mps", "use auto, cpu, cuda, cuda:N (as cuda:0) or mps")
+]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def checked_address(address: str) -> str:
+    """The address of a node as it was given.
+
+    Raises:
+        ValueError: it is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is not HOST:PORT with a port from 1 to 65535")
+    return address
 
 
 def default_node_name() -> str:
@@ -47,6 +90,14 @@ class Section(BaseModel):
     """Base of the sections: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError:
+            raise ValueError("nobody knows whose home ~ is here; write the whole path") from None
 
 
 class RunSettings(Section):
@@ -70,7 +121,7 @@ class RunSettings(Section):
     start_when: int = Field(
         2,
         ge=1,
-        le=1000,
+        le=256,  # limits.MAX_MEMBERS
         description="Members to wait for before training, this node included; 1 begins alone.",
     )
 
@@ -99,9 +150,8 @@ class NodeSettings(Section):
         "NAT, in a container.",
         examples=["192.0.2.7"],
     )
-    device: str = Field(
+    device: Device = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
         description="auto, cpu, cuda, cuda:N or mps. auto takes a GPU where there is one.",
     )
     threads: int = Field(
@@ -116,6 +166,20 @@ class NodeSettings(Section):
         description="Folder of the trained model, the run's record and the state to resume "
         "from. One run, one node, one folder.",
     )
+
+    @field_validator("advertise")
+    @classmethod
+    def _host(cls, value: str | None) -> str | None:
+        if value is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            return value
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            raise ValueError(
+                "give a host name or an IP address without a port or brackets; the port is"
+                " node.port"
+            ) from None
+        return value
 
 
 class ModelSettings(Section):
@@ -141,11 +205,6 @@ class ModelSettings(Section):
         description="Folder where converted .gguf files are kept, shared by all nodes of a "
         "machine.",
     )
-
-    @field_validator("cache")
-    @classmethod
-    def _home(cls, value: Path) -> Path:
-        return value.expanduser()
 
 
 class DataSettings(Section):
@@ -261,7 +320,9 @@ class TopologySettings(Section):
     )
     p: float = Field(0.5, gt=0, le=1, description="erdos_renyi: probability of each edge.")
     edges: tuple[tuple[str, str], ...] = Field(
-        (), description="explicit: pairs of node names. None at all: every node trains alone."
+        (),
+        description="explicit: pairs of node names. None at all: every node trains alone.",
+        examples=[[["alice", "bob"]]],
     )
 
     @model_validator(mode="after")
@@ -279,12 +340,15 @@ class NetworkSettings(Section):
     )
     zeroconf: bool = Field(True, description="Find peers of the local network by multicast DNS.")
     interfaces: tuple[str, ...] = Field(
-        (), description="Addresses of the interfaces that zeroconf uses. Empty: all."
+        (),
+        description="Addresses of the interfaces that zeroconf uses. Empty: all.",
+        examples=[["192.0.2.7"]],
     )
     static_peers: tuple[str, ...] = Field(
         (),
         description="HOST:PORT of peers to call, beside or in place of zeroconf. One that is up "
         "is enough: it names the others.",
+        examples=[["host:7430"]],
     )
     step_deadline: Positive | None = Field(
         None,
@@ -310,11 +374,7 @@ class NetworkSettings(Section):
     @field_validator("static_peers")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for address in value:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError(f"{address!r} is not HOST:PORT")
-        return value
+        return tuple(map(checked_address, value))
 
 
 @dataclass(frozen=True)
@@ -322,9 +382,10 @@ class Timing:
     """Deadlines and intervals in seconds.
 
     ``step_deadline`` bounds what a missing neighbour can cost one step; ``visit_deadline`` what it
-    can cost the start of a visit; ``gone_after`` is the silence after which a peer leaves the
-    member set. Longer is kinder to slow machines, shorter loses less when one dies without a word
-    (a closed connection is noticed at once in any case).
+    can cost the start of a visit (shorter, so that those who wait are not given up meanwhile);
+    ``gone_after`` is the silence after which a peer leaves the member set. Longer is kinder to slow
+    machines, shorter loses less when one dies without a word (a closed connection is noticed at
+    once in any case).
     """
 
     step_deadline: float
@@ -338,17 +399,17 @@ class Timing:
     @classmethod
     def local(cls) -> "Timing":
         """Several nodes share one machine: steps are slow, the network is not."""
-        return cls(60.0, 120.0, 1.0, 60.0, rpc=10.0, browse=3.0, redial=0.5)
+        return cls(60.0, 40.0, 1.0, 60.0, rpc=10.0, browse=3.0, redial=0.5)
 
     @classmethod
     def lan(cls) -> "Timing":
         """Machines of one room."""
-        return cls(30.0, 60.0, 2.0, 30.0, rpc=5.0, browse=5.0, redial=1.0)
+        return cls(30.0, 20.0, 2.0, 30.0, rpc=5.0, browse=5.0, redial=1.0)
 
     @classmethod
     def wan(cls) -> "Timing":
         """Machines of several sites."""
-        return cls(180.0, 300.0, 10.0, 180.0, rpc=20.0, browse=15.0, redial=3.0)
+        return cls(180.0, 120.0, 10.0, 180.0, rpc=20.0, browse=15.0, redial=3.0)
 
 
 class Settings(BaseSettings):
@@ -378,15 +439,16 @@ class Settings(BaseSettings):
         return replace(base, **given)
 
 
-def _keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
+            yield from _fields(info.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name, info.annotation
+            yield prefix + name, info
 
 
-KEYS: Mapping[str, Any] = dict(_keys())
+_FIELDS: Mapping[str, FieldInfo] = dict(_fields())
+KEYS: Mapping[str, Any] = {key: info.annotation for key, info in _FIELDS.items()}
 
 
 def _free_form(key: str) -> bool:
@@ -403,10 +465,23 @@ def _nearest(key: str) -> str:
     return "known here: " + ", ".join(known)
 
 
-def _is_path(annotation: Any) -> bool:
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that a setting may have; str stands for words, too."""
     if get_origin(annotation) in (Union, UnionType):
-        return any(_is_path(option) for option in get_args(annotation))
-    return annotation is Path
+        return {kind for option in get_args(annotation) for kind in _kinds(option)}
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return {str} if get_origin(annotation) is Literal else {annotation}
+
+
+def _check_kind(key: str, value: Any, where: str) -> None:
+    """TOML has types: what Python or a variable's text would pass for another is refused."""
+    kinds = _kinds(KEYS[key])
+    shown = f"{where}{key} = {json.dumps(value, default=str)}"
+    if kinds & {int, float} and isinstance(value, bool | str):
+        raise ConfigError(f"{shown}: a number is needed, without quotes")
+    if bool in kinds and not isinstance(value, bool):
+        raise ConfigError(f"{shown}: true or false is needed, without quotes")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -430,6 +505,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    """Key -> value."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -442,12 +518,14 @@ def _read_file(path: Path) -> dict[str, Any]:
     for key, value in flat.items():
         if key not in KEYS:
             raise ConfigError(f"{path}: unknown setting {key!r}; {_nearest(key)}")
-        if _is_path(KEYS[key]) and isinstance(value, str):
-            flat[key] = str(path.parent / Path(value).expanduser())
-    return _nest(flat)
+        _check_kind(key, value, f"{path}: ")
+        if Path in _kinds(KEYS[key]) and isinstance(value, str) and not value.startswith("~"):
+            flat[key] = str(path.parent / value)
+    return flat
 
 
 def _read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """Key -> value."""
     flat: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -456,14 +534,27 @@ def _read_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {assignment}: write it as --set section.key=value")
         if key not in KEYS:
             raise ConfigError(f"--set {key}: unknown setting; {_nearest(key)}")
-        try:
-            flat[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            flat[key] = text  # a bare word is a string
-    return _nest(flat)
+        flat[key] = _override(key, text)
+    return flat
 
 
-def _check_environment(environ: Mapping[str, str]) -> None:
+def _override(key: str, text: str) -> Any:
+    try:
+        tree = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+    value = tree["value"]
+    if _kinds(KEYS[key]) & {str, Path} and not isinstance(value, str):
+        return text  # a name may be a number
+    if len(tree) > 1:
+        raise ConfigError(f"--set {key}: one setting each; give --set once more for the next")
+    _check_kind(key, value, "--set ")
+    return value
+
+
+def _check_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Key -> the variable that sets it."""
+    found: dict[str, str] = {}
     for variable in environ:
         if not variable.upper().startswith(ENV_PREFIX):
             continue
@@ -486,6 +577,8 @@ def _check_environment(environ: Mapping[str, str]) -> None:
                 raise ConfigError(
                     f"environment variable {variable}: {environ[variable]!r} is not a JSON {kind}"
                 ) from None
+        found[key] = variable
+    return found
 
 
 def load(config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -499,7 +592,8 @@ def load(config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
         ConfigError: naming the file or variable, the key and the remedy.
     """
     from_file = _read_file(config) if config else {}
-    _check_environment(os.environ)
+    variables = _check_environment(os.environ)
+    given = _read_overrides(overrides)
 
     class Loaded(Settings):
         @classmethod
@@ -512,25 +606,44 @@ def load(config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             assert isinstance(env_settings, EnvSettingsSource)  # noqa: S101 - narrows the type
-            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, _nest(from_file))
 
     try:
-        return Loaded(**_read_overrides(overrides))
+        return Loaded(**_nest(given))
     except ValidationError as error:
-        raise ConfigError(_explain(error, config)) from None
+        sources = [
+            *((key, "--set ") for key in given),
+            *((key, f"environment variable {name}: ") for key, name in variables.items()),
+            *((key, f"{config}: ") for key in from_file),
+        ]
+        raise ConfigError(_explain(error, config, sources)) from None
     except ValueError as error:  # pydantic-settings could not read a variable
         raise ConfigError(f"environment: {error}".splitlines()[0]) from None
 
 
-def _explain(error: ValidationError, config: Path | None) -> str:
+def _explain(
+    error: ValidationError, config: Path | None, sources: Iterable[tuple[str, str]]
+) -> str:
+    """One line: who gave the first wrong value, its key and the remedy.
+
+    Args:
+        error: what pydantic found.
+        config: the file.
+        sources: pairs of a key and what to call its giver, those that win first.
+    """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    where = f"{config}: " if config else ""
+    setting = next((known for known in KEYS if f"{key}.".startswith(f"{known}.")), key)
+    where = next((name for given, name in sources if f"{given}.".startswith(f"{setting}.")), "")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if setting in KEYS and get_origin(KEYS[setting]) is tuple and first["type"] != "value_error":
+        example = json.dumps((_FIELDS[setting].examples or [[]])[0])
+        return f"{where}{setting}: write it as a list, as in {example}{more}"
     if first["type"] == "missing":
         need = f"{key}.path" if key == "model" else f"{key}.train" if key == "data" else key
-        return f"{where}setting {need!r} is missing; give it in the file or with --set {need}=…"
+        file = f"{config}: " if config else ""
+        return f"{file}setting {need!r} is missing; give it in the file or with --set {need}=…"
     if first["type"] == "extra_forbidden":
         return f"{where}unknown setting {key!r}; {_nearest(key)}"
     message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}{key} = {json.dumps(first['input'], default=str)}: {message}{more}"

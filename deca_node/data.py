@@ -323,7 +323,10 @@ def _classification(
 ) -> list[Example]:
     label = text_of(row, settings.label_field, where)
     if label not in completions:
-        raise DataError(f"{where}: label {label!r} is not one of: {', '.join(completions)}")
+        raise DataError(
+            f"{where}: label {label!r} is not one of: {', '.join(completions)};"
+            " add it to data.labels"
+        )
     completion = completions[label]
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     room = settings.max_tokens - len(start) - len(completion)

@@ -32,9 +32,13 @@ MAX_ADDRESSES = 8
 
 
 def own_addresses(host: str) -> list[str]:
-    """IP addresses to announce for a server listening on ``host``."""
+    """IP addresses to announce for a server that is called ``host`` or listens on it.
+
+    Those of all interfaces when ``host`` means all, or is a name that only others can resolve.
+    """
     if host not in ("0.0.0.0", "::", ""):  # noqa: S104 - compares, binds nothing
-        return [socket.getaddrinfo(host, None)[0][4][0]]  # type: ignore[list-item]
+        with contextlib.suppress(OSError):
+            return [str(socket.getaddrinfo(host, None)[0][4][0])]
     found = [
         ip.ip
         for adapter in ifaddr.get_adapters()

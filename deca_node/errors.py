@@ -83,6 +83,23 @@ class SwarmError(DecaError):
     exit_code = 10
 
 
+# The words under which peers' faults and refusals are counted. A peer cannot add one.
+REASONS = frozenset(
+    {
+        *("unavailable", "late", "incomplete", "malformed", "too_long", "wrong_step", "gap"),
+        *("checksum", "header", "shape", "not_finite", "passed", "not_a_neighbour"),
+        *("too_many_pulls", "too_many_watchers", "stopping", "starting", "stranger", "bad_degree"),
+        *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
+        *("settings_differ", "name_taken", "full", "unmet"),
+    }
+)
+
+
+def known_reason(text: str) -> str:
+    """``text`` if it is one of our words for a refusal, else ``refused``."""
+    return text if text in REASONS else "refused"
+
+
 class PeerError(DecaError):
     """A peer's fault. ``reason`` is the short word under which status counts it."""
 

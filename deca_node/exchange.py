@@ -22,6 +22,8 @@ from deca_node.transport import Link
 from deca_node.wire import Layout, Receiver, Snapshot
 
 RETRY_SECONDS = 0.1  # between two tries to reach a neighbour within a handshake
+# What a step gives to neighbours that it would not wait for: time for a block that is ready.
+DOUBTFUL_SECONDS = 0.25
 
 
 class Neighbourhood(Protocol):
@@ -113,7 +115,9 @@ class Exchange:
         self._held: list[Snapshot] = []
         self._fetched: dict[int, set[str]] = {}
         self._newest = -1
-        self._late: set[str] = set()  # missed a deadline in this visit
+        self._late: set[str] = set()  # missed the step deadline in this visit
+        self._untold: set[str] = set()  # neighbours that do not know our degree yet
+        self._idle: set[str] = set()  # let the last visit's beginning wait in vain
         self._pulls: Counter[str] = Counter()
         self._sent = 0
         self._changed = asyncio.Event()
@@ -125,7 +129,9 @@ class Exchange:
     ) -> Edges:
         """Shake hands with the wanted neighbours and fix the visit's edges and weights.
 
-        Waits at most ``visit_deadline`` for those that are not suspect, twice (offers, degrees).
+        Waits at most ``visit_deadline`` for the neighbours to come, and as long for their degrees,
+        since they may be waiting for others first. A peer that let us wait in vain in the last
+        visit is given one call's timeout in this one.
         """
         self._steps_per_visit = steps_per_visit
         self._newest = first_serial - 1
@@ -135,8 +141,13 @@ class Exchange:
         await self._handshake(wanted, self._offer, self._agreement.undecided)
         linked = self._agreement.close()
         self._pulse()
-        await self._handshake(linked, self._tell_degree, self._agreement.unsettled)
+        # Ours must arrive as well as theirs.
+        untold = self._untold = set(linked)
+        await self._handshake(
+            linked, self._tell_degree, lambda: self._agreement.unsettled() | untold
+        )
         self.edges = self._agreement.settle()
+        self._idle -= self.edges.weights.keys()
         self._pulse()
         return self.edges
 
@@ -148,27 +159,31 @@ class Exchange:
     ) -> None:
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        calls = {peer: call(peer) for peer in sorted(peers)}
+        calls = [call(peer) for peer in sorted(peers)]
         while not self._stopping.is_set():
             elapsed = loop.time() - begin
-            # A living peer answers at once, whatever it is doing: a suspect that has not is not
-            # worth the deadline of those that have. What we have to say must arrive as well.
-            unsaid = {peer for peer, task in calls.items() if not task.done()}
-            waiting = {
-                peer
-                for peer in open_() | unsaid
-                if not self._given_up(peer)
-                and not (elapsed > self._timing.rpc and self._peers.is_suspect(peer))
-            }
+            waiting = {peer for peer in open_() if self._expected(peer, elapsed)}
             left = self._timing.visit_deadline - elapsed
             if not waiting or left <= 0:
                 for peer in waiting:
+                    self._idle.add(peer)
                     self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
                 break
             await self._wait_change(min(left, self._timing.heartbeat))
-        for task in calls.values():
+        for task in calls:
             task.cancel()
-        await asyncio.gather(*calls.values(), return_exceptions=True)
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def _expected(self, peer: str, elapsed: float) -> bool:
+        """Whether a visit's beginning waits for a peer.
+
+        A living peer answers at once, whatever it is doing: a suspect that has not is not worth
+        the deadline of those that have, nor is one that let us wait in vain before.
+        """
+        if self._given_up(peer):
+            return False
+        doubtful = self._peers.is_suspect(peer) or peer in self._idle
+        return not (doubtful and elapsed > self._timing.rpc)
 
     def _given_up(self, peer: str) -> bool:
         return self._peers.link(peer) is None
@@ -176,24 +191,26 @@ class Exchange:
     def _offer(self, peer: str) -> "asyncio.Task[None]":
         async def offer() -> None:
             request = pb.VisitOffer(sender=self._peers.sender(), visit=self._agreement.visit)
-            while True:
-                link = self._peers.link(peer)
-                if link is None:
-                    return
+            while (link := self._peers.link(peer)) is not None:
+                pause = self._timing.heartbeat
                 try:
                     answer = await link.open_visit(request, self._timing.rpc)
                 except PeerError as error:
                     self._peers.trouble(peer, error)
+                    if not isinstance(error, PeerRefused):
+                        pause = RETRY_SECONDS
                 else:
                     self._peers.seen(peer)
-                    if answer.verdict != pb.VisitAnswer.VERDICT_STRANGER:
-                        accepted = answer.verdict == pb.VisitAnswer.VERDICT_ACCEPTED
-                        self._agreement.answered(
-                            peer, Verdict.ACCEPTED if accepted else Verdict.PASSED
-                        )
-                        self._pulse()
+                    if answer.verdict == pb.VisitAnswer.VERDICT_ACCEPTED:
+                        self._agreement.answered(peer, Verdict.ACCEPTED)
+                    elif answer.verdict == pb.VisitAnswer.VERDICT_PASSED:
+                        self._agreement.answered(peer, Verdict.PASSED)
+                    self._pulse()
+                    # A peer that accepted before it reached the visit may, once there, see
+                    # other members and decline: ask again while its own offer is missing.
+                    if peer not in self._agreement.undecided():
                         return
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(pause)
 
         return asyncio.create_task(offer())
 
@@ -209,10 +226,12 @@ class Exchange:
                     await link.settle_visit(request, self._timing.rpc)
                 except PeerError as error:
                     self._peers.trouble(peer, error)
-                    await asyncio.sleep(RETRY_SECONDS)
+                    refused = isinstance(error, PeerRefused)
+                    await asyncio.sleep(self._timing.heartbeat if refused else RETRY_SECONDS)
                 else:
-                    break
-            self._pulse()
+                    self._untold.discard(peer)
+                    self._pulse()
+                    return
 
         return asyncio.create_task(tell())
 
@@ -224,7 +243,7 @@ class Exchange:
         At most the previous step's snapshot is kept beside it, for a neighbour that still reads.
         """
         for old in self._held[:-1]:
-            old.released = True
+            old.release()
         self._held = [*self._held[-1:], snapshot]
         self._newest = snapshot.serial
         self._fetched = {s.serial: self._fetched.get(s.serial, set()) for s in self._held}
@@ -239,16 +258,21 @@ class Exchange:
         """
         loop = asyncio.get_running_loop()
         begin = loop.time()
+        deadline = begin + self._timing.step_deadline
         report = Gathered()
         tasks = {
-            asyncio.create_task(self._take(peer, weight, serial, layout, sink, report)): peer
+            asyncio.create_task(
+                self._take(peer, weight, serial, layout, sink, report, deadline)
+            ): peer
             for peer, weight in self.edges.weights.items()
         }
         stop = asyncio.create_task(self._stopping.wait())
         pending = set(tasks)
         while pending and not self._stopping.is_set():
-            left = begin + self._timing.step_deadline - loop.time()
-            if left <= 0 or not any(self._worth_waiting(tasks[task]) for task in pending):
+            # Those that hold nobody up may still bring what they have ready.
+            worth = any(self._worth_waiting(tasks[task]) for task in pending)
+            left = (deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)) - loop.time()
+            if left <= 0:
                 break
             done, _ = await asyncio.wait(
                 {*pending, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED
@@ -258,6 +282,9 @@ class Exchange:
         for task in pending:
             task.cancel()
         await asyncio.gather(*tasks, stop, return_exceptions=True)
+        for peer in self.edges.weights:  # a task may have been cancelled before it began
+            if peer not in (*report.used, *report.partial, *report.missing):
+                report.missing[peer] = "late"
         report.wait = loop.time() - begin
         return report
 
@@ -273,11 +300,12 @@ class Exchange:
         layout: Layout,
         sink: Sink,
         report: Gathered,
+        deadline: float,
     ) -> None:
         loop = asyncio.get_running_loop()
         receiver = Receiver(layout, serial, self._run, peer)
         mixed = 0
-        problem: PeerError | None = PeerTimeout("missed the step deadline")
+        problem: PeerError | None = PeerTimeout("not there in time")  # when cancelled
         request = pb.PullRequest(sender=self._peers.sender(), serial=serial)
         try:
             link = self._peers.link(peer)
@@ -300,7 +328,7 @@ class Exchange:
             problem = None
         except PeerError as error:
             problem = error
-        finally:  # when cancelled at the deadline, too
+        finally:
             if problem is None:
                 report.used.append(peer)
                 self._late.discard(peer)
@@ -312,7 +340,7 @@ class Exchange:
                     report.missing[peer] = problem.reason
                 if not self._stopping.is_set():
                     self._peers.trouble(peer, problem)
-                    if isinstance(problem, PeerTimeout):
+                    if loop.time() >= deadline:
                         self._late.add(peer)
 
     async def drain(self) -> frozenset[str]:
@@ -327,9 +355,7 @@ class Exchange:
         def left() -> frozenset[str]:
             have = self._fetched.get(self._newest, set())
             return frozenset(
-                peer
-                for peer in self.edges.weights
-                if peer not in have and not self._given_up(peer) and self._worth_waiting(peer)
+                peer for peer in self.edges.weights if peer not in have and not self._given_up(peer)
             )
 
         while self._held and left() and not self._stopping.is_set() and loop.time() < limit:
@@ -369,9 +395,10 @@ class Exchange:
         try:
             snapshot = await self._published(peer, request.serial)
             left = len(snapshot.messages)
-            for message in snapshot.messages:
+            for index in range(left):
                 if snapshot.released:
                     raise PeerRefused("passed", f"step {request.serial} was read too slowly")
+                message = snapshot.messages[index]
                 self._peers.sent(peer, len(message))
                 self._sent += len(message)
                 left -= 1
@@ -418,7 +445,7 @@ class Exchange:
     def release(self) -> None:
         """Nothing is served any more; readers under way end."""
         for held in self._held:
-            held.released = True
+            held.release()
         self._held = []
         self._pulse()
 

@@ -22,6 +22,7 @@ def fingerprint(
         base_weights: digest of the weights that the run starts from.
         dtype: precision of the frozen weights, as used.
     """
+    random_graph = settings.topology.kind == "erdos_renyi"
     return {
         "run.name": settings.run.name,
         "run.seed": str(settings.run.seed),
@@ -39,7 +40,7 @@ def fingerprint(
             for name, value in settings.optimizer.model_dump().items()
         },
         "topology.kind": settings.topology.kind,
-        "topology.p": str(settings.topology.p),
+        **({"topology.p": str(settings.topology.p)} if random_graph else {}),
         "topology.edges": json.dumps(sorted(sorted(edge) for edge in settings.topology.edges)),
         "wire.format": DTYPE,
     }

@@ -11,8 +11,11 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_METADATA_BYTES = 16 << 10
 # Members of a run. Everybody greets everybody; beyond this the greetings alone are a load.
 MAX_MEMBERS = 256
-# Addresses remembered but not (yet) met: twice the members, so that a liar cannot crowd them out.
+# Addresses greeted at once. What peers say of others takes at most half of them, so that liars
+# cannot crowd out those that discovery finds, that call us, or that the operator named.
 MAX_CONTACTS = 2 * MAX_MEMBERS
+# Of that half, what one peer may have proposed at once.
+MAX_PROPOSALS = 64
 # Longest node or run name that is looked at (config allows 48).
 MAX_NAME_BYTES = 64
 # Longest address: a DNS name (255 bytes, RFC 1035) and a port.

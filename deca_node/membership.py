@@ -42,7 +42,8 @@ class State(StrEnum):
 class Peer:
     """One peer as this node knows it.
 
-    ``session`` changes when the peer restarts; ``last_seen`` is in the caller's seconds.
+    ``session`` changes when the peer restarts; ``last_seen`` is in the caller's seconds;
+    ``reached`` says that a greeting of ours got through, and not only one of the peer's.
     """
 
     name: str
@@ -53,9 +54,11 @@ class Peer:
     visit: int
     last_seen: float
     detail: str = ""
+    reached: bool = True
 
 
-# Neighbours are at most one visit apart: a node cannot end a visit before they began it.
+# Neighbours that exchange are at most one visit apart: none can end a visit that the other has
+# not begun.
 NEAR_VISITS = 1
 
 
@@ -70,23 +73,34 @@ def heard(
     own_phase: Phase,
     own_visit: int,
     now: float,
+    reached: bool = True,
 ) -> Peer:
     """A greeting came from, or was answered by, a peer of this run.
 
     A session met for the first time while one of the two trains must be near in the schedule: a
     node that enters a running swarm elsewhere would be waited for at every visit.
     """
+    same = known is not None and known.session == session
+    peer = Peer(
+        name,
+        session,
+        address,
+        State.ALIVE,
+        phase,
+        visit,
+        now,
+        reached=reached or (same and known is not None and known.reached),
+    )
+    if phase == Phase.STOPPING:
+        return replace(peer, state=State.GONE, detail="stopping")
     if phase >= Phase.SERVING:
-        state, detail = State.DONE, "finished the run"
-        if phase == Phase.STOPPING:
-            state, detail = State.GONE, "stopping"
-        return Peer(name, session, address, state, phase, visit, now, detail)
-    met = known is not None and known.session == session and known.state != State.BEHIND
+        return replace(peer, state=State.DONE, detail="finished the run")
+    met = same and known is not None and known.state != State.BEHIND
     training = Phase.TRAINING in (phase, own_phase)
     if not met and training and abs(visit - own_visit) > NEAR_VISITS:
         detail = f"at visit {visit}, we are at {own_visit}"
-        return Peer(name, session, address, State.BEHIND, phase, visit, now, detail)
-    return Peer(name, session, address, State.ALIVE, phase, visit, now)
+        return replace(peer, state=State.BEHIND, detail=detail)
+    return peer
 
 
 # Greetings that find nobody, one after the other, before a peer counts as gone: one may hit a
@@ -124,12 +138,20 @@ def departed(peer: Peer, now: float, *, finished: bool) -> Peer:
 def members(own: str, peers: Iterable[Peer]) -> frozenset[str]:
     """This node and those it would exchange with: the set that the topology is made from.
 
-    A peer that is still starting (loading, evaluating) is not waited for at a visit.
+    A peer that is still starting (loading, evaluating), or that we cannot call, is not waited for
+    at a visit.
     """
     present = (State.ALIVE, State.SUSPECT)
     acting = (Phase.WAITING, Phase.TRAINING)
     return frozenset(
-        {own, *(peer.name for peer in peers if peer.state in present and peer.phase in acting)}
+        {
+            own,
+            *(
+                peer.name
+                for peer in peers
+                if peer.state in present and peer.phase in acting and peer.reached
+            ),
+        }
     )
 
 
@@ -139,16 +161,18 @@ def ready(own: str, peers: Iterable[Peer], wanted: int) -> tuple[bool, str]:
     here = sorted(members(own, known) | {peer.name for peer in known if peer.state == State.DONE})
     if len(here) >= wanted:
         return True, f"{len(here)} of {wanted} members: {', '.join(here)}"
-    others = [
-        f"{peer.name} still starting"
-        if peer.state == State.ALIVE
-        else f"{peer.name} {peer.state}: {peer.detail}"
-        for peer in known
-        if peer.name not in here
-    ]
+    others = [_why_not(peer) for peer in known if peer.name not in here]
     missing = wanted - len(here)
     text = f"{missing} of {wanted} members missing; here: {', '.join(here)}"
     return False, text + (f"; not counted: {'; '.join(sorted(others))}" if others else "")
+
+
+def _why_not(peer: Peer) -> str:
+    if peer.state != State.ALIVE:
+        return f"{peer.name} {peer.state}: {peer.detail}"
+    if not peer.reached:
+        return f"{peer.name} calls us, but does not answer at {peer.address}"
+    return f"{peer.name} still starting"
 
 
 class Verdict(IntEnum):
@@ -194,6 +218,7 @@ class VisitAgreement:
     def __init__(self, visit: int) -> None:
         self.visit = visit
         self.closed = False
+        self._begun = False
         self._wanted: frozenset[str] = frozenset()
         self._offers: dict[str, Offer] = {}
         self._degrees: dict[str, tuple[int, int]] = {}
@@ -202,7 +227,7 @@ class VisitAgreement:
 
     def begin(self, visit: int, wanted: frozenset[str]) -> None:
         """This node enters a visit and wants edges with ``wanted``."""
-        self.visit, self._wanted, self.closed = visit, wanted, False
+        self.visit, self._wanted, self.closed, self._begun = visit, wanted, False, True
         self._answers, self._edges = {}, frozenset()
 
     def offered(self, peer: str, visit: int, session: int) -> Verdict:
@@ -212,6 +237,8 @@ class VisitAgreement:
             repeated = visit == self.visit and peer in self._edges
             same = earlier is not None and earlier.session == session
             return Verdict.ACCEPTED if repeated and same else Verdict.PASSED
+        if visit == self.visit and self._begun and peer not in self._wanted:
+            return Verdict.PASSED  # the two see different members
         self._offers[peer] = Offer(visit, session)
         return Verdict.ACCEPTED
 

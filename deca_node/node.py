@@ -35,7 +35,7 @@ from deca_node.evaluation import evaluate
 from deca_node.exchange import Exchange
 from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint
 from deca_node.limits import MAX_WATCHERS
-from deca_node.membership import Edges, Phase
+from deca_node.membership import Edges, Phase, State
 from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel, pick_device
 from deca_node.moments import Rule
@@ -144,6 +144,9 @@ class Node:
         self._schedule: Schedule | None = None
         self._swarm: Swarm | None = None
         self._exchange: Exchange | None = None
+        self._discovery: Discovery | None = None
+        self._left = False
+        self._pending: dict[int, range] = {}  # blocks whose last save failed
         self._history: History | None = None
         self._checkpoint: Checkpoint | None = None
         self._sent_before_step = 0
@@ -199,7 +202,7 @@ class Node:
         port = await self._transport.listen(self, self)
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
         host = settings.node.advertise or _reachable(settings.node.host)
-        self._address = f"{host}:{port}"
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         stack.enter_context(registry.announce(self._address, settings.run.name, settings.node.name))
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
 
@@ -223,6 +226,9 @@ class Node:
             settings.node.output, {**marks, "node": settings.node.name}
         )
         stack.callback(checkpoint.release)
+        # The data first: what is wrong with it must not mark the folder as this run's.
+        self._waiting_for = "the data"
+        train, test, counts, completions = await self._compute(partial(self._read_data, model))
         resumed = checkpoint.claim()
         self._progress = checkpoint.state.progress
         self._seconds_before = self._progress.seconds
@@ -233,8 +239,6 @@ class Node:
             )
             return True
 
-        self._waiting_for = "the data"
-        train, test, counts, completions = await self._compute(partial(self._read_data, model))
         batches = BatchStream(
             train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
         )
@@ -264,7 +268,9 @@ class Node:
             self._progress = replace(self._progress, before=before)
             self._log.info("before training", **before)
 
-        await self._join(stack, marks, port, resumed=resumed)
+        await self._join(stack, marks, port)
+        if start.visit < schedule.visits:
+            await self._wait_for_members(resumed=resumed)
         method = Deca(
             model,
             Rule(**settings.optimizer.model_dump()),
@@ -289,8 +295,16 @@ class Node:
         self._progress = self._at(visit, step, batches.position)
         if visit < schedule.visits:
             self._phase = Phase.STOPPING
-            tensors = method.state()
-            self._save(lambda: checkpoint.save_visit(tensors, self._progress))
+            # At the same time as the goodbyes, each of which may take a second.
+            _, saved = await asyncio.gather(
+                self._leave(),
+                asyncio.to_thread(
+                    checkpoint.save_visit, method.state(), self._progress, self._unsaved(model)
+                ),
+                return_exceptions=True,
+            )
+            if isinstance(saved, BaseException):
+                raise saved
             self._log.info("stopped, state saved", visit=visit, step=step)
             return False
         await self._finish(model, test, completions, counts)
@@ -344,7 +358,7 @@ class Node:
             "settings": self.settings.model_dump(mode="json"),
         }
         write_summary(self.settings.node.output / "summary.json", summary)
-        self._checkpoint.save_visit(None, progress)
+        self._checkpoint.save_visit(None, progress, self._unsaved(model))
         self._progress = progress
         self._waiting_for = ""
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1))
@@ -377,10 +391,8 @@ class Node:
         stack: contextlib.AsyncExitStack,
         marks: dict[str, str],
         port: int,
-        *,
-        resumed: bool,
     ) -> None:
-        """Meet the others and wait until enough of them are there."""
+        """Begin to meet the others."""
         settings = self.settings
         identity = Identity(
             settings.run.name,
@@ -398,22 +410,29 @@ class Node:
         for address in settings.network.static_peers:
             swarm.propose(address, lasting=True)
         if settings.network.zeroconf:
-            await self._discover(stack, port)
+            await self._discover(port)
         self._phase = Phase.WAITING
         self._tell_everybody()
-        wanted = settings.run.start_when
+
+    async def _wait_for_members(self, *, resumed: bool) -> None:
+        """Wait until enough members are there; not for ever where they cannot come."""
+        assert self._swarm is not None  # noqa: S101
+        swarm, name = self._swarm, self.settings.node.name
         begin = time.monotonic()
         reminded = 0.0
         while not self._stopping.is_set():
+            swarm.sweep()
             enough, self._waiting_for = membership.ready(
-                settings.node.name, swarm.peers.values(), wanted
+                name, swarm.peers.values(), self.settings.run.start_when
             )
             waited = time.monotonic() - begin
             if enough:
                 self._log.info("members are here", members=self._waiting_for)
                 return
-            if resumed and waited > REJOIN_SECONDS:
-                self._warn(f"going on after a restart: {self._waiting_for}")
+            begun = any(peer.state == State.BEHIND for peer in swarm.peers.values())
+            if (resumed or begun) and waited > REJOIN_SECONDS:
+                why = "after a restart" if resumed else "in a run that began without this node"
+                self._warn(f"going on {why}: {self._waiting_for}")
                 return
             if waited >= reminded:
                 self._log.info("waiting", who=self._waiting_for)
@@ -422,7 +441,7 @@ class Node:
                 await asyncio.wait_for(self._changed.wait(), 1.0)
         raise Stopped
 
-    async def _discover(self, stack: contextlib.AsyncExitStack, port: int) -> None:
+    async def _discover(self, port: int) -> None:
         settings = self.settings
         advertised = settings.node.advertise
         assert self._swarm is not None  # noqa: S101
@@ -431,7 +450,7 @@ class Node:
             node=settings.node.name,
             port=port,
             protocol=PROTOCOL_VERSION,
-            addresses=own_addresses(advertised or settings.node.host),
+            addresses=await asyncio.to_thread(own_addresses, advertised or settings.node.host),
             interfaces=settings.network.interfaces,
             browse_every=self.timing.browse,
             sighted=self._swarm.propose,
@@ -443,12 +462,20 @@ class Node:
                 raise
             self._warn(str(error))
             return
-        stack.push_async_callback(discovery.stop)
+        self._discovery = discovery
 
     async def _leave(self) -> None:
-        assert self._swarm is not None  # noqa: S101
-        await self._swarm.goodbye(finished=self._progress.finished)
-        await self._swarm.close()
+        """Take leave of peers and discovery; does nothing the second time."""
+        swarm, discovery = self._swarm, self._discovery
+        self._discovery = None
+        if swarm is None or self._left:
+            return
+        self._left = True
+        ends = [swarm.goodbye(finished=self._progress.finished)]
+        if discovery is not None:
+            ends.append(discovery.stop())
+        await asyncio.gather(*ends, return_exceptions=True)
+        await swarm.close()
 
     async def _evaluate(
         self, model: LanguageModel, test: list[Example], completions: dict[str, list[int]]
@@ -501,12 +528,14 @@ class Node:
         began = self._run_began
         return self._seconds_before + (time.monotonic() - began if began is not None else 0.0)
 
-    def _save(self, write: Callable[[], None]) -> None:
-        """Write state; trouble with the disk is said and costs the checkpoint, not the run."""
+    def _save(self, write: Callable[[], None]) -> bool:
+        """Write; trouble with the disk is said and costs what was to be written, not the run."""
         try:
             write()
         except DecaError as error:
-            self._warn(f"state not saved: {error}")
+            self._warn(f"not saved: {error}")
+            return False
+        return True
 
     def _warn(self, text: str) -> None:
         self._log.warning(text)
@@ -525,6 +554,8 @@ class Node:
 
     async def _tick(self) -> None:
         while True:
+            if self._swarm is not None and not self._left:
+                self._swarm.sweep()
             self._report(self.status())
             await asyncio.sleep(1.0)
 
@@ -620,7 +651,7 @@ class Node:
         status.steps_per_visit, status.steps_total = schedule.steps, schedule.total_steps
         cursor = schedule.cursor(visit, step)
         status.round, status.position, status.step = cursor.round, cursor.position, cursor.step
-        status.block = self._visit.block if self._visit else 0
+        status.block = schedule.visit(min(visit, schedule.visits - 1)).block
         status.steps_done = done
         if self._run_began is not None and self._steps_here:
             pace = (now - self._run_began) / self._steps_here
@@ -655,15 +686,17 @@ class Node:
 
     # --- what the rounds tell (through _Keeper)
 
-    def visit_opened(self, visit: Visit, edges: Edges) -> None:
+    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
         """The visit's edges are settled."""
         self._visit, self._edges = visit, edges
-        wanted = self._neighbours()
         logs.bind(round=visit.round, block=visit.block, step=0)
         weights = {peer: round(weight, 4) for peer, weight in sorted(edges.weights.items())}
+        if self._stopping.is_set():
+            return
         if missing := sorted(wanted - set(edges.weights)):
             self._warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
-        if not edges.weights and self.settings.run.start_when > 1 and wanted:
+        isolated = self.settings.topology.kind == "explicit"
+        if not edges.weights and self.settings.run.start_when > 1 and not isolated:
             self._warn(f"visit {visit.index}: no neighbour at all, training alone")
         self._log.info("visit", visit=visit.index, layers=str(visit.layers)[5:], weights=weights)
 
@@ -697,13 +730,16 @@ class Node:
         checkpoint = self._checkpoint
         self._progress = self._at(visit.index + 1, 0, data_position)
         progress = self._progress
-        await self._worker(
-            lambda: self._save(
-                lambda: checkpoint.save_block(
-                    visit.block, model.block_tensors(visit.layers), progress
-                )
-            )
+        self._pending[visit.block] = visit.layers
+        saved = await self._worker(
+            lambda: self._save(lambda: checkpoint.save_blocks(self._unsaved(model), progress))
         )
+        if saved:
+            self._pending.clear()
+
+    def _unsaved(self, model: LanguageModel) -> dict[int, dict[str, torch.Tensor]]:
+        """Blocks that the state on disk does not have: later state must not go without them."""
+        return {block: model.block_tensors(layers) for block, layers in self._pending.items()}
 
 
 class _Keeper:
@@ -712,9 +748,9 @@ class _Keeper:
     def __init__(self, node: Node, model: LanguageModel, batches: BatchStream) -> None:
         self._node, self._model, self._batches = node, model, batches
 
-    def visit_opened(self, visit: Visit, edges: Edges) -> None:
+    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
         """See Observer."""
-        self._node.visit_opened(visit, edges)
+        self._node.visit_opened(visit, edges, wanted)
 
     def step_done(self, record: StepRecord) -> None:
         """See Observer."""
@@ -727,4 +763,4 @@ class _Keeper:
 
 def _reachable(host: str) -> str:
     """What callers on this machine can use for an address that means all interfaces."""
-    return "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host  # noqa: S104
+    return "127.0.0.1" if host in ("0.0.0.0", "") else "::1" if host == "::" else host  # noqa: S104

@@ -59,8 +59,8 @@ class Batches(Protocol):
 class Observer(Protocol):
     """Told what happens; may take its time only where it is awaited."""
 
-    def visit_opened(self, visit: Visit, edges: Edges) -> None:
-        """Edges of the visit are settled."""
+    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
+        """Edges of the visit are settled; ``wanted`` are those that the topology asked for."""
         ...
 
     def step_done(self, record: StepRecord) -> None:
@@ -118,10 +118,9 @@ class Rounds:
             saved = start.saved if resumed else None
             await self.worker(partial(self.method.open, visit, saved))
             serial = self.schedule.serial(visit.index, first)
-            edges = await self.exchange.open_visit(
-                visit.index, self.schedule.steps, self.neighbours(), serial
-            )
-            self.observer.visit_opened(visit, edges)
+            wanted = self.neighbours()
+            edges = await self.exchange.open_visit(visit.index, self.schedule.steps, wanted, serial)
+            self.observer.visit_opened(visit, edges, wanted)
             for step in range(first, self.schedule.steps):
                 record = None if self.stopping.is_set() else await self._step(visit, step, edges)
                 if record is None:

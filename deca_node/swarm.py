@@ -14,7 +14,7 @@ from typing import Any
 
 from deca_node import membership
 from deca_node.config import Timing
-from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable
+from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
 from deca_node.fingerprint import PROTOCOL_VERSION, difference
 from deca_node.limits import (
     MAX_ADDRESS_BYTES,
@@ -23,6 +23,7 @@ from deca_node.limits import (
     MAX_FINGERPRINT_FIELDS,
     MAX_MEMBERS,
     MAX_NAME_BYTES,
+    MAX_PROPOSALS,
     MAX_REASON_BYTES,
 )
 from deca_node.membership import Peer, Phase, State
@@ -123,27 +124,51 @@ class Swarm:
         self._log = log
         self._contacts: dict[str, asyncio.Task[None]] = {}
         self._links: dict[str, tuple[str, Link]] = {}
+        self._proposed: Counter[str] = Counter()  # contacts under way, by the peer that named them
+        self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
         self._said: dict[str, str] = {}
         self._nudged = asyncio.Event()
         self._jitter = random.Random(identity.session)  # noqa: S311 - spreads redials, no secret
 
     # --- contacts
 
-    def propose(self, address: str, *, lasting: bool = False) -> None:
-        """Somebody may be at HOST:PORT. ``lasting`` contacts are never dropped."""
+    def propose(self, address: str, *, lasting: bool = False, by: str = "") -> None:
+        """Somebody may be at HOST:PORT.
+
+        Args:
+            address: where.
+            lasting: never drop it (static peers).
+            by: the peer that says so; what peers say takes at most half of the table, and a
+                bounded part of it each.
+        """
         if address in self._contacts or len(self._contacts) >= MAX_CONTACTS:
             return
-        if len(address) > MAX_ADDRESS_BYTES or not address.rpartition(":")[2].isdecimal():
+        if len(address) > MAX_ADDRESS_BYTES or not _is_address(address):
+            return
+        if self._duplicates.get(address) in {peer.session for peer in self.peers.values()}:
+            return
+        if by and (
+            self._proposed[by] >= MAX_PROPOSALS or self._proposed.total() >= MAX_CONTACTS // 2
+        ):
             return
         task = asyncio.create_task(self._keep_greeting(address, lasting))
         self._contacts[address] = task
-        task.add_done_callback(lambda _: self._contacts.pop(address, None))
+        if by:
+            self._proposed[by] += 1
+        task.add_done_callback(lambda _: self._dropped(address, by))
+
+    def _dropped(self, address: str, by: str) -> None:
+        self._contacts.pop(address, None)
+        if by:
+            self._proposed[by] -= 1
+            self._proposed += Counter()  # forgets the zeros
 
     async def _keep_greeting(self, address: str, lasting: bool) -> None:
         link = self._transport.link(address)
         failures = 0
         try:
             while lasting or failures < MAX_VAIN_GREETINGS:
+                nudged = self._nudged  # before the greeting: what changes meanwhile is told next
                 try:
                     reply = await link.hello(self.greeting(), self._timing.rpc)
                     outcome = self._take_reply(reply, address, link)
@@ -161,14 +186,11 @@ class Swarm:
                     failures = 0
                     slow = REFUSED_HEARTBEATS if outcome in ("refused", "duplicate") else 1
                     pause = self._timing.heartbeat * slow
-                await self._pause(pause * self._jitter.uniform(0.75, 1.25))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(nudged.wait(), pause * self._jitter.uniform(0.75, 1.25))
         finally:
             self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
             await link.close()
-
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nudged.wait(), seconds)
 
     def nudge(self) -> None:
         """Greet everybody now: this node's phase changed."""
@@ -186,28 +208,30 @@ class Swarm:
             host=self.identity.host,
             phase=pb.Phase.Name(phase),
             visit=visit,
-            known=self._known(),
         )
 
     def _take_reply(self, reply: pb.HelloReply, address: str, link: Link) -> str:
         if reply.sender.session == self.identity.session:
             return "self"
-        refusal = reply.refusal or self._objection(
+        refusal = reply.refusal[:MAX_REASON_BYTES] or self._objection(
             reply.sender, reply.protocol, reply.fingerprint, address
         )
         if refusal:
-            self._refused(reply.sender, address, refusal[:MAX_REASON_BYTES])
+            self._refused(reply.sender, address, refusal)
             return "refused"
         name = reply.sender.node
         held = self._links.get(name)
         known = self.peers.get(name)
         same = held and held[1] is not link and known and known.session == reply.sender.session
         if same and known and known.state in (State.ALIVE, State.DONE, State.BEHIND):
+            if len(self._duplicates) >= MAX_CONTACTS:
+                self._duplicates.clear()
+            self._duplicates[address] = reply.sender.session
             return "duplicate"  # the same node at another of its addresses
         self._links[name] = (address, link)
-        self._heard(reply.sender, address, reply.phase, reply.visit)
+        self._heard(reply.sender, address, reply.phase, reply.visit, reached=True)
         for contact in reply.known[:MAX_MEMBERS]:
-            self._proposed_by_peer(contact)
+            self._proposed_by_peer(contact, name)
         return "met"
 
     def _unanswered(self, address: str, failures: int, error: PeerError) -> None:
@@ -221,12 +245,12 @@ class Swarm:
         if failures == 1:
             self._log.debug("no answer", address=address, reason=str(error))
 
-    def _proposed_by_peer(self, contact: pb.Contact) -> None:
+    def _proposed_by_peer(self, contact: pb.Contact, by: str) -> None:
         known = self.peers.get(contact.node)
         if contact.node != self.identity.node and (
             known is None or known.state in (State.GONE, State.SUSPECT)
         ):
-            self.propose(contact.address)
+            self.propose(contact.address, by=by)
 
     # --- answering greetings
 
@@ -243,7 +267,13 @@ class Swarm:
             return reply
         host = request.host or source
         address = f"[{host}]:{request.port}" if ":" in host else f"{host}:{request.port}"
-        refusal = self._objection(request.sender, request.protocol, request.fingerprint, address)
+        if len(address) > MAX_ADDRESS_BYTES or not _is_address(address):
+            address = f"{source}:0"  # what is kept and logged below
+            refusal = "bad_address: host or port cannot be called"
+        else:
+            refusal = self._objection(
+                request.sender, request.protocol, request.fingerprint, address
+            )
         if refusal:
             reply.refusal = refusal
             reply.fingerprint.extend(self._fields())
@@ -253,7 +283,7 @@ class Swarm:
         reply.known.extend(self._known())
         self._heard(request.sender, address, request.phase, request.visit)
         held = self._links.get(request.sender.node)
-        if request.port and (held is None or held[0] != address):
+        if held is None or held[0] != address:
             self.propose(address)
         return reply
 
@@ -288,17 +318,36 @@ class Swarm:
             and self._now() - known.last_seen < 2 * self._timing.heartbeat
         ):
             return f"name_taken: another node is called {sender.node!r}; set node.name"
-        if known is None and len(self.peers) >= MAX_MEMBERS:
+        if known is None and not self._room():
             return f"full: {MAX_MEMBERS} peers are known here"
         return ""
 
+    def _room(self) -> bool:
+        """Make room in the table of peers: who cannot be exchanged with makes way, oldest first."""
+        if len(self.peers) < MAX_MEMBERS:
+            return True
+        out = (State.REFUSED, State.GONE, State.BEHIND)
+        spare = [peer for peer in self.peers.values() if peer.state in out]
+        if not spare:
+            return False
+        oldest = min(spare, key=lambda peer: peer.last_seen)
+        for table in (self.peers, self.traffic, self._links):
+            table.pop(oldest.name, None)
+        return True
+
     def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
-        reason, _, text = refusal.partition(": ")
-        self.strangers[reason if reason.isidentifier() else "refused"] += 1
+        word, _, text = refusal.partition(": ")
+        reason = known_reason(word)
+        self.strangers[reason] += 1
         name = sender.node if _is_name(sender.node) else "?"
-        if reason == "settings_differ" and sender.run == self.identity.run:
-            known = self.peers.get(name)
-            if known is None and len(self.peers) >= MAX_MEMBERS:
+        known = self.peers.get(name)
+        # Who uses the name of a peer that we have must not take its place.
+        replaceable = known is None or (
+            known.session == sender.session or known.state in (State.GONE, State.REFUSED)
+        )
+        ours = sender.run == self.identity.run and name not in ("?", self.identity.node)
+        if reason == "settings_differ" and ours and replaceable:
+            if known is None and not self._room():
                 return
             phase, now = Phase.UNKNOWN, self._now()
             self._update(
@@ -322,7 +371,7 @@ class Swarm:
     def link(self, peer: str) -> Link | None:
         """See Neighbourhood."""
         known = self.peers.get(peer)
-        if known is None or known.state not in (State.ALIVE, State.SUSPECT):
+        if known is None or not (known.state in (State.ALIVE, State.SUSPECT) or _serves(known)):
             return None
         held = self._links.get(peer)
         return held[1] if held else _Unmet()
@@ -330,7 +379,7 @@ class Swarm:
     def is_suspect(self, peer: str) -> bool:
         """See Neighbourhood."""
         known = self.peers.get(peer)
-        return known is None or known.state != State.ALIVE
+        return known is None or not (known.state == State.ALIVE or _serves(known))
 
     def trouble(self, peer: str, error: PeerError) -> None:
         """See Neighbourhood."""
@@ -374,7 +423,17 @@ class Swarm:
 
     def members(self) -> frozenset[str]:
         """The set that the topology is made from."""
+        self.sweep()
         return membership.members(self.identity.node, self.peers.values())
+
+    def sweep(self) -> None:
+        """Let go of members that have been silent too long."""
+        now = self._now()
+        for peer in list(self.peers.values()):
+            if now - peer.last_seen >= self._timing.gone_after:
+                self._update(
+                    membership.failed(peer, now, self._timing.gone_after, 0, "no greeting")
+                )
 
     # --- end
 
@@ -395,7 +454,9 @@ class Swarm:
 
     # --- inner
 
-    def _heard(self, sender: pb.Sender, address: str, phase: int, visit: int) -> None:
+    def _heard(
+        self, sender: pb.Sender, address: str, phase: int, visit: int, *, reached: bool = False
+    ) -> None:
         own_phase, own_visit = self._position()
         known = self.peers.get(sender.node)
         at = known.address if known and known.session == sender.session else address
@@ -410,13 +471,14 @@ class Swarm:
                 own_phase=own_phase,
                 own_visit=own_visit,
                 now=self._now(),
+                reached=reached,
             )
         )
 
     def _update(self, peer: Peer) -> None:
         known = self.peers.get(peer.name)
         self.peers[peer.name] = peer
-        if known is not None and known.phase != peer.phase:
+        if known is not None and (known.phase, known.reached) != (peer.phase, peer.reached):
             self._changed()
         if known is None or (known.state, known.session) != (peer.state, peer.session):
             level = (
@@ -453,6 +515,16 @@ class _Unmet:
 
     def __getattr__(self, name: str) -> Any:
         raise PeerError(UNMET, "not greeted back yet")
+
+
+def _serves(peer: Peer) -> bool:
+    """Whether a peer that has finished still hands out its last block."""
+    return peer.state == State.DONE and peer.phase == Phase.SERVING
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and text.isprintable() and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _is_name(text: str) -> bool:

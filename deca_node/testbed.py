@@ -57,8 +57,7 @@ class Plan:
 
     Args:
         nodes: how many.
-        config: settings of all nodes; name, address, data and output are set per
-            node, and the run's name is made unique.
+        config: settings of all nodes; ``_base_settings`` says which of them are ours.
         overrides: ``section.key=value`` on top.
         train: labelled data to split with ``concentration``, ``seed`` and ``label_field``.
         shards: folder of ready shards, in place of ``train``.
@@ -146,26 +145,29 @@ def run(plan: Plan) -> None:
 
 
 def _base_settings(plan: Plan, out: Path) -> Settings:
-    """Settings that all nodes share; environment variables are read here and not by the nodes."""
+    """Settings that all nodes share; environment variables are read here and not by the nodes.
+
+    Ours, whatever was given: name, address and output of each node, its share of the data, how
+    many are waited for, how they meet (zeroconf on the loopback interface), and a run's name that
+    is no other's. The preset and the threads are ours only where they were not given.
+    """
     data = template.value(str(plan.train or plan.shards))  # in its place until there are shards
     settings = load(plan.config, [*plan.overrides, f"data.train={data}"])
     update: dict[str, dict[str, Any]] = {
-        "node": {
-            "host": "127.0.0.1",
-            "port": 0,
-            "advertise": None,
-            "threads": max(1, torch.get_num_threads() // plan.nodes),
-            "output": out,
-        },
+        "node": {"host": "127.0.0.1", "port": 0, "advertise": None, "output": out},
         "run": {"name": _own_name(settings.run.name, out), "start_when": plan.nodes},
-        "network": {"preset": "local", "interfaces": ("127.0.0.1",)},
+        "network": {"zeroconf": True, "interfaces": ("127.0.0.1",), "static_peers": ()},
         "model": {
-            "path": settings.model.path.expanduser().absolute(),
+            "path": settings.model.path.absolute(),
             "cache": settings.model.cache.absolute(),
         },
         "topology": {"kind": "explicit", "edges": ()} if plan.isolated else {},
         "data": {"label_field": plan.label_field} if plan.label_field else {},
     }
+    if "threads" not in settings.node.model_fields_set:
+        update["node"]["threads"] = max(1, torch.get_num_threads() // plan.nodes)
+    if "preset" not in settings.network.model_fields_set:
+        update["network"]["preset"] = "local"
     return _updated(settings, update)
 
 
@@ -264,6 +266,8 @@ class _Mark:
     def claim(cls, out: Path, intent: dict[str, Any]) -> "_Mark":
         """Take the folder, or recognise what an interrupted run of the same plan left there.
 
+        A mark under which no node has begun holds nothing: a failed try is not in the way.
+
         Raises:
             OutputError: it holds something else.
         """
@@ -284,6 +288,13 @@ class _Mark:
                 held, seconds = dict(found["intent"]), float(found["seconds"])
             except (ValueError, TypeError, KeyError):
                 raise OutputError(f"{path}: damaged; {elsewhere}") from None
+            if not any(out.glob("node-*/run.json")):
+                # No node has begun: what was asked for may be corrected, the data as well.
+                for shard in (*out.glob("data/node-*.jsonl"), out / "data/test.jsonl"):
+                    shard.unlink(missing_ok=True)
+                mark = cls(path, intent, 0.0)
+                mark.add(0.0)
+                return mark
         old, new = _flat(held), _flat(json.loads(json.dumps(intent)))
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
@@ -381,7 +392,7 @@ def last_words(log: Path) -> str:
     try:
         record = json.loads(text)
     except ValueError:
-        return text.removeprefix("deca-node: error: ")
+        return text
     if not isinstance(record, dict):
         return text
     detail = str(record.get("exception", "")).strip().rpartition("\n")[2]

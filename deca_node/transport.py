@@ -14,7 +14,14 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from deca_node.errors import ListenError, PeerError, PeerRefused, PeerTimeout, PeerUnavailable
+from deca_node.errors import (
+    ListenError,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnavailable,
+    known_reason,
+)
 from deca_node.limits import (
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
@@ -157,7 +164,7 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     if code is not grpc.StatusCode.FAILED_PRECONDITION:
         return PeerRefused(code.name.lower(), f"{address}: {details}")
     reason, _, text = details.partition(": ")  # as _refuse wrote it
-    return PeerRefused(reason if reason.isidentifier() else "refused", f"{address}: {text}")
+    return PeerRefused(known_reason(reason), f"{address}: {text}")
 
 
 class GrpcLink:
@@ -188,9 +195,12 @@ class GrpcLink:
 
     async def _call(self, name: str, request: Any, timeout: float) -> Any:
         try:
-            return await self._unary[name](request, timeout=timeout)
+            reply = await self._unary[name](request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
             raise _translate(error, self.address) from None
+        if reply is None:  # what grpc gives for bytes that it cannot decode
+            raise PeerRefused("malformed", f"{self.address}: not an answer to {name}")
+        return reply
 
     async def hello(self, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
         """See Link."""

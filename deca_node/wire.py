@@ -100,10 +100,10 @@ class Snapshot:
     messages: list[bytes]
     released: bool = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the wire, prefixes included."""
-        return sum(map(len, self.messages))
+    def release(self) -> None:
+        """Give the memory back, also from under a reader that has stopped reading."""
+        self.released = True
+        self.messages.clear()
 
     def values(self, index: int) -> Tensor:
         """Values of data message ``index`` (0-based): float32 on CPU, read-only."""

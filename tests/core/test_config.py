@@ -60,6 +60,20 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD, ['topology.edges=[["a","b"]]'], 'kind = "explicit"'),
         (GOOD, ["network.static_peers=['nowhere']"], "HOST:PORT"),
         (GOOD, ["run.seed"], "--set section.key=value"),
+        (GOOD + "[schedule]\nsteps = '3'\n", [], 'steps = "3": a number is needed'),
+        (GOOD + "[schedule]\nsteps = true\n", [], "steps = true: a number is needed"),
+        (GOOD + "[network]\nzeroconf = 'no'\n", [], "true or false is needed"),
+        (GOOD + "[run]\nname = 7\n", [], "node.toml: run.name = 7"),
+        (GOOD, ["schedule.steps=true"], "--set schedule.steps = true: a number is needed"),
+        (GOOD, ["schedule.steps=1\nschedule.rounds=9"], "--set schedule.steps: one setting each"),
+        (GOOD, ["run.name=Big_Name"], 'run.name = "Big_Name": use 1 to 48 characters of a-z'),
+        (GOOD, ["node.device=gpu"], "use auto, cpu, cuda, cuda:N (as cuda:0) or mps"),
+        (GOOD, ['topology.edges=[["a"]]'], 'topology.edges: write it as a list, as in [["alice"'),
+        (GOOD, ["network.static_peers=h:5"], 'write it as a list, as in ["host:7430"]'),
+        (GOOD, ["network.static_peers=['h:99999']"], "'h:99999' is not HOST:PORT"),
+        (GOOD, ["node.advertise=h:5"], "a host name or an IP address without a port"),
+        (GOOD, ["node.advertise=[::1]"], "a host name or an IP address without a port"),
+        (GOOD, ["model.cache=~no-such-user/x"], "nobody knows whose home ~ is"),
         ("", [], "'model.path' is missing"),
         ("[model]\npath = 'm'\n", [], "'data.train' is missing"),
     ],
@@ -70,6 +84,50 @@ def test_mistakes_are_one_line_that_names_the_key(file, text, overrides, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         load(file, overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["schedule.steps", "network.heartbeat"])
+def test_the_source_of_a_wrong_value_is_named(file, monkeypatch, key):
+    """The one that won, be the others right or wrong."""
+    section, _, name = key.partition(".")
+    file.write_text(f"{GOOD}[{section}]\n{name} = -1\n")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}: {key} = -1: "):
+        load(file)
+    variable = f"DECA_{section}__{name}".upper()
+    monkeypatch.setenv(variable, "-2")
+    with pytest.raises(ConfigError, match=f'^environment variable {variable}: {key} = "-2": '):
+        load(file)
+    with pytest.raises(ConfigError, match=f"^--set {key} = -3: "):
+        load(file, [f"{key}=-3"])
+    assert load(file, [f"{key}=3"])
+
+
+def test_home_is_understood_wherever_a_path_is_given(file, monkeypatch):
+    """By all settings that are paths, from all sources."""
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("DECA_DATA__TEST", "~/test.jsonl")
+    file.write_text("[model]\npath = '~/model'\n[data]\ntrain = 'train.jsonl'\n")
+    settings = load(file, ["node.output=~/out"])
+    assert settings.model.path == Path("/home/alice/model")
+    assert settings.model.cache == Path("/home/alice/.cache/deca-node")
+    assert settings.data.test == Path("/home/alice/test.jsonl")
+    assert settings.data.train == file.parent / "train.jsonl"
+    assert settings.node.output == Path("/home/alice/out")
+
+
+def test_text_may_look_like_a_number(file):
+    """With --set, which knows what a setting is; quotes still are TOML's."""
+    overrides = ["run.name=2024", "node.name='123'", "node.output=7", "data.label_field=true"]
+    settings = load(file, overrides)
+    assert (settings.run.name, settings.node.name) == ("2024", "123")
+    assert settings.node.output == Path("7")
+    assert settings.data.label_field == "true"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "2001:db8::7", "box-1.lan", "my_host"])
+def test_hosts_that_others_can_call(file, host):
+    """Names and addresses of both kinds."""
+    assert load(file, [f"node.advertise={host}"]).node.advertise == host
 
 
 @pytest.mark.parametrize(
@@ -109,8 +167,18 @@ def test_the_fingerprint_tells_what_matters_and_nothing_else(file):
         return fingerprint(settings, schedule, "c", "w", "fp32")
 
     own = marks()
-    for private in ("node.name=x", "data.batch_size=9", "network.preset=wan", "node.port=1"):
+    for private in (
+        "node.name=x",
+        "data.batch_size=9",
+        "network.preset=wan",
+        "node.port=1",
+        "topology.p=0.25",  # of a random graph only
+    ):
         assert difference(own, marks(private)) is None
+    random_graph = "topology.kind=erdos_renyi"
+    found = difference(marks(random_graph), marks(random_graph, "topology.p=0.25"))
+    assert found is not None
+    assert "0.25" in found
     for key, value in {
         "run.name": "other",
         "run.seed": 9,
@@ -127,7 +195,6 @@ def test_the_fingerprint_tells_what_matters_and_nothing_else(file):
         "optimizer.bma_beta2": 0.5,
         "optimizer.discrepancy": "lr",
         "topology.kind": "full",
-        "topology.p": 0.25,
     }.items():
         found = difference(own, marks(f"{key}={value}"))
         assert found is not None, key

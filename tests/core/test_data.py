@@ -272,7 +272,7 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
     """The row, its label and the known labels are in the message."""
     rows = [{"text": "t", "label": "a"}, {"text": "t", "label": "c"}]
     words = None if given else {"a": "a", "b": "b"}
-    with pytest.raises(DataError, match=r"shard\.jsonl, row 2: label 'c' is not one of: a, b"):
+    with pytest.raises(DataError, match=r"row 2: label 'c' is not one of: a, b; add it to data\.l"):
         examples(rows, data_settings(**given), TOKENIZER, SOURCE, words)
 
 

@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def start(tmp_path, model, capsys):
-    """Runs `start` on good settings with some replaced; returns exit code and error line."""
+    """Runs `start` on good settings with some replaced; returns exit code and error's line."""
     (tmp_path / "train.jsonl").write_text(lines(*ROWS))
 
     def run(*changes):
@@ -45,9 +45,11 @@ def start(tmp_path, model, capsys):
         ]
         with pytest.raises(SystemExit) as caught:
             cli.main(["start", *(word for s in settings for word in ("--set", s))])
-        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
-        assert len(errors) <= 1, errors
-        return caught.value.code or 0, "".join(errors)
+        log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        errors = [line for line in log if "exit_code" in line]
+        assert errors == log[-1:] if caught.value.code else not errors
+        assert all(line["exit_code"] == caught.value.code for line in errors)
+        return caught.value.code or 0, "".join(line["event"] for line in errors)
 
     return run
 
@@ -68,20 +70,20 @@ def test_good_input_is_good(start, tmp_path):
     ],
 )
 def test_broken_data_names_file_and_line(start, tmp_path, content, words):
-    """Exit 4, and nothing is left in the output folder but its mark."""
+    """Exit 4, and no output folder: the corrected command starts afresh."""
     (tmp_path / "train.jsonl").write_text(content)
     code, error = start()
     assert code == 4
     assert words in error
     assert "train.jsonl" in error
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
         ("data.train=/absent.jsonl", 4, "/absent.jsonl: no such file"),
-        ("data.labels={a='a'}", 4, "'b'"),
+        ("data.labels={a='a'}", 4, "'b' is not one of: a; add it to data.labels"),
         ("model.path=/absent", 5, "/absent"),
         ("node.device=cuda", 7, 'node.device = "cpu"'),
         ("node.host=203.0.113.1", 6, "203.0.113.1"),

@@ -22,7 +22,7 @@ def kept(tmp_path):
     """A folder with one saved block, let go of again."""
     store = Checkpoint(tmp_path / "out", IDENTITY)
     assert store.claim() is False
-    store.save_block(2, TENSORS, Progress(visit=3, data_position=40))
+    store.save_blocks({2: TENSORS}, Progress(visit=3, data_position=40))
     store.release()
     return tmp_path / "out"
 
@@ -49,8 +49,8 @@ def test_what_was_saved_is_read_again(kept):
 def test_superseded_files_are_removed_and_others_kept(kept):
     """A newer visit of a block replaces its file; nothing piles up."""
     store = reopened(kept)
-    store.save_block(0, TENSORS, Progress(visit=4))
-    store.save_block(2, TENSORS, Progress(visit=7))
+    store.save_blocks({0: TENSORS}, Progress(visit=4))
+    store.save_blocks({2: TENSORS}, Progress(visit=7))
     files = sorted(path.name for path in (kept / "state").iterdir())
     assert files == ["block-0000-4.safetensors", "block-0002-7.safetensors", "manifest.json"]
 
@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_the_previous_state(kept, monkeypatch, moment):
     store = reopened(kept)
     monkeypatch.setattr(checkpoint, moment, full)
     with pytest.raises(DiskFullError, match="no space left"):
-        store.save_block(2, {"w": torch.zeros(9)}, Progress(visit=9))
+        store.save_blocks({2: {"w": torch.zeros(9)}}, Progress(visit=9))
     monkeypatch.undo()
     assert store.state.progress.visit == 3
     store.release()

@@ -6,28 +6,16 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import structlog
 
-from deca_node import cli, config, errors, logs, template
+from deca_node import cli, config, errors, logs, registry, template
+from deca_node.pb import node_pb2 as pb
 from deca_node.transport import GrpcTransport
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(capture=False)
-    structlog.reset_defaults()
-    logs.unbind()
 
 
 def _run(*arguments: str) -> int:
@@ -113,9 +101,8 @@ def test_a_document_gives_the_same_settings_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["start", "--set", "schedule.stepz=1"], 2, "did you mean 'schedule.steps'?"),
-        (["start", "--config", "absent.toml"], 2, "absent.toml: no such file"),
-        (["start"], 2, "'model.path' is missing"),
+        (["status", "127.0.0.1:99999"], 2, "'127.0.0.1:99999' is not HOST:PORT"),
+        (["peers", "foo"], 2, "'foo' is not HOST:PORT"),
         (["status", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
         (["status"], 3, "no node runs on this machine"),
         (["peers", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
@@ -140,6 +127,38 @@ def test_an_error_is_one_line_and_its_own_exit_code(
     assert captured.err.count("\n") == 1
     assert words in captured.err
     assert list(tmp_path.glob("*.*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "schedule.stepz=1"], "did you mean 'schedule.steps'?"),
+        (["--config", "absent.toml"], "absent.toml: no such file"),
+        ([], "'model.path' is missing"),
+    ],
+)
+def test_a_daemons_error_is_a_line_of_its_log(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """JSON like all others where nobody is looking, plain on a terminal, raised when asked for."""
+    monkeypatch.chdir(tmp_path)
+    assert _run("start", *arguments) == 2
+    captured = capsys.readouterr()
+    line = json.loads(captured.err)
+    assert words in line["event"]
+    assert (line["level"], line["exit_code"]) == ("error", 2)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert _run("start", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error == f"deca-node: error: {line['event']}\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.ConfigError):
+        cli.main(["--traceback", "start", *arguments])
 
 
 def test_traceback_is_shown_when_asked_for() -> None:
@@ -189,13 +208,46 @@ def test_partition_prints_who_has_what(tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "shards"
     options = ["-n", "2", "--label-field", "kind", "--test-per-label", "5"]
     assert _run("partition", str(source), str(out), *options) == 0
-    header, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    header, *lines, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert last[-2:] == ["and", "test.jsonl"]
     assert header == ["node", "a", "b", "rows"]
     for number in range(2):
         found = [json.loads(line)["kind"] for line in (out / f"node-{number}.jsonl").open()]
         counts = [found.count("a"), found.count("b"), len(found)]
         assert lines[number] == [f"node-{number}", *map(str, counts)]
     assert len((out / "test.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    "verb", [["partition", "in", "out", "-n", "2"], ["testbed", "--train", "x"]]
+)
+@pytest.mark.parametrize("concentration", ["0", "-1", "nan", "inf"])
+def test_a_concentration_that_is_none_is_wrong_usage(verb: list[str], concentration: str) -> None:
+    """The data is not blamed for it."""
+    assert _run(*verb, "-a", concentration) == 2
+
+
+def test_json_has_one_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an address a node's own, without one a list, were it of a single node."""
+    now = pb.NodeStatus(run="bbc", node="alice")
+    now.peers.add(node="bob")
+
+    async def answer(address: str, timeout: float) -> pb.NodeStatus:
+        return now
+
+    entry = registry.Entry("192.0.2.1:7430", "bbc", "alice", 1)
+    monkeypatch.setattr(cli, "ask_status", answer)
+    monkeypatch.setattr(cli.registry, "local_nodes", lambda: [entry])
+    for verb in ("status", "peers"):
+        assert _run(verb, "192.0.2.1:7430", "--json") == 0
+        assert _run(verb, "--json") == 0
+    node, nodes, peers, all_peers = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [node] == nodes
+    assert node["node"] == "alice"
+    assert peers[0]["node"] == "bob"
+    assert all_peers == [{"run": "bbc", "node": "alice", "peers": peers}]
 
 
 async def test_something_else_that_speaks_grpc_is_no_node() -> None:

@@ -90,5 +90,6 @@ def test_addresses_to_announce():
     """A host that is one address is announced as such; all interfaces are without loopback."""
     assert own_addresses("127.0.0.1") == ["127.0.0.1"]
     everywhere = own_addresses("0.0.0.0")
+    assert own_addresses("only-outsiders-know.invalid") == everywhere
     assert everywhere
     assert everywhere == ["127.0.0.1"] or not any(a.startswith("127.") for a in everywhere)

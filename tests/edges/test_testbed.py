@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deca_node import config, testbed
+from deca_node import cli, config, testbed
 from deca_node.errors import DataError, OutputError
 from deca_node.pb import node_pb2 as pb
 from deca_node.plots import draw, running_mean
@@ -118,6 +118,8 @@ def test_a_folder_is_resumed_by_the_same_plan_only(folder: Path) -> None:
 
     plan = _plan(folder)
     claim(plan).add(1.5)
+    (plan.out / "node-0").mkdir()
+    (plan.out / "node-0/run.json").touch()  # a node has begun
     assert claim(plan).seconds == 1.5
     with pytest.raises(OutputError, match="seed is 0 there, 1 here"):
         claim(_plan(folder, seed=1))
@@ -130,6 +132,49 @@ def test_a_folder_is_resumed_by_the_same_plan_only(folder: Path) -> None:
     with pytest.raises(OutputError, match="another run"):
         claim(_plan(folder, out=folder / "foreign"))
     assert not (folder / "foreign/testbed.json").exists()
+
+
+def test_a_failed_try_is_not_in_the_way(folder: Path) -> None:
+    """Where no node has begun, settings and data can be corrected; others' files stay."""
+
+    def attempt(plan: testbed.Plan) -> list[config.Settings]:
+        base = testbed._base_settings(plan, plan.out)
+        testbed._Mark.claim(plan.out, testbed._intent(plan, base))
+        return testbed._node_settings(plan, base, plan.out)
+
+    with pytest.raises(DataError, match="no such file"):
+        attempt(_plan(folder, train=folder / "absent.jsonl"))
+    attempt(_plan(folder, nodes=3))  # the model's path is wrong, say
+    (folder / "out/data/notes").write_text("precious")
+    (folder / "data.jsonl").write_text('{"text": "x", "label": "d"}\n' * 9)
+    plan = _plan(folder, overrides=("model.path=n",))
+    assert [settings.data.labels for settings in attempt(plan)] == [{"d": "d"}] * 2
+    names = sorted(path.name for path in (folder / "out/data").iterdir())
+    assert names == ["node-0.jsonl", "node-1.jsonl", "notes", "test.jsonl"]
+
+
+def test_what_was_given_is_kept_and_the_rest_is_listed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Preset and threads are the user's; the way nodes meet is the testbed's, as --help says."""
+    given = (
+        "model.path=m",
+        "node.threads=3",
+        "network.preset=wan",
+        "network.zeroconf=false",
+        'network.static_peers=["192.0.2.1:7430"]',
+    )
+    settings = _nodes(_plan(folder, overrides=given))[0]
+    assert (settings.node.threads, settings.network.preset) == (3, "wan")
+    assert settings.network.zeroconf
+    assert settings.network.static_peers == ()
+    with pytest.raises(SystemExit):
+        cli.main(["testbed", "--help"])
+    shown = capsys.readouterr().out
+    node = {f"node.{name}" for name in ("name", "host", "port", "advertise", "output")}
+    network = {f"network.{name}" for name in ("zeroconf", "interfaces", "static_peers")}
+    for key in node | network | {"run.start_when", "run.name", "data.train"}:
+        assert key in shown
 
 
 def _measure(node: str, accuracy: float | None) -> testbed.Measure:
@@ -211,7 +256,7 @@ def test_three_nodes_disagreement_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ('{"event": "ready"}\ndeca-node: error: no disk\n', "no disk"),
+        ('{"event": "ready"}\n{"event": "no disk", "exit_code": 9}\n', "no disk"),
         (
             '{"event": "defect", "exception": "Traceback\\n  x\\nValueError: 3"}\n',
             "defect: ValueError: 3",

@@ -1,0 +1,183 @@
+"""The DECA method on real tiny models: against the oracle, in all precisions, past a NaN."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from deca_node import trainer
+from deca_node.blocks import Visit
+from deca_node.config import ModelSettings
+from deca_node.data import Example, collate
+from deca_node.methods.deca import Deca
+from deca_node.mixing import metropolis_hastings
+from deca_node.models import LanguageModel
+from deca_node.moments import Rule
+from deca_node.wire import CHUNK_ELEMENTS, Receiver
+from tests import oracle
+from tests.tiny import make_model
+
+NODES, STEPS = 3, 4
+VISIT = Visit(0, 0, 0, 0, range(1, 3))
+NAMES = [f"n{i}" for i in range(NODES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("deca") / "model", "llama")
+
+
+def load(folder, dtype="fp32"):
+    return LanguageModel.load(ModelSettings(path=folder, dtype=dtype), torch.device("cpu"))
+
+
+def batch(node, step):
+    ids = [(7 * node + 3 * step + i) % 200 + 10 for i in range(12)]
+    return collate([Example(ids, [i > 5 for i in range(12)])], 0)
+
+
+def exchange(methods, serial):
+    """Publish, and mix what every receiver accepts of everybody else (a full graph)."""
+    published = {name: m.outgoing(serial) for name, m in methods.items()}
+    row = metropolis_hastings(NODES - 1, dict.fromkeys(NAMES[1:], NODES - 1))
+    weight = row[NAMES[1]]
+    for name, method in methods.items():
+        for peer in NAMES:
+            if peer != name:
+                receiver = Receiver(method.layout, serial, "run", peer)
+                for message in published[peer].messages:
+                    arrived = receiver.feed(message)
+                    if arrived is not None:
+                        method.mix(*arrived, weight)
+                assert receiver.complete
+
+
+@pytest.mark.parametrize("bma", ["on", "off", "trivial"])
+@pytest.mark.parametrize("discrepancy", ["l2", "none", "lr"])
+def test_a_visit_equals_the_oracle(folder, bma, discrepancy):
+    """Gradient, half-step, messages, mix and fold of three nodes give the paper's numbers."""
+    constants = {
+        "learning_rate": 1e-3,
+        "adam_eps": 1e-4,  # at 1e-8 a gradient that is mere rounding decides a whole step
+        "bma": bma,
+        "discrepancy": discrepancy,
+    }
+    methods = {name: Deca(load(folder), Rule(**constants), "run", name) for name in NAMES}
+    for method in methods.values():
+        method.open(VISIT, None)
+    first = next(iter(methods.values())).state()["x"].double().numpy().copy()
+    for step in range(STEPS):
+        for node, method in enumerate(methods.values()):
+            method.gradient(batch(node, step))
+            method.advance(step)
+        exchange(methods, step)
+        for method in methods.values():
+            settled = method.settle(step)
+            assert settled.disagreement > 0
+            if discrepancy == "l2":
+                assert settled.h_norm == pytest.approx(1)
+
+    judge = load(folder)
+
+    def gradient(client, _round, _position, step, blocks, _active):
+        block = judge.activate(VISIT.layers)
+        block.master.copy_(torch.from_numpy(blocks[0]))
+        trainer.gradient(judge, block, batch(client, step))
+        values = torch.cat([part.flatten() for _, part in block.gradients()]).double().numpy()
+        block.drop_gradients()
+        return values
+
+    expected = oracle.run(
+        [first],
+        gradient,
+        ~np.eye(NODES, dtype=bool),
+        rounds=1,
+        steps=STEPS,
+        settings=oracle.Settings(**constants),
+    )
+    for client, method in zip(expected, methods.values(), strict=True):
+        state = method.state()
+        np.testing.assert_allclose(state["x"], client.blocks[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(state["m"], client.m, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_weights_have_a_full_precision_master(folder, dtype):
+    """The exchange and the master are fp32; the model holds the rounded values after each step."""
+    model = load(folder, dtype)
+    method = Deca(model, Rule(1e-3), "run", "n0")
+    method.open(VISIT, None)
+    before = method.state()["x"].clone()
+    method.gradient(batch(0, 0))
+    method.advance(0)
+    snapshot = method.outgoing(0)
+    sent = torch.cat([snapshot.values(i) for i in range(len(snapshot.messages) - 1)])
+    method.settle(0)
+    master = method.state()["x"]
+    assert torch.equal(sent, master)
+    assert master.dtype == torch.float32
+    assert not torch.equal(before, master)
+    held = torch.cat([t.flatten() for t in model.block_tensors(VISIT.layers).values()])
+    assert torch.equal(held, master.to(held.dtype))
+
+
+def test_a_gradient_that_is_no_number_reaches_nobody(folder):
+    """It counts as zero: the moments decay, the block stays finite, the next step is normal."""
+    method = Deca(load(folder), Rule(1e-3, bma="off"), "run", "n0")
+    method.open(VISIT, None)
+    method.gradient(batch(0, 0))
+    method.advance(0)
+    method.settle(0)
+    m = method.state()["m"].clone()
+    local = method.gradient(batch(0, 1))
+    for _, gradient in method._active.gradients():
+        gradient.fill_(float("nan"))
+    method._finite = False
+    method.advance(1)
+    method.settle(1)
+    state = method.state()
+    assert math.isfinite(local.loss)
+    torch.testing.assert_close(state["m"], 0.9 * m)
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    assert not any(bool(g.any()) for _, g in method._active.gradients())
+
+
+def test_a_visit_continues_from_its_saved_state(folder):
+    """Two steps, save, two steps more in another process's place: the same as four."""
+
+    def steps(method, numbers):
+        for step in numbers:
+            method.gradient(batch(0, step))
+            method.advance(step)
+            method.settle(step)
+
+    whole = Deca(load(folder), Rule(1e-3), "run", "n0")
+    whole.open(VISIT, None)
+    steps(whole, range(4))
+    first = Deca(load(folder), Rule(1e-3), "run", "n0")
+    first.open(VISIT, None)
+    steps(first, range(2))
+    saved = {name: tensor.clone() for name, tensor in first.state().items()}
+    second = Deca(load(folder), Rule(1e-3), "run", "n0")
+    second.open(VISIT, saved)
+    steps(second, range(2, 4))
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, second.state()[name])
+
+
+def test_arrivals_in_any_chunk_size_mix_the_same(folder):
+    """Values may straddle our own messages' borders."""
+    results = []
+    for size in (CHUNK_ELEMENTS, 1000, 7777):
+        method = Deca(load(folder), Rule(1e-3), "run", "n0")
+        method.open(VISIT, None)
+        method.gradient(batch(0, 0))
+        method.advance(0)
+        method.outgoing(0)
+        values = torch.linspace(-1, 1, method.layout.numel)
+        for low in range(0, values.numel(), size):
+            method.mix(low, values[low : low + size], 0.25)
+        results.append(method.state()["x"].clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
