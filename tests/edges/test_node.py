@@ -1,0 +1,72 @@
+"""One node alone, in this process."""
+
+import json
+
+import structlog
+import torch
+from safetensors.torch import load_file
+
+from deca_node import checkpoint
+from deca_node.config import load
+from deca_node.errors import DiskFullError
+from deca_node.node import Node
+from tests.tiny import make_model
+
+
+def settings(folder, *more):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not (folder / "model").exists():
+        make_model(folder / "model", "llama")
+    return load(
+        None,
+        [
+            "run.start_when=1",
+            "node.host=127.0.0.1",
+            "node.port=0",
+            f"node.output={folder / 'out'}",
+            f"model.path={folder / 'model'}",
+            f"data.train={folder / 'train.jsonl'}",
+            "network.zeroconf=false",
+            "schedule.rounds=1",
+            "schedule.steps=2",
+            "optimizer.learning_rate=1e-3",
+            *more,
+        ],
+    )
+
+
+async def test_a_block_that_could_not_be_kept_is_kept_with_the_next(tmp_path, monkeypatch):
+    """A full disk at one visit's end must not make a later state forget that visit's block."""
+    failures = iter([True])
+    real = checkpoint.Checkpoint.save_blocks
+
+    def save(self, blocks, progress):
+        if next(failures, False):
+            raise DiskFullError("disk: no space left")
+        real(self, blocks, progress)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save_blocks", save)
+    node = Node(settings(tmp_path), structlog.get_logger())
+    assert await node.run()
+    assert any("no space left" in warning for warning in node.status().warnings)
+    manifest = json.loads((tmp_path / "out" / "state" / "manifest.json").read_text())
+    assert sorted(manifest["blocks"]) == ["0", "1", "2", "3"]
+    model = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    for saved in manifest["blocks"].values():
+        for name, tensor in load_file(tmp_path / "out" / "state" / saved["file"]).items():
+            assert torch.equal(tensor, model[name])
+
+
+async def test_status_knows_the_schedule_before_and_after(tmp_path):
+    """Position, totals and phase are right at the end of a run in descending order."""
+    seen = []
+    node = Node(
+        settings(tmp_path, "schedule.order=descending"), structlog.get_logger(), seen.append
+    )
+    assert await node.run()
+    last = node.status()
+    assert (last.steps_done, last.steps_total) == (8, 8)
+    training = [status for status in seen if status.steps_done == 1]
+    assert {status.block for status in training} == {3}
+    assert training[0].eta_seconds > 0
