@@ -171,8 +171,8 @@ def start(
         raise typer.Exit(error.exit_code) from None
     if not finished:
         log.info("ended before the run was finished; the same command resumes it")
-    if node.abandoned:
-        # Python cannot be wound up under a thread that is inside torch.
+        # Python takes seconds to wind up torch and gRPC, and cannot do so under a thread that is
+        # still inside torch; whoever sent the signal waits for us, and all is saved.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -8,7 +8,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ from deca_node.record import History, history_line, write_summary
 from deca_node.rounds import Rounds, Start, StepRecord
 from deca_node.swarm import Identity, Swarm
 from deca_node.transport import GrpcTransport, Transport
+from deca_node.worker import TrainingThread
 
 T = TypeVar("T")
 
@@ -59,49 +60,6 @@ MAX_WARNINGS = 20
 
 class Stopped(Exception):  # noqa: N818 - says what happened, is no error
     """The node was told to end before its run was complete."""
-
-
-class TrainingThread:
-    """Runs one function after the other; a daemon, so that an abandoned one cannot hold the exit.
-
-    An event loop must go on serving neighbours while torch computes.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.busy = False
-        self._wake = threading.Semaphore(0)
-        self._jobs: list[tuple[asyncio.Future[Any], Callable[[], Any]]] = []
-        threading.Thread(target=self._serve, name="training", daemon=True).start()
-
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
-        """See rounds.Worker."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._jobs.append((future, work))
-        self._wake.release()
-        return future
-
-    def _serve(self) -> None:
-        while True:
-            self._wake.acquire()
-            future, work = self._jobs.pop(0)
-            self.busy = True
-            try:
-                result, error = work(), None
-            except BaseException as raised:  # noqa: BLE001 - handed to whoever awaits it
-                result, error = None, raised
-            self.busy = False
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(_deliver, future, result, error)
-
-
-def _deliver(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
 
 
 class Node:
@@ -188,11 +146,6 @@ class Node:
             self._log.info("stopping")
             self._stopping.set()
             self._wake()
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether the training thread still computes something nobody waits for."""
-        return self._worker.busy
 
     async def _live(self, stack: contextlib.AsyncExitStack) -> bool:
         settings = self.settings

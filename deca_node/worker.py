@@ -1,0 +1,47 @@
+"""The thread on which torch computes, while the event loop serves neighbours."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class TrainingThread:
+    """Runs one function after the other; a daemon, so that an abandoned one cannot hold the exit.
+
+    An event loop must go on serving neighbours while torch computes.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]]] = SimpleQueue()
+        threading.Thread(target=self._serve, name="training", daemon=True).start()
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
+        """See rounds.Worker."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._jobs.put((future, work))
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            future, work = self._jobs.get()
+            try:
+                result, error = work(), None
+            except BaseException as raised:  # noqa: BLE001 - handed to whoever awaits it
+                result, error = None, raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(_deliver, future, result, error)
+
+
+def _deliver(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
