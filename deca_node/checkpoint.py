@@ -5,42 +5,22 @@ file, is synced and renamed, and only then does a new manifest replace the old o
 """
 
 import contextlib
-import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deca_node.errors import DiskFullError, OutputError
+from deca_node.disk import translated, write_atomically
+from deca_node.errors import OutputError
 
 FORMAT = 1
-
-
-@contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn a full disk into DiskFullError and other trouble with files into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"{path}: no space left on the disk; free some or set node.output elsewhere"
-            ) from None
-        raise OutputError(f"{path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise DiskFullError(
-                f"{path}: no space left on the disk; free some or set node.output elsewhere"
-            ) from None
-        raise OutputError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -254,19 +234,6 @@ def _read_manifest(path: Path) -> State:
         raise OutputError(
             f"{path}: damaged; restore it, or remove {path.parent} to begin the run anew"
         ) from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment either the old or the new content is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,6 @@ The only file that imports transformers, and only inside functions: the import t
 Nothing here opens a network connection.
 """
 
-import errno
 import importlib.util
 import inspect
 import io
@@ -26,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deca_node.config import ModelSettings
 from deca_node.data import IGNORED, Batch
+from deca_node.disk import is_full
 from deca_node.errors import DecaError, DeviceError, DiskFullError, ModelError, OutputError
 from deca_node.wire import Layout, TensorSpec
 
@@ -611,11 +611,7 @@ def _complete(folder: Path) -> Iterator[Path]:
 
 
 def _write_error(folder: Path, error: Exception) -> DecaError:
-    full = errno.ENOSPC, errno.EDQUOT
-    # tokenizers and safetensors give the system's error number as text only.
-    if getattr(error, "errno", 0) in full or any(
-        f"os error {code})" in str(error) for code in full
-    ):
+    if is_full(error):
         return DiskFullError(f"{folder.parent}: no space left on this disk; free some and repeat")
     reason = getattr(error, "strerror", None) or _first_line(error)
     return OutputError(f"{folder}: cannot be written: {reason}")

@@ -44,7 +44,7 @@ from deca_node.record import History, history_line, write_summary
 from deca_node.rounds import Rounds, Start, StepRecord
 from deca_node.swarm import Identity, Swarm
 from deca_node.transport import GrpcTransport, Transport
-from deca_node.worker import TrainingThread
+from deca_node.worker import Stopped, TrainingThread, unless_stopped
 
 T = TypeVar("T")
 
@@ -56,10 +56,6 @@ WATCH_INTERVAL_SECONDS = (0.1, 3600.0)
 # Calls under way when the node ends.
 CLOSE_GRACE_SECONDS = 0.5
 MAX_WARNINGS = 20
-
-
-class Stopped(Exception):  # noqa: N818 - says what happened, is no error
-    """The node was told to end before its run was complete."""
 
 
 class Node:
@@ -449,13 +445,7 @@ class Node:
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the training thread; gives up at once when told to stop."""
-        result = asyncio.ensure_future(self._worker(work))
-        stop = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not result.done():
-            raise Stopped
-        return result.result()
+        return await unless_stopped(self._worker(work), self._stopping)
 
     # --- during the run
 

@@ -1,6 +1,5 @@
 """Deal one labelled data set out to nodes: unevenly, as private data is, and repeatably."""
 
-import errno
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from deca_node.data import place, read_rows, text_of
+from deca_node.disk import is_full
 from deca_node.errors import DataError, DiskFullError, OutputError
 
 MAX_DRAWS = 1000
@@ -168,6 +168,6 @@ def _write_all(files: Mapping[Path, str]) -> None:
                     file.write(content)
             undo.pop_all()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise DiskFullError(f"{path}: the disk is full") from None
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None

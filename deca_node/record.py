@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import IO, Any
 
-from deca_node.checkpoint import translated, write_atomically
+from deca_node.disk import translated, write_atomically
 from deca_node.errors import DecaError
 from deca_node.rounds import StepRecord
 

@@ -14,6 +14,7 @@ from deca_node.data import Batch
 from deca_node.exchange import Exchange, Gathered
 from deca_node.membership import Edges
 from deca_node.methods import Local, Method, Settled
+from deca_node.worker import Stopped, unless_stopped
 
 T = TypeVar("T")
 
@@ -135,8 +136,11 @@ class Rounds:
         begin = time.perf_counter()
         position = self.batches.position
         batch = self.batches.next()
-        local = await self._unless_stopped(self.worker(partial(self.method.gradient, batch)))
-        if local is None:
+        try:
+            local = await unless_stopped(
+                self.worker(partial(self.method.gradient, batch)), self.stopping, STOP_GRACE_SECONDS
+            )
+        except Stopped:
             self.batches.position = position
             return None
         trained = time.perf_counter()
@@ -161,12 +165,3 @@ class Rounds:
             seconds_update=updated - trained + end - arrived,
             seconds_step=end - begin,
         )
-
-    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
-        result = asyncio.ensure_future(work)
-        stop = asyncio.ensure_future(self.stopping.wait())
-        await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            await asyncio.wait({result}, timeout=STOP_GRACE_SECONDS)
-        stop.cancel()
-        return result.result() if result.done() else None

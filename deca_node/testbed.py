@@ -32,9 +32,9 @@ from rich.text import Text
 from safetensors import safe_open
 
 from deca_node import registry, status, template
-from deca_node.checkpoint import translated, write_atomically
 from deca_node.config import ENV_PREFIX, Settings, load
 from deca_node.data import place, read_rows, text_of
+from deca_node.disk import translated, write_atomically
 from deca_node.errors import DataError, OutputError, SwarmError
 from deca_node.partition import write_shards
 from deca_node.pb import node_pb2 as pb

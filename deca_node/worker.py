@@ -10,6 +10,27 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Stopped(Exception):  # noqa: N818 - says what happened, is no error
+    """The node was told to end before its run was complete."""
+
+
+async def unless_stopped(work: Awaitable[T], stopping: asyncio.Event, grace: float = 0.0) -> T:
+    """The result of ``work``; once ``stopping`` is set it has ``grace`` seconds left.
+
+    Raises:
+        Stopped: it did not end in time, and goes on with nobody waiting for it.
+    """
+    result = asyncio.ensure_future(work)
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
+    if not result.done() and grace:
+        await asyncio.wait({result}, timeout=grace)
+    stop.cancel()
+    if not result.done():
+        raise Stopped
+    return result.result()
+
+
 class TrainingThread:
     """Runs one function after the other; a daemon, so that an abandoned one cannot hold the exit.
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from deca_node import checkpoint
-from deca_node.checkpoint import Checkpoint, Progress, translated
+from deca_node.checkpoint import Checkpoint, Progress
+from deca_node.disk import translated
 from deca_node.errors import DiskFullError, OutputError
 from deca_node.record import History
 
