@@ -16,6 +16,8 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_SERVING: _ClassVar[Phase]
     PHASE_DONE: _ClassVar[Phase]
     PHASE_STOPPING: _ClassVar[Phase]
+    PHASE_CATCHING_UP: _ClassVar[Phase]
+    PHASE_AGREEING: _ClassVar[Phase]
 PHASE_UNSPECIFIED: Phase
 PHASE_STARTING: Phase
 PHASE_WAITING: Phase
@@ -23,6 +25,8 @@ PHASE_TRAINING: Phase
 PHASE_SERVING: Phase
 PHASE_DONE: Phase
 PHASE_STOPPING: Phase
+PHASE_CATCHING_UP: Phase
+PHASE_AGREEING: Phase
 
 class Sender(_message.Message):
     __slots__ = ("run", "node", "session")
@@ -51,7 +55,7 @@ class Contact(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "host")
+    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "host", "entry", "version", "time")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +63,9 @@ class HelloRequest(_message.Message):
     PHASE_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     protocol: int
     fingerprint: _containers.RepeatedCompositeFieldContainer[FingerprintField]
@@ -66,10 +73,13 @@ class HelloRequest(_message.Message):
     phase: Phase
     visit: int
     host: str
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    entry: int
+    version: str
+    time: float
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., host: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("sender", "protocol", "fingerprint", "phase", "visit", "known", "refusal")
+    __slots__ = ("sender", "protocol", "fingerprint", "phase", "visit", "known", "refusal", "entry", "version", "time", "unreached")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +87,10 @@ class HelloReply(_message.Message):
     VISIT_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    UNREACHED_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     protocol: int
     fingerprint: _containers.RepeatedCompositeFieldContainer[FingerprintField]
@@ -84,7 +98,11 @@ class HelloReply(_message.Message):
     visit: int
     known: _containers.RepeatedCompositeFieldContainer[Contact]
     refusal: str
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., refusal: _Optional[str] = ...) -> None: ...
+    entry: int
+    version: str
+    time: float
+    unreached: bool
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., refusal: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ..., unreached: bool = ...) -> None: ...
 
 class VisitOffer(_message.Message):
     __slots__ = ("sender", "visit")
@@ -95,32 +113,38 @@ class VisitOffer(_message.Message):
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ...) -> None: ...
 
 class VisitDegree(_message.Message):
-    __slots__ = ("sender", "visit", "degree")
+    __slots__ = ("sender", "visit", "degree", "graph")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
     DEGREE_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     visit: int
     degree: int
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., degree: _Optional[int] = ...) -> None: ...
+    graph: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., degree: _Optional[int] = ..., graph: _Optional[int] = ...) -> None: ...
 
 class VisitAnswer(_message.Message):
-    __slots__ = ("verdict", "visit")
+    __slots__ = ("verdict", "visit", "closed")
     class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         VERDICT_UNSPECIFIED: _ClassVar[VisitAnswer.Verdict]
         VERDICT_ACCEPTED: _ClassVar[VisitAnswer.Verdict]
         VERDICT_PASSED: _ClassVar[VisitAnswer.Verdict]
         VERDICT_STRANGER: _ClassVar[VisitAnswer.Verdict]
+        VERDICT_NOT_WANTED: _ClassVar[VisitAnswer.Verdict]
     VERDICT_UNSPECIFIED: VisitAnswer.Verdict
     VERDICT_ACCEPTED: VisitAnswer.Verdict
     VERDICT_PASSED: VisitAnswer.Verdict
     VERDICT_STRANGER: VisitAnswer.Verdict
+    VERDICT_NOT_WANTED: VisitAnswer.Verdict
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
     verdict: VisitAnswer.Verdict
     visit: int
-    def __init__(self, verdict: _Optional[_Union[VisitAnswer.Verdict, str]] = ..., visit: _Optional[int] = ...) -> None: ...
+    closed: bool
+    def __init__(self, verdict: _Optional[_Union[VisitAnswer.Verdict, str]] = ..., visit: _Optional[int] = ..., closed: bool = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("sender", "serial")
@@ -141,6 +165,50 @@ class Chunk(_message.Message):
     xxh3: int
     data: bytes
     def __init__(self, serial: _Optional[int] = ..., offset: _Optional[int] = ..., xxh3: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ListBlocksRequest(_message.Message):
+    __slots__ = ("sender", "after")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    after: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., after: _Optional[int] = ...) -> None: ...
+
+class BlockState(_message.Message):
+    __slots__ = ("block", "visit", "bytes", "xxh3")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    visit: int
+    bytes: int
+    xxh3: str
+    def __init__(self, block: _Optional[int] = ..., visit: _Optional[int] = ..., bytes: _Optional[int] = ..., xxh3: _Optional[str] = ...) -> None: ...
+
+class BlockList(_message.Message):
+    __slots__ = ("sender", "visit", "closed", "blocks")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    visit: int
+    closed: bool
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockState]
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., closed: bool = ..., blocks: _Optional[_Iterable[_Union[BlockState, _Mapping]]] = ...) -> None: ...
+
+class FetchBlockRequest(_message.Message):
+    __slots__ = ("sender", "block", "xxh3", "offset")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    sender: Sender
+    block: int
+    xxh3: str
+    offset: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., block: _Optional[int] = ..., xxh3: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class GoodbyeRequest(_message.Message):
     __slots__ = ("sender", "finished")
@@ -175,7 +243,7 @@ class ListPeersReply(_message.Message):
     def __init__(self, peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted")
+    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted", "catch_up_bytes", "catch_up_total")
     class RefusalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +287,8 @@ class NodeStatus(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    CATCH_UP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CATCH_UP_TOTAL_FIELD_NUMBER: _ClassVar[int]
     run: str
     node: str
     version: str
@@ -255,7 +325,9 @@ class NodeStatus(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     pid: int
     members_wanted: int
-    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ...) -> None: ...
+    catch_up_bytes: int
+    catch_up_total: int
+    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ..., catch_up_bytes: _Optional[int] = ..., catch_up_total: _Optional[int] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
     __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail")
