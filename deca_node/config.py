@@ -161,6 +161,13 @@ class NodeSettings(Section):
         description="CPU threads of the computation; 0 leaves it to PyTorch (all cores). Nodes "
         "that share a machine should share its cores.",
     )
+    save_every: float = Field(
+        120.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds between two saves of the block being trained, so that a crash costs "
+        "no more; less often where the disk is slow. 0: only at the end of each visit.",
+    )
     output: Path = Field(
         Path("out"),
         description="Folder of the trained model, the run's record and the state to resume "
@@ -361,6 +368,12 @@ class NetworkSettings(Section):
         "the preset's.",
         examples=[60.0],
     )
+    wait_budget: Positive | None = Field(
+        None,
+        description="Seconds that the steps of one visit wait, in all, for a neighbour that keeps "
+        "coming later than the others; then the visit goes on without it. Unset: the preset's.",
+        examples=[300.0],
+    )
     heartbeat: Positive | None = Field(
         None, description="Seconds between greetings. Unset: the preset's.", examples=[2.0]
     )
@@ -369,6 +382,11 @@ class NetworkSettings(Section):
         description="Seconds of silence after which a peer leaves the member set. Unset: the "
         "preset's.",
         examples=[30.0],
+    )
+    catch_up_rate: Positive = Field(
+        64.0,
+        description="MB per second that this node sends, in all, to nodes that catch up. Lower "
+        "spares the training and the link, higher brings them back sooner.",
     )
 
     @field_validator("static_peers")
@@ -383,6 +401,7 @@ class Timing:
 
     ``step_deadline`` bounds what a missing neighbour can cost one step; ``visit_deadline`` what it
     can cost the start of a visit (shorter, so that those who wait are not given up meanwhile);
+    ``wait_budget`` bounds what a neighbour that is late again and again can cost a visit;
     ``gone_after`` is the silence after which a peer leaves the member set. Longer is kinder to slow
     machines, shorter loses less when one dies without a word (a closed connection is noticed at
     once in any case).
@@ -392,24 +411,28 @@ class Timing:
     visit_deadline: float
     heartbeat: float
     gone_after: float
+    wait_budget: float
     rpc: float
     browse: float
     redial: float
+    redial_max: float
 
     @classmethod
     def local(cls) -> "Timing":
         """Several nodes share one machine: steps are slow, the network is not."""
-        return cls(60.0, 40.0, 1.0, 60.0, rpc=10.0, browse=3.0, redial=0.5)
+        return cls(60.0, 40.0, 1.0, 60.0, 600.0, rpc=10.0, browse=3.0, redial=0.5, redial_max=2.0)
 
     @classmethod
     def lan(cls) -> "Timing":
         """Machines of one room."""
-        return cls(30.0, 20.0, 2.0, 30.0, rpc=5.0, browse=5.0, redial=1.0)
+        return cls(30.0, 20.0, 1.5, 30.0, 300.0, rpc=5.0, browse=5.0, redial=1.0, redial_max=4.0)
 
     @classmethod
     def wan(cls) -> "Timing":
         """Machines of several sites."""
-        return cls(180.0, 120.0, 10.0, 180.0, rpc=20.0, browse=15.0, redial=3.0)
+        return cls(
+            180.0, 120.0, 10.0, 180.0, 900.0, rpc=20.0, browse=15.0, redial=3.0, redial_max=15.0
+        )
 
 
 class Settings(BaseSettings):

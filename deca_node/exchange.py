@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
 from torch import Tensor
 
 from deca_node.config import Timing
@@ -20,6 +21,8 @@ from deca_node.membership import Edges, Verdict, VisitAgreement
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Link
 from deca_node.wire import Layout, Receiver, Snapshot
+
+_log = structlog.get_logger(__name__)
 
 RETRY_SECONDS = 0.1  # between two tries to reach a neighbour within a handshake
 # What a step gives to neighbours that it would not wait for: time for a block that is ready.
@@ -39,6 +42,10 @@ class Neighbourhood(Protocol):
 
     def is_suspect(self, peer: str) -> bool:
         """Whether the peer failed lately."""
+        ...
+
+    def is_down(self, peer: str) -> bool:
+        """Whether its connection broke or nobody listens there."""
         ...
 
     def trouble(self, peer: str, error: PeerError) -> None:
@@ -116,6 +123,8 @@ class Exchange:
         self._fetched: dict[int, set[str]] = {}
         self._newest = -1
         self._late: set[str] = set()  # missed the step deadline in this visit
+        self._slow: set[str] = set()  # used up what a visit waits for one neighbour
+        self._waited: dict[str, float] = {}  # of that, the seconds gone by
         self._untold: set[str] = set()  # neighbours that do not know our degree yet
         self._idle: set[str] = set()  # let the last visit's beginning wait in vain
         self._pulls: Counter[str] = Counter()
@@ -136,6 +145,8 @@ class Exchange:
         self._steps_per_visit = steps_per_visit
         self._newest = first_serial - 1
         self._late.clear()
+        self._slow.clear()
+        self._waited.clear()
         self._agreement.begin(visit, wanted)
         self._pulse()
         await self._handshake(wanted, self._offer, self._agreement.undecided)
@@ -182,6 +193,8 @@ class Exchange:
         """
         if self._given_up(peer):
             return False
+        if self._peers.is_suspect(peer) and self._peers.is_down(peer):
+            return elapsed <= self._timing.redial
         doubtful = self._peers.is_suspect(peer) or peer in self._idle
         return not (doubtful and elapsed > self._timing.rpc)
 
@@ -205,6 +218,8 @@ class Exchange:
                         self._agreement.answered(peer, Verdict.ACCEPTED)
                     elif answer.verdict == pb.VisitAnswer.VERDICT_PASSED:
                         self._agreement.answered(peer, Verdict.PASSED)
+                    elif answer.verdict == pb.VisitAnswer.VERDICT_NOT_WANTED:
+                        self._agreement.answered(peer, Verdict.NOT_WANTED)
                     self._pulse()
                     # A peer that accepted before it reached the visit may, once there, see
                     # other members and decline: ask again while its own offer is missing.
@@ -266,22 +281,39 @@ class Exchange:
             ): peer
             for peer, weight in self.edges.weights.items()
         }
-        stop = asyncio.create_task(self._stopping.wait())
         pending = set(tasks)
+        alone_since = begin  # when all but those that are still missing had come
         while pending and not self._stopping.is_set():
             # Those that hold nobody up may still bring what they have ready.
-            worth = any(self._worth_waiting(tasks[task]) for task in pending)
-            left = (deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)) - loop.time()
+            worth = {tasks[task] for task in pending if self._worth_waiting(tasks[task])}
+            limit = deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)
+            if len(worth) == 1:
+                limit = min(limit, alone_since + self._budget(*worth))
+            left = limit - loop.time()
             if left <= 0:
+                if worth and loop.time() < deadline:
+                    self._slow |= worth
+                    continue
                 break
+            changed = asyncio.create_task(self._changed.wait())
             done, _ = await asyncio.wait(
-                {*pending, stop}, timeout=left, return_when=asyncio.FIRST_COMPLETED
+                {*pending, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED
             )
+            changed.cancel()
             pending -= done
-        stop.cancel()
+            for task in done & tasks.keys():
+                # What one neighbour takes after the last of the others is its to answer for.
+                if not pending and tasks[task] in worth:
+                    spent = loop.time() - alone_since
+                    self._waited[tasks[task]] = self._waited.get(tasks[task], 0.0) + spent
+                alone_since = loop.time()
         for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, stop, return_exceptions=True)
+        for peer, raised in zip(
+            tasks.values(), await asyncio.gather(*tasks, return_exceptions=True), strict=True
+        ):
+            if isinstance(raised, Exception):
+                _log.error("defect while taking a block", peer=peer, exc_info=raised)
         for peer in self.edges.weights:  # a task may have been cancelled before it began
             if peer not in (*report.used, *report.partial, *report.missing):
                 report.missing[peer] = "late"
@@ -289,8 +321,13 @@ class Exchange:
         return report
 
     def _worth_waiting(self, peer: str) -> bool:
-        """A neighbour that missed a deadline, or whose connection broke, holds nobody up."""
-        return peer not in self._late and not self._peers.is_suspect(peer)
+        """Who missed a deadline or used up its budget, or whose connection broke, holds nobody up."""
+        doubtful = self._late | self._slow
+        return peer not in doubtful and not self._peers.is_suspect(peer)
+
+    def _budget(self, peer: str) -> float:
+        """Seconds that this visit still waits for a neighbour after the others have come."""
+        return max(0.0, self._timing.wait_budget - self._waited.get(peer, 0.0))
 
     async def _take(
         self,
@@ -383,7 +420,17 @@ class Exchange:
 
     def _answer(self, verdict: Verdict) -> pb.VisitAnswer:
         name = pb.VisitAnswer.Verdict.Name(verdict)
-        return pb.VisitAnswer(verdict=name, visit=self._agreement.visit)
+        agreement = self._agreement
+        return pb.VisitAnswer(verdict=name, visit=agreement.visit, closed=agreement.closed)
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether the visit has no edges because the neighbours had begun it, or ended it, alone."""
+        return self._agreement.overtaken
+
+    def is_closed(self, visit: int) -> bool:
+        """Whether the visit's edges are fixed: who comes now is too late for it."""
+        return self._agreement.visit == visit and self._agreement.closed
 
     async def answer_pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
         """Stream the asked-for snapshot, once it is published."""
@@ -452,6 +499,10 @@ class Exchange:
     def wake(self) -> None:
         """Something outside changed (stop, a peer's state): look again."""
         self._pulse()
+
+    async def changed(self) -> None:
+        """Returns at the next change: a peer's state, an offer, the stop signal."""
+        await self._changed.wait()
 
     def _pulse(self) -> None:
         self._changed.set()

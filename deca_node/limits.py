@@ -33,3 +33,12 @@ MAX_STREAMS_PER_CONNECTION = 32
 MAX_WATCHERS = 64
 # Network names seen by discovery that are kept at once.
 MAX_SIGHTINGS = MAX_CONTACTS
+# Blocks streamed at once to nodes that catch up, over all of them: two fill a link.
+MAX_TRANSFERS = 2
+# Asked for by one node at once: it fetches one block at a time from each peer; one more may still
+# be closing.
+MAX_TRANSFERS_PER_PEER = 2
+# Transfers that wait for their turn.
+MAX_QUEUED_TRANSFERS = 64
+# Bytes per second below which a transfer is given up: a block of 100 MB would take two hours.
+MIN_TRANSFER_RATE = 16_384

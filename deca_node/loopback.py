@@ -129,13 +129,30 @@ class LoopbackLink:
         """See Link."""
         return await self._unary("Goodbye", request, timeout, lambda h: h.goodbye(request))
 
-    async def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+    async def list_blocks(self, request: pb.ListBlocksRequest, timeout: float) -> pb.BlockList:
         """See Link."""
-        call = Call(self._source, self._target, "Pull", request)
+        return await self._unary("ListBlocks", request, timeout, lambda h: h.list_blocks(request))
+
+    def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """See Link."""
+        return self._stream("Pull", request, timeout, lambda h: h.pull(request))
+
+    def fetch_block(self, request: pb.FetchBlockRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """See Link."""
+        return self._stream("FetchBlock", request, timeout, lambda h: h.fetch_block(request))
+
+    async def _stream(
+        self,
+        method: str,
+        request: object,
+        timeout: float,
+        answer: Callable[[Handler], AsyncGenerator[bytes]],
+    ) -> AsyncGenerator[bytes]:
+        call = Call(self._source, self._target, method, request)
         index = 0
         try:
             async with asyncio.timeout(timeout):
-                async with aclosing(self._handler().pull(request)) as messages:
+                async with aclosing(answer(self._handler())) as messages:
                     async for message in messages:
                         yield await self._pass(call, index, message)
                         index += 1

@@ -20,6 +20,8 @@ class Phase(IntEnum):
     SERVING = 4
     DONE = 5
     STOPPING = 6
+    CATCHING_UP = 7
+    AGREEING = 8
 
     @classmethod
     def _missing_(cls, value: object) -> "Phase":  # noqa: ARG003 - the enum's own signature
@@ -33,7 +35,8 @@ class State(StrEnum):
     ALIVE = "alive"
     SUSPECT = "suspect"  # silent or failing, still hoped for
     GONE = "gone"  # out of the member set until heard again
-    BEHIND = "behind"  # of the run, but at a visit too far from ours to exchange with
+    BEHIND = "behind"  # of the run, but too many visits behind ours to exchange with
+    AHEAD = "ahead"  # of the run, but so far on that we must catch up first
     DONE = "done"  # finished the run
     REFUSED = "refused"  # another run, other settings, another protocol
 
@@ -43,7 +46,9 @@ class Peer:
     """One peer as this node knows it.
 
     ``session`` changes when the peer restarts; ``last_seen`` is in the caller's seconds;
-    ``reached`` says that a greeting of ours got through, and not only one of the peer's.
+    ``reached`` says that a greeting of ours got through, and not only one of the peer's; ``entry``
+    is the visit in which a peer that catches up will take part, 0 while it does not know; ``down``
+    says that its connection broke or nobody listens, while a silent peer may only be slow.
     """
 
     name: str
@@ -55,11 +60,20 @@ class Peer:
     last_seen: float
     detail: str = ""
     reached: bool = True
+    entry: int = 0
+    down: bool = False
 
 
-# Neighbours that exchange are at most one visit apart: none can end a visit that the other has
-# not begun.
-NEAR_VISITS = 1
+def near_visits(members: int, steps_per_visit: int) -> int:
+    """How many visits two members that exchange, if only through others, can be apart.
+
+    A node ends no step before its neighbours have published theirs, so members d edges apart are
+    at most d steps apart, and d is below the number of members.
+    """
+    return max(1, -(-(members - 1) // steps_per_visit))
+
+
+FINISHED = (Phase.SERVING, Phase.DONE)
 
 
 def heard(
@@ -70,15 +84,17 @@ def heard(
     address: str,
     phase: Phase,
     visit: int,
-    own_phase: Phase,
     own_visit: int,
+    near: int,
     now: float,
     reached: bool = True,
+    entry: int = 0,
 ) -> Peer:
     """A greeting came from, or was answered by, a peer of this run.
 
-    A session met for the first time while one of the two trains must be near in the schedule: a
-    node that enters a running swarm elsewhere would be waited for at every visit.
+    A peer more than ``near`` visits from ours (near_visits) is not in step with us, whatever took
+    it there, a restart, a cut or a long sleep: waiting for it at a visit would be in vain. The one
+    behind catches up.
     """
     same = known is not None and known.session == session
     peer = Peer(
@@ -90,16 +106,18 @@ def heard(
         visit,
         now,
         reached=reached or (same and known is not None and known.reached),
+        entry=entry,
     )
     if phase == Phase.STOPPING:
         return replace(peer, state=State.GONE, detail="stopping")
-    if phase >= Phase.SERVING:
+    if phase in FINISHED:
         return replace(peer, state=State.DONE, detail="finished the run")
-    met = same and known is not None and known.state != State.BEHIND
-    training = Phase.TRAINING in (phase, own_phase)
-    if not met and training and abs(visit - own_visit) > NEAR_VISITS:
+    if phase == Phase.CATCHING_UP:
+        when = f"takes part from visit {entry}" if entry else "fetching blocks"
+        return replace(peer, detail=f"catching up: {when}")
+    if abs(visit - own_visit) > near:
         detail = f"at visit {visit}, we are at {own_visit}"
-        return replace(peer, state=State.BEHIND, detail=detail)
+        return replace(peer, state=State.AHEAD if visit > own_visit else State.BEHIND, detail=detail)
     return peer
 
 
@@ -108,7 +126,9 @@ def heard(
 GONE_AFTER_FAILURES = 3
 
 
-def failed(peer: Peer, now: float, gone_after: float, failures: int, detail: str) -> Peer:
+def failed(
+    peer: Peer, now: float, gone_after: float, failures: int, detail: str, *, down: bool = False
+) -> Peer:
     """Greetings failed ``failures`` times in a row: suspect first, gone when it goes on.
 
     A peer is gone after three greetings that found nobody, or after ``gone_after`` seconds of
@@ -119,9 +139,9 @@ def failed(peer: Peer, now: float, gone_after: float, failures: int, detail: str
     silence = now - peer.last_seen
     if silence >= gone_after or failures >= GONE_AFTER_FAILURES:
         return replace(peer, state=State.GONE, detail=f"silent for {silence:.0f} s: {detail}")
-    if peer.state == State.BEHIND:
+    if peer.state in (State.BEHIND, State.AHEAD):
         return peer
-    return replace(peer, state=State.SUSPECT, detail=detail)
+    return replace(peer, state=State.SUSPECT, detail=detail, down=peer.down or down)
 
 
 def departed(peer: Peer, now: float, *, finished: bool) -> Peer:
@@ -135,30 +155,54 @@ def departed(peer: Peer, now: float, *, finished: bool) -> Peer:
     )
 
 
-def members(own: str, peers: Iterable[Peer]) -> frozenset[str]:
-    """This node and those it would exchange with: the set that the topology is made from.
+def takes_part(peer: Peer, visit: int) -> bool:
+    """Whether a present peer comes to a visit.
 
-    A peer that is still starting (loading, evaluating), or that we cannot call, is not waited for
-    at a visit.
+    One that is still starting (loading, evaluating) does not, nor one that catches up, unless it
+    has said that this is where it enters.
+    """
+    if peer.phase == Phase.CATCHING_UP:
+        return 0 < peer.entry <= visit
+    return peer.phase in (Phase.WAITING, Phase.TRAINING, Phase.AGREEING)
+
+
+def members(own: str, peers: Iterable[Peer], visit: int) -> frozenset[str]:
+    """This node and those that come to a visit: the set that the topology is made from.
+
+    A peer that we cannot call is not waited for.
     """
     present = (State.ALIVE, State.SUSPECT)
-    acting = (Phase.WAITING, Phase.TRAINING)
     return frozenset(
         {
             own,
             *(
                 peer.name
                 for peer in peers
-                if peer.state in present and peer.phase in acting and peer.reached
+                if peer.state in present and peer.reached and takes_part(peer, visit)
             ),
         }
     )
 
 
 def ready(own: str, peers: Iterable[Peer], wanted: int) -> tuple[bool, str]:
-    """Whether enough members are there to begin, and a line saying who is (and is not)."""
+    """Whether enough members are there to begin, and a line saying who is (and is not).
+
+    Those too far ahead or behind count: one of the two will catch up.
+    """
     known = list(peers)
-    here = sorted(members(own, known) | {peer.name for peer in known if peer.state == State.DONE})
+    acting = (Phase.WAITING, Phase.TRAINING, Phase.AGREEING, Phase.CATCHING_UP)
+    running = (State.ALIVE, State.SUSPECT, State.AHEAD, State.BEHIND)
+    here = sorted(
+        {
+            own,
+            *(
+                peer.name
+                for peer in known
+                if peer.state == State.DONE
+                or (peer.state in running and peer.reached and peer.phase in acting)
+            ),
+        }
+    )
     if len(here) >= wanted:
         return True, f"{len(here)} of {wanted} members: {', '.join(here)}"
     others = [_why_not(peer) for peer in known if peer.name not in here]
@@ -181,6 +225,7 @@ class Verdict(IntEnum):
     ACCEPTED = 1
     PASSED = 2
     STRANGER = 3
+    NOT_WANTED = 4
 
 
 @dataclass(frozen=True)
@@ -238,13 +283,19 @@ class VisitAgreement:
             same = earlier is not None and earlier.session == session
             return Verdict.ACCEPTED if repeated and same else Verdict.PASSED
         if visit == self.visit and self._begun and peer not in self._wanted:
-            return Verdict.PASSED  # the two see different members
+            return Verdict.NOT_WANTED
         self._offers[peer] = Offer(visit, session)
         return Verdict.ACCEPTED
 
     def answered(self, peer: str, verdict: Verdict) -> None:
         """A peer answered our offer for the current visit."""
         self._answers[peer] = verdict
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether the visit was closed with no edge because neighbours had gone on without us."""
+        passed = any(verdict is Verdict.PASSED for verdict in self._answers.values())
+        return self.closed and not self._edges and passed
 
     def undecided(self) -> frozenset[str]:
         """Wanted peers that may still become edges of the current visit."""

@@ -8,7 +8,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from deca_node import __version__, logs, membership, registry, topology
+from deca_node import __version__, logs, registry
 from deca_node.blocks import Schedule, Visit, partition_layers
+from deca_node.catchup import Gain
 from deca_node.checkpoint import Checkpoint, Progress
 from deca_node.config import Settings
 from deca_node.data import (
@@ -32,26 +33,25 @@ from deca_node.data import (
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.errors import DecaError, ListenError, PeerRefused
 from deca_node.evaluation import evaluate
-from deca_node.exchange import Exchange
 from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint
+from deca_node.kept import KeptBlocks
 from deca_node.limits import MAX_WATCHERS
+from deca_node.member import Member, Run
 from deca_node.membership import Edges, Phase, State
+from deca_node.methods import Method
 from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel, pick_device
 from deca_node.moments import Rule
 from deca_node.pb import node_pb2 as pb
 from deca_node.record import History, history_line, write_summary
-from deca_node.rounds import Rounds, Start, StepRecord
+from deca_node.rounds import Start, StepRecord
 from deca_node.swarm import Identity, Swarm
+from deca_node.topology import TopologySpec
 from deca_node.transport import GrpcTransport, Transport
 from deca_node.worker import Stopped, TrainingThread, unless_stopped
 
 T = TypeVar("T")
 
-# A node that starts again within a run waits this long for its old members, then goes on without.
-REJOIN_SECONDS = 30.0
-# How often a waiting node says who is missing.
-REMIND_SECONDS = 10.0
 WATCH_INTERVAL_SECONDS = (0.1, 3600.0)
 # Calls under way when the node ends.
 CLOSE_GRACE_SECONDS = 0.5
@@ -96,14 +96,14 @@ class Node:
         self._edges = Edges(-1)
         self._address = ""
         self._schedule: Schedule | None = None
-        self._swarm: Swarm | None = None
-        self._exchange: Exchange | None = None
+        self._member: Member | None = None
         self._discovery: Discovery | None = None
         self._left = False
-        self._pending: dict[int, range] = {}  # blocks whose last save failed
         self._history: History | None = None
-        self._checkpoint: Checkpoint | None = None
+        self._kept: KeptBlocks | None = None
+        self._saved_at = self._started
         self._sent_before_step = 0
+        self._caught_up_before = 0, 0
         self._device = torch.device("cpu")
         self._model_name = settings.model.path.name
 
@@ -134,14 +134,16 @@ class Node:
             except Stopped:
                 return False
             finally:
-                self._phase = Phase.DONE if self._phase == Phase.SERVING else Phase.STOPPING
+                self._enter(Phase.DONE if self._phase == Phase.SERVING else Phase.STOPPING)
 
     def stop(self) -> None:
         """End the run soon, its state saved (SIGTERM, SIGINT)."""
         if not self._stopping.is_set():
             self._log.info("stopping")
             self._stopping.set()
-            self._wake()
+            if self._member is not None:
+                self._member.wake()
+            self._pulse()
 
     async def _live(self, stack: contextlib.AsyncExitStack) -> bool:
         settings = self.settings
@@ -171,15 +173,17 @@ class Node:
             await self._compute(model.weights_digest),
             model.dtype,
         )
-        self._checkpoint = checkpoint = Checkpoint(
-            settings.node.output, {**marks, "node": settings.node.name}
+        checkpoint = Checkpoint(
+            settings.node.output, {**marks, "node": settings.node.name}, schedule
         )
         stack.callback(checkpoint.release)
         # The data first: what is wrong with it must not mark the folder as this run's.
         self._waiting_for = "the data"
         train, test, counts, completions = await self._compute(partial(self._read_data, model))
-        resumed = checkpoint.claim()
+        resumed = await self._compute(checkpoint.claim)
+        self._judge(checkpoint)
         self._progress = checkpoint.state.progress
+        self._caught_up_before = self._progress.caught_up, self._progress.passed_over
         self._seconds_before = self._progress.seconds
         if self._progress.finished:
             self._log.info(
@@ -192,7 +196,10 @@ class Node:
             train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
         )
         batches.position = self._progress.data_position
-        start = await self._compute(partial(self._restore, model, schedule))
+        self._kept = kept = KeptBlocks(
+            checkpoint, model, schedule, self._worker, lambda: self._progress, self._addresses
+        )
+        start = await self._compute(partial(self._restore, checkpoint, kept))
         self._history = History(
             settings.node.output / "history.jsonl",
             schedule.serial(start.visit, start.step),
@@ -217,61 +224,61 @@ class Node:
             self._progress = replace(self._progress, before=before)
             self._log.info("before training", **before)
 
-        await self._join(stack, marks, port)
+        member = self._member = self._make_member(marks, port, schedule, kept)
+        await self._join(stack, member, checkpoint.state.peers, port)
         if start.visit < schedule.visits:
-            await self._wait_for_members(resumed=resumed)
+            why = await member.wait_for_members(
+                settings.run.start_when, self._say_waiting, resumed=resumed
+            )
+            if self._stopping.is_set():
+                raise Stopped
+            if why:
+                self._warn(why)
         method = Deca(
             model,
             Rule(**settings.optimizer.model_dump()),
             settings.run.name,
             settings.node.name,
         )
-        assert self._exchange is not None  # noqa: S101 - _join made it
-        self._phase, self._waiting_for = Phase.TRAINING, ""
-        self._run_began = time.monotonic()
-        self._tell_everybody()
-        rounds = Rounds(
-            schedule,
-            method,
-            self._exchange,
-            batches,
-            self._neighbours,
-            _Keeper(self, model, batches),
-            self._worker,
-            self._stopping,
+        self._waiting_for = ""
+        self._enter(Phase.TRAINING)
+        self._run_began = self._saved_at = time.monotonic()
+        end, is_open = await member.train(
+            start, method, batches, _Keeper(self, kept, method, batches), self._worker
         )
-        visit, step = await rounds.run(start)
-        self._progress = self._at(visit, step, batches.position)
-        if visit < schedule.visits:
-            self._phase = Phase.STOPPING
+        if end.visit < schedule.visits:
+            self._enter(Phase.STOPPING)
+            untouched = not is_open and (end.visit, end.step) == (start.visit, start.step)
+            self._progress = self._at(end.visit, end.step, batches.position)
             # At the same time as the goodbyes, each of which may take a second.
             _, saved = await asyncio.gather(
                 self._leave(),
-                asyncio.to_thread(
-                    checkpoint.save_visit, method.state(), self._progress, self._unsaved(model)
-                ),
+                asyncio.to_thread(_nothing if untouched else partial(
+                    kept.save, method.state() if is_open else None, within=is_open
+                )),
                 return_exceptions=True,
             )
             if isinstance(saved, BaseException):
                 raise saved
-            self._log.info("stopped, state saved", visit=visit, step=step)
+            self._log.info("stopped, state saved", visit=end.visit, step=end.step)
             return False
-        await self._finish(model, test, completions, counts)
+        self._progress = self._at(end.visit, 0, batches.position)
+        await self._finish(member, kept, model, test, completions, counts)
         return True
 
     async def _finish(
         self,
+        member: Member,
+        kept: KeptBlocks,
         model: LanguageModel,
         test: list[Example],
         completions: dict[str, list[int]],
         counts: dict[str, int],
     ) -> None:
         """Serve neighbours, evaluate, write the model and the record."""
-        assert self._exchange is not None  # noqa: S101
-        assert self._checkpoint is not None  # noqa: S101
-        self._phase = Phase.SERVING
-        self._tell_everybody()
-        unserved = asyncio.create_task(self._exchange.drain())
+        exchange = member.exchange
+        self._enter(Phase.SERVING)
+        unserved = asyncio.create_task(exchange.drain())
         after = None
         if test:
             self._waiting_for = "the evaluation after training"
@@ -280,9 +287,9 @@ class Node:
         self._waiting_for = "neighbours to fetch the last block"
         if late := await unserved:
             self._warn(f"did not fetch our last block: {', '.join(sorted(late))}")
-        self._exchange.release()
+        exchange.release()
         # Neighbours fetch the last block after our last step.
-        sent = self._progress.bytes_sent + self._exchange.bytes_sent - self._sent_before_step
+        sent = self._progress.bytes_sent + exchange.bytes_sent - self._sent_before_step
         self._progress = replace(self._progress, bytes_sent=sent)
         self._waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
@@ -301,14 +308,16 @@ class Node:
             "steps": self._schedule.total_steps if self._schedule else 0,
             "seconds": round(progress.seconds, 3),
             "incomplete_mixes": progress.incomplete,
+            "visits_passed_over": progress.passed_over,
+            "bytes_caught_up": progress.caught_up,
             "model": str(folder),
             "device": str(self._device),
             "version": __version__,
             "settings": self.settings.model_dump(mode="json"),
         }
         write_summary(self.settings.node.output / "summary.json", summary)
-        self._checkpoint.save_visit(None, progress, self._unsaved(model))
         self._progress = progress
+        await self._compute(kept.save)
         self._waiting_for = ""
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1))
 
@@ -326,23 +335,28 @@ class Node:
             test = examples(read_rows(data.test), data, model.tokenizer, data.test, words or None)
         return train, test, label_counts(train), completions
 
-    def _restore(self, model: LanguageModel, schedule: Schedule) -> Start:
-        assert self._checkpoint is not None  # noqa: S101
-        state = self._checkpoint.state
-        for block, saved in state.blocks.items():
-            model.load_block(schedule.blocks[block], self._checkpoint.load(saved))
-        tensors = self._checkpoint.load(state.active) if state.active else None
+    def _judge(self, checkpoint: Checkpoint) -> None:
+        """Say what of the state was damaged.
+
+        Raises:
+            OutputError: a block is lost, and no other node can have it.
+        """
+        for line in checkpoint.warnings:
+            if checkpoint.lost and self.settings.run.start_when == 1:
+                raise OutputError(f"{line}; restore it, or set node.output to a new folder")
+            self._warn(line)
+
+    def _restore(self, checkpoint: Checkpoint, kept: KeptBlocks) -> Start:
+        kept.saved_blocks()
+        state = checkpoint.state
+        tensors = checkpoint.load(state.active) if state.active else None
         step = state.progress.step if tensors is not None else 0
         return Start(state.progress.visit, step, tensors)
 
-    async def _join(
-        self,
-        stack: contextlib.AsyncExitStack,
-        marks: dict[str, str],
-        port: int,
-    ) -> None:
-        """Begin to meet the others."""
-        settings = self.settings
+    def _make_member(
+        self, marks: dict[str, str], port: int, schedule: Schedule, kept: KeptBlocks
+    ) -> Member:
+        settings, chosen = self.settings, self.settings.topology
         identity = Identity(
             settings.run.name,
             settings.node.name,
@@ -351,49 +365,39 @@ class Node:
             host=settings.node.advertise or "",
             port=port,
         )
-        self._swarm = swarm = Swarm(
-            identity, self._transport, self.timing, self._position, self._wake, self._log
+        run = Run(
+            schedule,
+            TopologySpec(chosen.kind, chosen.p, chosen.edges, settings.run.seed),
+            self.timing,
+            settings.network.catch_up_rate * 1e6,
         )
-        self._exchange = Exchange(swarm, self.timing, settings.run.name, self._stopping)
+        member = Member(
+            run, identity, self._transport, kept, self._stopping, self._pulse, self._log
+        )
+        member.visit = self._progress.visit
+        return member
+
+    async def _join(
+        self,
+        stack: contextlib.AsyncExitStack,
+        member: Member,
+        met_before: Mapping[str, str],
+        port: int,
+    ) -> None:
+        """Begin to meet the others."""
+        settings = self.settings
         stack.push_async_callback(self._leave)
+        self._enter(Phase.WAITING)
         for address in settings.network.static_peers:
-            swarm.propose(address, lasting=True)
+            member.swarm.propose(address, lasting=True)
+        for address in met_before.values():
+            member.swarm.propose(address)
         if settings.network.zeroconf:
-            await self._discover(port)
-        self._phase = Phase.WAITING
-        self._tell_everybody()
+            await self._discover(member, port)
 
-    async def _wait_for_members(self, *, resumed: bool) -> None:
-        """Wait until enough members are there; not for ever where they cannot come."""
-        assert self._swarm is not None  # noqa: S101
-        swarm, name = self._swarm, self.settings.node.name
-        begin = time.monotonic()
-        reminded = 0.0
-        while not self._stopping.is_set():
-            swarm.sweep()
-            enough, self._waiting_for = membership.ready(
-                name, swarm.peers.values(), self.settings.run.start_when
-            )
-            waited = time.monotonic() - begin
-            if enough:
-                self._log.info("members are here", members=self._waiting_for)
-                return
-            begun = any(peer.state == State.BEHIND for peer in swarm.peers.values())
-            if (resumed or begun) and waited > REJOIN_SECONDS:
-                why = "after a restart" if resumed else "in a run that began without this node"
-                self._warn(f"going on {why}: {self._waiting_for}")
-                return
-            if waited >= reminded:
-                self._log.info("waiting", who=self._waiting_for)
-                reminded = waited + REMIND_SECONDS
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 1.0)
-        raise Stopped
-
-    async def _discover(self, port: int) -> None:
+    async def _discover(self, member: Member, port: int) -> None:
         settings = self.settings
         advertised = settings.node.advertise
-        assert self._swarm is not None  # noqa: S101
         discovery = Discovery(
             run=settings.run.name,
             node=settings.node.name,
@@ -402,7 +406,7 @@ class Node:
             addresses=await asyncio.to_thread(own_addresses, advertised or settings.node.host),
             interfaces=settings.network.interfaces,
             browse_every=self.timing.browse,
-            sighted=self._swarm.propose,
+            sighted=member.swarm.propose,
         )
         try:
             await discovery.start()
@@ -415,16 +419,15 @@ class Node:
 
     async def _leave(self) -> None:
         """Take leave of peers and discovery; does nothing the second time."""
-        swarm, discovery = self._swarm, self._discovery
+        member, discovery = self._member, self._discovery
         self._discovery = None
-        if swarm is None or self._left:
+        if member is None or self._left:
             return
         self._left = True
-        ends = [swarm.goodbye(finished=self._progress.finished)]
+        ends = [member.leave(finished=self._progress.finished)]
         if discovery is not None:
             ends.append(discovery.stop())
         await asyncio.gather(*ends, return_exceptions=True)
-        await swarm.close()
 
     async def _evaluate(
         self, model: LanguageModel, test: list[Example], completions: dict[str, list[int]]
@@ -449,14 +452,20 @@ class Node:
 
     # --- during the run
 
-    def _neighbours(self) -> frozenset[str]:
-        assert self._swarm is not None  # noqa: S101
-        chosen = self.settings.topology
-        spec = topology.TopologySpec(chosen.kind, chosen.p, chosen.edges, self.settings.run.seed)
-        return topology.graph(self._swarm.members(), spec)[self.settings.node.name]
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        if self._member is not None:
+            self._member.enter(phase)
 
-    def _position(self) -> tuple[Phase, int]:
-        return self._phase, self._visit.index if self._visit else self._progress.visit
+    def _say_waiting(self, who: str) -> None:
+        self._waiting_for = who
+
+    def _addresses(self) -> dict[str, str]:
+        """Where peers were last met, for the state on disk."""
+        if self._member is None:
+            return {}
+        peers = self._member.swarm.peers.values()
+        return {peer.name: peer.address for peer in peers if peer.state != State.REFUSED}
 
     def _at(self, visit: int, step: int, data_position: int) -> Progress:
         return replace(
@@ -485,50 +494,52 @@ class Node:
         if text not in self._warnings:
             self._warnings = [*self._warnings[-MAX_WARNINGS + 1 :], text]
 
-    def _wake(self) -> None:
-        if self._exchange is not None:
-            self._exchange.wake()
+    def _pulse(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _tell_everybody(self) -> None:
-        if self._swarm is not None:
-            self._swarm.nudge()
-
     async def _tick(self) -> None:
         while True:
-            if self._swarm is not None and not self._left:
-                self._swarm.sweep()
+            if self._member is not None and not self._left:
+                self._member.swarm.sweep()
             self._report(self.status())
-            await asyncio.sleep(1.0)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
 
-    # --- answers to peers (transport.Handler)
+    # --- answers to peers (transport.Handler), before and after there is a member
 
-    def _met(self) -> tuple[Swarm, Exchange]:
-        if self._swarm is None or self._exchange is None:
-            raise PeerRefused("starting", "this node is still loading its model")
-        return self._swarm, self._exchange
+    def _met(self) -> Member:
+        if self._member is None:
+            raise PeerRefused("starting", "this node is loading its model")
+        return self._member
 
     async def hello(self, request: pb.HelloRequest, source: str) -> pb.HelloReply:
         """See Handler."""
-        return await self._met()[0].answer_hello(request, source)
+        return await self._met().hello(request, source)
 
     async def open_visit(self, request: pb.VisitOffer) -> pb.VisitAnswer:
         """See Handler."""
-        return self._met()[1].answer_offer(request)
+        return await self._met().open_visit(request)
 
     async def settle_visit(self, request: pb.VisitDegree) -> pb.VisitAnswer:
         """See Handler."""
-        return self._met()[1].answer_degree(request)
+        return await self._met().settle_visit(request)
 
     def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
         """See Handler."""
-        return self._met()[1].answer_pull(request)
+        return self._met().pull(request)
+
+    async def list_blocks(self, request: pb.ListBlocksRequest) -> pb.BlockList:
+        """See Handler."""
+        return await self._met().list_blocks(request)
+
+    def fetch_block(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
+        """See Handler."""
+        return self._met().fetch_block(request)
 
     async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
         """See Handler."""
-        self._met()[0].answer_goodbye(request)
-        return pb.GoodbyeReply()
+        return await self._met().goodbye(request)
 
     # --- answers to people (transport.StatusHandler)
 
@@ -558,7 +569,7 @@ class Node:
             run=settings.run.name,
             node=settings.node.name,
             version=__version__,
-            phase=pb.Phase.Name(self._phase),
+            phase=pb.Phase.Name(self._member.position().phase if self._member else self._phase),
             uptime_seconds=now - self._started,
             device=str(self._device),
             memory_bytes=psutil.Process().memory_info().rss,
@@ -580,15 +591,13 @@ class Node:
             status.loss = self._last.local.loss
             status.gradient_norm = self._last.local.gradient_norm
             status.disagreement = self._last.settled.disagreement
-        if self._swarm is not None:
-            self._add_peers(status, self._swarm)
+        if self._member is not None:
+            self._add_peers(status, self._member.swarm)
+            self._add_catch_up(status, self._member.catch_up.gain)
         return status
 
     def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
-        visit = self._visit.index if self._visit else self._progress.visit
-        step = self._last.step + 1 if self._last and self._last.visit is self._visit else 0
-        if self._visit is None:
-            step = self._progress.step
+        visit, step = self._progress.visit, self._progress.step
         done = min(schedule.serial(visit, step), schedule.total_steps)
         status.rounds, status.blocks = schedule.rounds, len(schedule.blocks)
         status.steps_per_visit, status.steps_total = schedule.steps, schedule.total_steps
@@ -627,6 +636,12 @@ class Node:
                     row.refusals[reason] = count
                     status.refusals[reason] += count
 
+    @staticmethod
+    def _add_catch_up(status: pb.NodeStatus, gain: Gain) -> None:
+        if gain.active:
+            status.catch_up_bytes, status.catch_up_total = gain.fetched, gain.total
+            status.waiting_for = gain.waiting_for
+
     # --- what the rounds tell (through _Keeper)
 
     def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
@@ -645,19 +660,22 @@ class Node:
 
     def step_done(self, record: StepRecord, data_position: int) -> None:
         """A step is complete."""
-        assert self._exchange is not None  # noqa: S101
+        assert self._member is not None  # noqa: S101
         assert self._history is not None  # noqa: S101
         logs.bind(step=record.step)
         self._last = record
         self._steps_here += 1
-        sent = self._exchange.bytes_sent - self._sent_before_step
-        self._sent_before_step = self._exchange.bytes_sent
+        exchange, gain = self._member.exchange, self._member.catch_up.gain
+        sent = exchange.bytes_sent - self._sent_before_step
+        self._sent_before_step = exchange.bytes_sent
         lost = not record.gathered.complete or record.edges.degree != len(record.edges.weights)
         self._progress = replace(
             self._at(record.visit.index, record.step + 1, data_position),
             bytes_sent=self._progress.bytes_sent + sent,
             bytes_received=self._progress.bytes_received + record.gathered.received,
             incomplete=self._progress.incomplete + lost,
+            caught_up=self._caught_up_before[0] + gain.bytes,
+            passed_over=self._caught_up_before[1] + gain.visits,
         )
         if not math.isfinite(record.local.gradient_norm):
             self._warn(f"gradient not finite at step {record.step}: counted as zero")
@@ -667,41 +685,51 @@ class Node:
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
         self._report(self.status())
 
-    async def visit_closed(self, model: LanguageModel, visit: Visit, data_position: int) -> None:
-        """The block is final for this visit: keep it."""
-        assert self._checkpoint is not None  # noqa: S101
-        checkpoint = self._checkpoint
-        self._progress = self._at(visit.index + 1, 0, data_position)
-        progress = self._progress
-        self._pending[visit.block] = visit.layers
-        saved = await self._worker(
-            lambda: self._save(lambda: checkpoint.save_blocks(self._unsaved(model), progress))
-        )
-        if saved:
-            self._pending.clear()
+    def is_save_due(self) -> bool:
+        """Whether the open visit's state is old enough to be kept again."""
+        every = self.settings.node.save_every
+        return every > 0 and time.monotonic() - self._saved_at >= every
 
-    def _unsaved(self, model: LanguageModel) -> dict[int, dict[str, torch.Tensor]]:
-        """Blocks that the state on disk does not have: later state must not go without them."""
-        return {block: model.block_tensors(layers) for block, layers in self._pending.items()}
+    async def keep(self, save: Callable[[], None]) -> None:
+        """Save on the training thread, so that nothing changes meanwhile."""
+        begin = time.monotonic()
+        await self._worker(lambda: self._save(save))
+        end = time.monotonic()
+        # On a slow disk less often: saving within visits costs at most a fiftieth of the time.
+        self._saved_at = end + max(0.0, 50 * (end - begin) - self.settings.node.save_every)
+
+    def visit_closed(self, visit: Visit, data_position: int) -> None:
+        """The block is final for this visit."""
+        self._progress = self._at(visit.index + 1, 0, data_position)
 
 
 class _Keeper:
     """rounds.Observer: adds to what happens what the node needs to keep it."""
 
-    def __init__(self, node: Node, model: LanguageModel, batches: BatchStream) -> None:
-        self._node, self._model, self._batches = node, model, batches
+    def __init__(
+        self, node: Node, kept: KeptBlocks, method: Method, batches: BatchStream
+    ) -> None:
+        self._node, self._kept, self._method, self._batches = node, kept, method, batches
 
     def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
         """See Observer."""
         self._node.visit_opened(visit, edges, wanted)
 
-    def step_done(self, record: StepRecord) -> None:
+    async def step_done(self, record: StepRecord) -> None:
         """See Observer."""
         self._node.step_done(record, self._batches.position)
+        if self._node.is_save_due():
+            await self._node.keep(lambda: self._kept.save(self._method.state(), within=True))
 
     async def visit_closed(self, visit: Visit) -> None:
         """See Observer."""
-        await self._node.visit_closed(self._model, visit, self._batches.position)
+        self._node.visit_closed(visit, self._batches.position)
+        self._kept.changed(visit)
+        await self._node.keep(self._kept.save)
+
+
+def _nothing() -> None:
+    """What there is to save when nothing has changed."""
 
 
 def _reachable(host: str) -> str:

@@ -64,12 +64,25 @@ class Observer(Protocol):
         """Edges of the visit are settled; ``wanted`` are those that the topology asked for."""
         ...
 
-    def step_done(self, record: StepRecord) -> None:
+    async def step_done(self, record: StepRecord) -> None:
         """A step is complete."""
         ...
 
     async def visit_closed(self, visit: Visit) -> None:
         """The block's values are final for this visit."""
+        ...
+
+
+class CatchUp(Protocol):
+    """The way back into step with the others; catchup.CatchUp is one."""
+
+    async def __call__(self, visit: int, *, overtaken: bool) -> int:
+        """The visit to go on with, the given one when there is nothing to catch up with.
+
+        Args:
+            visit: about to begin.
+            overtaken: no edge of it could be had, because the neighbours are past its beginning.
+        """
         ...
 
 
@@ -90,21 +103,25 @@ class Rounds:
         method: what is trained, exchanged and mixed.
         exchange: the neighbours.
         batches: the local data.
-        neighbours: wanted neighbours by the topology over the present members, asked at the start
-            of every visit.
+        neighbours: wanted neighbours in a visit, by the topology over the members present; asked
+            at the start of every visit.
+        catch_up: asked before every visit, and when one was missed.
         observer: told of visits and steps.
         worker: runs torch work on the training thread.
         stopping: ends the run between two steps.
+        is_open: whether a visit is open in ``method``.
     """
 
     schedule: Schedule
     method: Method
     exchange: Exchange
     batches: Batches
-    neighbours: Callable[[], frozenset[str]]
+    neighbours: Callable[[int], frozenset[str]]
+    catch_up: CatchUp
     observer: Observer
     worker: Worker
     stopping: asyncio.Event
+    is_open: bool = False
 
     async def run(self, start: Start) -> tuple[int, int]:
         """Run the schedule from ``start`` to its end, or until ``stopping`` is set.
@@ -113,23 +130,44 @@ class Rounds:
             Visit and step that come next; the number of visits and 0 when the run is complete.
             When it stops within a visit, the visit stays open in ``method``.
         """
-        for visit in self.schedule.remaining(start.visit):
-            resumed = visit.index == start.visit
-            first = start.step if resumed else 0
-            saved = start.saved if resumed else None
-            await self.worker(partial(self.method.open, visit, saved))
-            serial = self.schedule.serial(visit.index, first)
-            wanted = self.neighbours()
-            edges = await self.exchange.open_visit(visit.index, self.schedule.steps, wanted, serial)
-            self.observer.visit_opened(visit, edges, wanted)
-            for step in range(first, self.schedule.steps):
-                record = None if self.stopping.is_set() else await self._step(visit, step, edges)
-                if record is None:
-                    return visit.index, step
-                self.observer.step_done(record)
-            self.method.close()
-            await self.observer.visit_closed(visit)
-        return self.schedule.visits, 0
+        here = start
+        while here.visit < self.schedule.visits:
+            entry = await self.catch_up(here.visit, overtaken=False)
+            if entry == here.visit:
+                wanted = self.neighbours(here.visit)
+                serial = self.schedule.serial(here.visit, here.step)
+                edges = await self.exchange.open_visit(
+                    here.visit, self.schedule.steps, wanted, serial
+                )
+                if self.exchange.overtaken and not self.stopping.is_set():
+                    entry = await self.catch_up(here.visit, overtaken=True)
+            if entry != here.visit:
+                # What was trained of a visit that is passed over is in the neighbours' blocks.
+                here = Start(entry)
+                continue
+            if self.stopping.is_set():
+                return here.visit, here.step
+            done = await self._visit(here, edges, wanted)
+            if done < self.schedule.steps:
+                return here.visit, done
+            here = Start(here.visit + 1)
+        return here.visit, 0
+
+    async def _visit(self, start: Start, edges: Edges, wanted: frozenset[str]) -> int:
+        """The steps of one visit; returns the number done, fewer than all when told to stop."""
+        visit = self.schedule.visit(start.visit)
+        await self.worker(partial(self.method.open, visit, start.saved))
+        self.is_open = True
+        self.observer.visit_opened(visit, edges, wanted)
+        for step in range(start.step, self.schedule.steps):
+            record = None if self.stopping.is_set() else await self._step(visit, step, edges)
+            if record is None:
+                return step
+            await self.observer.step_done(record)
+        self.method.close()
+        self.is_open = False
+        await self.observer.visit_closed(visit)
+        return self.schedule.steps
 
     async def _step(self, visit: Visit, step: int, edges: Edges) -> StepRecord | None:
         """One inner step, (3) to (10); None when the node is told to stop before its gradient."""

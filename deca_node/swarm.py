@@ -30,13 +30,12 @@ from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Link, Transport
 
-# Redialling grows from timing.redial by doubling up to this many times it, with jitter, so that a
-# healed network is not hit by everybody at once and is found again within seconds.
-MAX_BACKOFF = 8
 # Greetings to a node that refused us: often enough to notice that its operator mended it.
 REFUSED_HEARTBEATS = 5
-# A contact that only a peer or multicast proposed is dropped after this many vain greetings.
+# A contact that was only proposed, and never met, is dropped after this many vain greetings.
 MAX_VAIN_GREETINGS = 30
+# States of a peer that answers, or has just called.
+_ANSWERING = (State.ALIVE, State.DONE, State.BEHIND, State.AHEAD)
 
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
 UNMET = "unmet"
@@ -79,6 +78,15 @@ class RateMeter:
             self._sum -= self._events.popleft()[1]
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where this node is: its phase, its visit and, catching up, the visit where it enters."""
+
+    phase: Phase
+    visit: int
+    entry: int = 0
+
+
 @dataclass
 class Identity:
     """Who this node is, and what it tells in every greeting."""
@@ -98,7 +106,8 @@ class Swarm:
         identity: this node.
         transport: how to reach others.
         timing: heartbeat and backoff.
-        position: this node's phase and visit, asked at every greeting.
+        position: where this node is, asked at every greeting.
+        steps_per_visit: of the schedule, which bounds how far apart members can be.
         changed: called after every change of a peer's state.
         log: a structlog logger.
     """
@@ -108,7 +117,8 @@ class Swarm:
         identity: Identity,
         transport: Transport,
         timing: Timing,
-        position: Callable[[], tuple[Phase, int]],
+        position: Callable[[], Position],
+        steps_per_visit: int,
         changed: Callable[[], None],
         log: Any,
     ) -> None:
@@ -120,12 +130,14 @@ class Swarm:
         self._transport = transport
         self._timing = timing
         self._position = position
+        self._steps_per_visit = steps_per_visit
         self._changed = changed
         self._log = log
         self._contacts: dict[str, asyncio.Task[None]] = {}
         self._links: dict[str, tuple[str, Link]] = {}
         self._proposed: Counter[str] = Counter()  # contacts under way, by the peer that named them
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
+        self._failing: set[str] = set()  # addresses whose last greeting was in vain
         self._said: dict[str, str] = {}
         self._nudged = asyncio.Event()
         self._jitter = random.Random(identity.session)  # noqa: S311 - spreads redials, no secret
@@ -145,7 +157,7 @@ class Swarm:
             return
         if len(address) > MAX_ADDRESS_BYTES or not _is_address(address):
             return
-        if self._duplicates.get(address) in {peer.session for peer in self.peers.values()}:
+        if self._is_spare(address):
             return
         if by and (
             self._proposed[by] >= MAX_PROPOSALS or self._proposed.total() >= MAX_CONTACTS // 2
@@ -157,8 +169,33 @@ class Swarm:
             self._proposed[by] += 1
         task.add_done_callback(lambda _: self._dropped(address, by))
 
+    def _is_spare(self, address: str) -> bool:
+        """Whether it is a further address of a peer whose first one works."""
+        session = self._duplicates.get(address)
+        return any(
+            peer.session == session and peer.state in _ANSWERING and not self._is_failing(peer.name)
+            for peer in self.peers.values()
+        )
+
+    def _is_failing(self, peer: str) -> bool:
+        """Whether the peer's link does not reach it any more, whatever it tells us itself."""
+        held = self._links.get(peer)
+        return held is not None and held[0] in self._failing
+
+    def _was_met(self, address: str) -> bool:
+        """Whether a peer of this run that has not finished was reached at the address.
+
+        It may be behind a cut that lasts: it is called for as long as the run does.
+        """
+        ended = (State.DONE, State.REFUSED)
+        return any(
+            peer.address == address and peer.reached and peer.state not in ended
+            for peer in self.peers.values()
+        )
+
     def _dropped(self, address: str, by: str) -> None:
         self._contacts.pop(address, None)
+        self._failing.discard(address)
         if by:
             self._proposed[by] -= 1
             self._proposed += Counter()  # forgets the zeros
@@ -167,7 +204,7 @@ class Swarm:
         link = self._transport.link(address)
         failures = 0
         try:
-            while lasting or failures < MAX_VAIN_GREETINGS:
+            while lasting or failures < MAX_VAIN_GREETINGS or self._was_met(address):
                 nudged = self._nudged  # before the greeting: what changes meanwhile is told next
                 try:
                     reply = await link.hello(self.greeting(), self._timing.rpc)
@@ -175,15 +212,19 @@ class Swarm:
                 except PeerError as error:
                     outcome = None
                     failures += 1
+                    self._failing.add(address)
                     self._unanswered(address, failures, error)
                 if outcome == "self":
                     return
                 if outcome == "duplicate" and not lasting:
                     return
                 if outcome is None:
-                    pause = self._timing.redial * min(2 ** (failures - 1), MAX_BACKOFF)
+                    # With jitter, so that a healed network is not hit by everybody at once.
+                    pause = self._timing.redial * 2 ** min(failures - 1, 30)
+                    pause = min(pause, self._timing.redial_max)
                 else:
                     failures = 0
+                    self._failing.discard(address)
                     slow = REFUSED_HEARTBEATS if outcome in ("refused", "duplicate") else 1
                     pause = self._timing.heartbeat * slow
                 with contextlib.suppress(TimeoutError):
@@ -199,15 +240,16 @@ class Swarm:
 
     def greeting(self) -> pb.HelloRequest:
         """What this node says of itself."""
-        phase, visit = self._position()
+        here = self._position()
         return pb.HelloRequest(
             sender=self.sender(),
             protocol=PROTOCOL_VERSION,
             fingerprint=self._fields(),
             port=self.identity.port,
             host=self.identity.host,
-            phase=pb.Phase.Name(phase),
-            visit=visit,
+            phase=pb.Phase.Name(here.phase),
+            visit=here.visit,
+            entry=here.entry,
         )
 
     def _take_reply(self, reply: pb.HelloReply, address: str, link: Link) -> str:
@@ -223,13 +265,13 @@ class Swarm:
         held = self._links.get(name)
         known = self.peers.get(name)
         same = held and held[1] is not link and known and known.session == reply.sender.session
-        if same and known and known.state in (State.ALIVE, State.DONE, State.BEHIND):
+        if same and known and known.state in _ANSWERING and not self._is_failing(name):
             if len(self._duplicates) >= MAX_CONTACTS:
                 self._duplicates.clear()
             self._duplicates[address] = reply.sender.session
             return "duplicate"  # the same node at another of its addresses
         self._links[name] = (address, link)
-        self._heard(reply.sender, address, reply.phase, reply.visit, reached=True)
+        self._heard(reply, address, reached=True)
         for contact in reply.known[:MAX_MEMBERS]:
             self._proposed_by_peer(contact, name)
         return "met"
@@ -239,7 +281,12 @@ class Swarm:
             if at == address and name in self.peers:
                 self._update(
                     membership.failed(
-                        self.peers[name], self._now(), self._timing.gone_after, failures, str(error)
+                        self.peers[name],
+                        self._now(),
+                        self._timing.gone_after,
+                        failures,
+                        str(error),
+                        down=isinstance(error, PeerUnavailable),
                     )
                 )
         if failures == 1:
@@ -256,12 +303,13 @@ class Swarm:
 
     async def answer_hello(self, request: pb.HelloRequest, source: str) -> pb.HelloReply:
         """Answer a greeting; the caller becomes a peer when it belongs to this run."""
-        phase, visit = self._position()
+        here = self._position()
         reply = pb.HelloReply(
             sender=self.sender(),
             protocol=PROTOCOL_VERSION,
-            phase=pb.Phase.Name(phase),
-            visit=visit,
+            phase=pb.Phase.Name(here.phase),
+            visit=here.visit,
+            entry=here.entry,
         )
         if request.sender.session == self.identity.session:
             return reply
@@ -281,7 +329,7 @@ class Swarm:
             return reply
         reply.fingerprint.extend(self._fields())
         reply.known.extend(self._known())
-        self._heard(request.sender, address, request.phase, request.visit)
+        self._heard(request, address)
         held = self._links.get(request.sender.node)
         if held is None or held[0] != address:
             self.propose(address)
@@ -313,7 +361,7 @@ class Swarm:
         if sender.node == own.node or (
             known is not None
             and known.session != sender.session
-            and known.state in (State.ALIVE, State.BEHIND, State.DONE)
+            and known.state in _ANSWERING
             and known.address != address
             and self._now() - known.last_seen < 2 * self._timing.heartbeat
         ):
@@ -326,7 +374,7 @@ class Swarm:
         """Make room in the table of peers: who cannot be exchanged with makes way, oldest first."""
         if len(self.peers) < MAX_MEMBERS:
             return True
-        out = (State.REFUSED, State.GONE, State.BEHIND)
+        out = (State.REFUSED, State.GONE, State.BEHIND, State.AHEAD)
         spare = [peer for peer in self.peers.values() if peer.state in out]
         if not spare:
             return False
@@ -373,13 +421,34 @@ class Swarm:
         known = self.peers.get(peer)
         if known is None or not (known.state in (State.ALIVE, State.SUSPECT) or _serves(known)):
             return None
+        if known.phase == Phase.CATCHING_UP and not known.entry:
+            return None  # it comes to no visit before it has said to which
+        return self._link(peer)
+
+    def _link(self, peer: str) -> Link:
         held = self._links.get(peer)
         return held[1] if held else _Unmet()
+
+    def givers(self) -> dict[str, Link]:
+        """Peers that can hand out blocks to a node that catches up."""
+        giving = (Phase.TRAINING, Phase.WAITING, Phase.AGREEING, Phase.SERVING)
+        return {
+            peer.name: self._link(peer.name)
+            for peer in self.peers.values()
+            if peer.state in (State.ALIVE, State.AHEAD, State.DONE)
+            and peer.phase in giving
+            and peer.reached
+        }
 
     def is_suspect(self, peer: str) -> bool:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         return known is None or not (known.state == State.ALIVE or _serves(known))
+
+    def is_down(self, peer: str) -> bool:
+        """See Neighbourhood."""
+        known = self.peers.get(peer)
+        return known is not None and known.down
 
     def trouble(self, peer: str, error: PeerError) -> None:
         """See Neighbourhood."""
@@ -389,7 +458,9 @@ class Swarm:
         self._traffic(peer).refusals[error.reason] += 1
         if isinstance(error, PeerUnavailable):
             self._update(
-                membership.failed(known, self._now(), self._timing.gone_after, 0, str(error))
+                membership.failed(
+                    known, self._now(), self._timing.gone_after, 0, str(error), down=True
+                )
             )
         elif not isinstance(error, PeerTimeout):
             self._log.warning("refused", peer=peer, reason=error.reason, detail=str(error))
@@ -398,7 +469,9 @@ class Swarm:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         if known is not None and known.state in (State.ALIVE, State.SUSPECT):
-            self._update(replace(known, state=State.ALIVE, last_seen=self._now(), detail=""))
+            self._update(
+                replace(known, state=State.ALIVE, last_seen=self._now(), detail="", down=False)
+            )
 
     def sent(self, peer: str, nbytes: int) -> None:
         """See Neighbourhood."""
@@ -421,10 +494,10 @@ class Swarm:
             raise PeerRefused("stranger", "say Hello first")
         return sender.node
 
-    def members(self) -> frozenset[str]:
-        """The set that the topology is made from."""
+    def members(self, visit: int) -> frozenset[str]:
+        """The set that a visit's topology is made from."""
         self.sweep()
-        return membership.members(self.identity.node, self.peers.values())
+        return membership.members(self.identity.node, self.peers.values(), visit)
 
     def sweep(self) -> None:
         """Let go of members that have been silent too long."""
@@ -455,30 +528,37 @@ class Swarm:
     # --- inner
 
     def _heard(
-        self, sender: pb.Sender, address: str, phase: int, visit: int, *, reached: bool = False
+        self, greeting: pb.HelloRequest | pb.HelloReply, address: str, *, reached: bool = False
     ) -> None:
-        own_phase, own_visit = self._position()
+        sender = greeting.sender
         known = self.peers.get(sender.node)
-        at = known.address if known and known.session == sender.session else address
+        same = known is not None and known.session == sender.session
+        # Another address of a peer that we can call is no reason to leave the one that works.
+        keep = known is not None and same and not reached and known.state in _ANSWERING and not self._is_failing(known.name)
         self._update(
             membership.heard(
                 known,
                 name=sender.node,
                 session=sender.session,
-                address=at,
-                phase=Phase(phase),
-                visit=visit,
-                own_phase=own_phase,
-                own_visit=own_visit,
+                address=known.address if keep and known is not None else address,
+                phase=Phase(greeting.phase),
+                visit=greeting.visit,
+                own_visit=self._position().visit,
+                near=membership.near_visits(len(self.peers) + 1, self._steps_per_visit),
                 now=self._now(),
                 reached=reached,
+                entry=greeting.entry,
             )
         )
 
     def _update(self, peer: Peer) -> None:
         known = self.peers.get(peer.name)
         self.peers[peer.name] = peer
-        if known is not None and (known.phase, known.reached) != (peer.phase, peer.reached):
+        if known is not None and (known.phase, known.reached, known.entry) != (
+            peer.phase,
+            peer.reached,
+            peer.entry,
+        ):
             self._changed()
         if known is None or (known.state, known.session) != (peer.state, peer.session):
             level = (
@@ -502,7 +582,7 @@ class Swarm:
         return [
             pb.Contact(node=peer.name, address=peer.address)
             for peer in self.peers.values()
-            if peer.state == State.ALIVE
+            if peer.state in (State.ALIVE, State.AHEAD, State.BEHIND)
         ]
 
     @staticmethod

@@ -53,16 +53,19 @@ def graph(members: Iterable[str], spec: TopologySpec) -> Graph:
 
 def is_connected(graph: Graph) -> bool:
     """Whether every member can reach every other."""
-    if not graph:
-        return True
+    return not graph or len(component(graph, next(iter(graph)))) == len(graph)
+
+
+def component(graph: Graph, start: str) -> frozenset[str]:
+    """The members that ``start`` can reach, itself included."""
     reached: set[str] = set()
-    frontier = [next(iter(graph))]
+    frontier = [start]
     while frontier:
         name = frontier.pop()
         if name not in reached:
             reached.add(name)
             frontier.extend(graph[name])
-    return len(reached) == len(graph)
+    return frozenset(reached)
 
 
 def _from_edges(names: Sequence[str], edges: Iterable[tuple[str, str]]) -> Graph:

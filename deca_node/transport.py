@@ -50,6 +50,14 @@ class Handler(Protocol):
         """Yield the messages of a published block, waiting for it first."""
         ...
 
+    async def list_blocks(self, request: pb.ListBlocksRequest) -> pb.BlockList:
+        """Tell which blocks are kept here, in which version."""
+        ...
+
+    def fetch_block(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
+        """Yield the messages of a kept block's file."""
+        ...
+
     async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
         """Note that the sender leaves."""
         ...
@@ -84,6 +92,14 @@ class Link(Protocol):
 
     def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
         """Receive a block's messages; ends early when the iterator is closed."""
+        ...
+
+    async def list_blocks(self, request: pb.ListBlocksRequest, timeout: float) -> pb.BlockList:
+        """Ask which blocks the peer keeps."""
+        ...
+
+    def fetch_block(self, request: pb.FetchBlockRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """Receive a kept block's file; ends early when the iterator is closed."""
         ...
 
     async def goodbye(self, request: pb.GoodbyeRequest, timeout: float) -> pb.GoodbyeReply:
@@ -187,6 +203,9 @@ class GrpcLink:
         self._pull = self._channel.unary_stream(
             _path(PEER, "Pull"), request_serializer=pb.PullRequest.SerializeToString
         )
+        self._fetch = self._channel.unary_stream(
+            _path(PEER, "FetchBlock"), request_serializer=pb.FetchBlockRequest.SerializeToString
+        )
         self._watch = self._channel.unary_stream(
             _path(STATUS, "WatchStatus"),
             request_serializer=pb.WatchStatusRequest.SerializeToString,
@@ -222,9 +241,20 @@ class GrpcLink:
         reply: pb.GoodbyeReply = await self._call("Goodbye", request, timeout)
         return reply
 
-    async def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+    async def list_blocks(self, request: pb.ListBlocksRequest, timeout: float) -> pb.BlockList:
         """See Link."""
-        call = self._pull(request, timeout=timeout)
+        reply: pb.BlockList = await self._call("ListBlocks", request, timeout)
+        return reply
+
+    def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """See Link."""
+        return self._messages(self._pull(request, timeout=timeout))
+
+    def fetch_block(self, request: pb.FetchBlockRequest, timeout: float) -> AsyncGenerator[bytes]:
+        """See Link."""
+        return self._messages(self._fetch(request, timeout=timeout))
+
+    async def _messages(self, call: Any) -> AsyncGenerator[bytes]:
         try:
             async for message in call:
                 yield message
@@ -330,15 +360,21 @@ def _peer_handlers(handler: Handler) -> grpc.GenericRpcHandler:
             response_serializer=GetMessageClass(kind.output_type).SerializeToString,
         )
 
-    async def pull(
-        request: pb.PullRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[bytes]:
-        try:
-            async with aclosing(handler.pull(request)) as messages:
-                async for message in messages:
-                    yield message
-        except PeerError as error:
-            await _refuse(context, error)
+    def stream(answer: Callable[[Any], AsyncGenerator[bytes]], name: str) -> Any:
+        async def call(
+            request: Any, context: grpc.aio.ServicerContext
+        ) -> AsyncGenerator[bytes]:
+            try:
+                async with aclosing(answer(request)) as messages:
+                    async for message in messages:
+                        yield message
+            except PeerError as error:
+                await _refuse(context, error)
+
+        kind = PEER.methods_by_name[name]
+        return grpc.unary_stream_rpc_method_handler(
+            call, request_deserializer=GetMessageClass(kind.input_type).FromString
+        )
 
     return grpc.method_handlers_generic_handler(
         PEER.full_name,
@@ -347,9 +383,9 @@ def _peer_handlers(handler: Handler) -> grpc.GenericRpcHandler:
             "OpenVisit": unary(lambda request, _: handler.open_visit(request), "OpenVisit"),
             "SettleVisit": unary(lambda request, _: handler.settle_visit(request), "SettleVisit"),
             "Goodbye": unary(lambda request, _: handler.goodbye(request), "Goodbye"),
-            "Pull": grpc.unary_stream_rpc_method_handler(
-                pull, request_deserializer=pb.PullRequest.FromString
-            ),
+            "ListBlocks": unary(lambda request, _: handler.list_blocks(request), "ListBlocks"),
+            "Pull": stream(handler.pull, "Pull"),
+            "FetchBlock": stream(handler.fetch_block, "FetchBlock"),
         },
     )
 

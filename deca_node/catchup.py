@@ -1,0 +1,462 @@
+"""Catching up: blocks that others trained meanwhile are fetched from several of them at once.
+
+Both ends. What a node hands out are the files of its own state on disk: they do not change while
+they are read, cost the training no memory, and carry their digest. What is fetched, and from whom,
+is decided in recovery.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol
+
+import xxhash
+
+from deca_node.blocks import Schedule
+from deca_node.config import Timing
+from deca_node.errors import DiskFullError, OutputError, PayloadError, PeerError, PeerRefused
+from deca_node.limits import (
+    CHUNK_BYTES,
+    MAX_QUEUED_TRANSFERS,
+    MAX_TRANSFERS,
+    MAX_TRANSFERS_PER_PEER,
+    MIN_TRANSFER_RATE,
+)
+from deca_node.pacing import TokenBucket
+from deca_node.pb import node_pb2 as pb
+from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_step
+from deca_node.transport import Link
+from deca_node.wire import frame, parse
+
+# Between two tries when nothing could be fetched, or kept on a full disk.
+RETRY_SECONDS = 2.0
+
+
+class Shelf(Protocol):
+    """The blocks that a node keeps, as those who catch up get them."""
+
+    def kept(self) -> Mapping[int, Kept]:
+        """What there is to hand out, by block."""
+        ...
+
+    def open(self, block: int, xxh3: str) -> BinaryIO | None:
+        """A block's file, readable also when it is superseded meanwhile; None when it is gone."""
+        ...
+
+
+class Partial(Protocol):
+    """A block's file that is being fetched; it outlives an interruption."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there."""
+        ...
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append."""
+        ...
+
+    def close(self) -> None:
+        """Keep what is there for the next try."""
+        ...
+
+
+class Store(Protocol):
+    """Where a node that catches up puts what it fetches."""
+
+    def versions(self) -> Mapping[int, int]:
+        """By block, the last visit that changed it here."""
+        ...
+
+    def most_bytes(self) -> Mapping[int, int]:
+        """By block, the largest size that a file of it can have."""
+        ...
+
+    def partial(self, block: int, xxh3: str) -> Partial:
+        """The file that a version of a block goes to, with what an earlier try left in it."""
+        ...
+
+    async def install(self, block: int, partial: Partial, visit: int) -> None:
+        """Check a complete file and put its values into the model and the state on disk.
+
+        Raises:
+            PayloadError: it is not what the digest promised, or does not fit the model.
+            DiskFullError: no room to keep it; the partial file is still there.
+        """
+        ...
+
+
+class Peers(Protocol):
+    """What catching up needs to know of peers; swarm.Swarm is one."""
+
+    def sender(self) -> pb.Sender:
+        """This node's introduction."""
+        ...
+
+    def givers(self) -> Mapping[str, Link]:
+        """Links to those that can hand out blocks."""
+        ...
+
+    def trouble(self, peer: str, error: PeerError) -> None:
+        """A call to the peer failed or what it sent was refused."""
+        ...
+
+    def check_sender(self, sender: pb.Sender) -> str:
+        """Name of a greeted peer of this run, current session. Raises PeerRefused."""
+        ...
+
+
+class Giver:
+    """Hands out kept blocks: paced, a few at a time, the others queued.
+
+    Args:
+        peers: the peer table.
+        shelf: what is kept.
+        position: this node's visit and whether its edges are fixed.
+        timing: how long an answer may be held back.
+        rate: bytes per second over all transfers.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        shelf: Shelf,
+        position: Callable[[], tuple[int, bool]],
+        timing: Timing,
+        rate: float,
+    ) -> None:
+        self._peers = peers
+        self._shelf = shelf
+        self._position = position
+        self._timing = timing
+        self._bucket = TokenBucket(rate, CHUNK_BYTES, asyncio.get_running_loop().time())
+        self._slots = asyncio.Semaphore(MAX_TRANSFERS)
+        self._asked: Counter[str] = Counter()
+        self._moved = asyncio.Event()
+        self.bytes_sent = 0
+
+    def moved(self) -> None:
+        """This node's visit or phase changed: answer who waits for that."""
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def answer_list(self, request: pb.ListBlocksRequest) -> pb.BlockList:
+        """What is kept here; at once, or when past the visit that the caller names."""
+        self._peers.check_sender(request.sender)
+        limit = asyncio.get_running_loop().time() + self._timing.rpc / 2
+        if request.HasField("after"):
+            while self._position()[0] <= request.after:
+                left = limit - asyncio.get_running_loop().time()
+                try:
+                    await asyncio.wait_for(self._moved.wait(), left)
+                except TimeoutError:
+                    break
+        visit, closed = self._position()
+        blocks = [
+            pb.BlockState(block=block, visit=kept.visit, bytes=kept.bytes, xxh3=kept.xxh3)
+            for block, kept in self._shelf.kept().items()
+        ]
+        return pb.BlockList(sender=self._peers.sender(), visit=visit, closed=closed, blocks=blocks)
+
+    async def answer_fetch(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
+        """A kept block's file from the asked-for offset on."""
+        peer = self._peers.check_sender(request.sender)
+        async with self._slot(peer):
+            kept = self._shelf.kept().get(request.block)
+            file = self._shelf.open(request.block, request.xxh3)
+            if kept is None or file is None:
+                raise PeerRefused("passed", f"block {request.block} has a newer version here")
+            with file:
+                # Who reads more slowly than this holds a slot that others wait for.
+                async with asyncio.timeout(transfer_seconds(kept.bytes, self._timing)):
+                    offset = await asyncio.to_thread(file.seek, request.offset)
+                    while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                        clock = asyncio.get_running_loop().time()
+                        await asyncio.sleep(self._bucket.take(len(data), clock))
+                        self.bytes_sent += len(data)
+                        yield frame(kept.visit, offset, data)
+                        offset += len(data)
+
+    @asynccontextmanager
+    async def _slot(self, peer: str) -> AsyncGenerator[None]:
+        full = self._asked.total() >= MAX_TRANSFERS + MAX_QUEUED_TRANSFERS
+        if full or self._asked[peer] >= MAX_TRANSFERS_PER_PEER:
+            raise PeerRefused("too_many_transfers", "ask again later")
+        self._asked[peer] += 1
+        try:
+            async with self._slots:
+                yield
+        finally:
+            self._asked[peer] -= 1
+            self._asked += Counter()  # forgets the zeros
+
+
+def transfer_seconds(nbytes: int, timing: Timing) -> float:
+    """The longest that a transfer may take, its time in the queue included."""
+    return timing.step_deadline + nbytes / MIN_TRANSFER_RATE
+
+
+@dataclass
+class Gain:
+    """How far catching up is; what it brought in all.
+
+    Attributes:
+        active: whether it is under way.
+        entry: the visit in which the node takes part, 0 while unknown.
+        fetched: bytes of blocks since it began.
+        total: those and the ones still to come, as known now.
+        bytes: fetched over all times.
+        visits: visits passed over.
+    """
+
+    active: bool = False
+    entry: int = 0
+    fetched: int = 0
+    total: int = 0
+    bytes: int = 0
+    visits: int = 0
+    waiting_for: str = ""
+    unusable: set[str] = field(default_factory=set)
+
+
+class CatchUp:
+    """One node's way back into step with the others.
+
+    Args:
+        peers: the peer table.
+        store: where blocks go.
+        schedule: the run's.
+        timing: deadlines.
+        behind: tells whether this node, about to begin a visit, is out of step.
+        changed: called when ``gain`` changes in a way that others should hear of.
+        stopping: ends it.
+        log: a structlog logger.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        store: Store,
+        schedule: Schedule,
+        timing: Timing,
+        behind: Callable[[int], bool],
+        changed: Callable[[], None],
+        stopping: asyncio.Event,
+        log: Any,
+    ) -> None:
+        self._peers = peers
+        self._store = store
+        self._schedule = schedule
+        self._timing = timing
+        self._behind = behind
+        self._changed = changed
+        self._stopping = stopping
+        self._log = log
+        self.gain = Gain()
+
+    async def __call__(self, visit: int, *, overtaken: bool) -> int:
+        """Catch up if need be.
+
+        Args:
+            visit: where this node is, about to begin it.
+            overtaken: its neighbours have begun or ended this visit without it.
+
+        Returns:
+            The visit at which it goes on: its own when it is in step, or when nobody can give it
+            anything.
+        """
+        if not overtaken and not self._behind(visit):
+            return visit
+        gain = self.gain
+        gain.active, gain.entry, gain.fetched, gain.total = True, 0, 0, 0
+        gain.unusable.clear()
+        self._log.info("catching up", visit=visit)
+        self._changed()
+        begin = time.monotonic()
+        try:
+            entry = await self._catch_up(visit)
+        finally:
+            gain.active, gain.waiting_for = False, ""
+        gain.visits += entry - visit
+        self._log.info(
+            "caught up" if entry > visit else "nothing to catch up with",
+            visit=entry,
+            megabytes=round(gain.fetched / 1e6, 1),
+            seconds=round(time.monotonic() - begin, 1),
+        )
+        self._changed()
+        return entry
+
+    async def _catch_up(self, visit: int) -> int:
+        waited: int | None = None  # the visit whose end the last listing waited for
+        silent = 0
+        while not self._stopping.is_set():
+            others = await self._holdings(after=waited)
+            if not others:
+                silent += 1
+                if silent > 1 or not self._givers():
+                    return visit
+                await self._pause(self._timing.redial)
+                continue
+            silent = 0
+            step = next_step(visit, self._store.versions(), others, self._schedule)
+            if step.done:
+                return step.entry
+            if step.fetch:
+                waited = None
+                self.gain.total = self.gain.fetched + sum(n.bytes for n in step.fetch.values())
+                self.gain.waiting_for = f"{len(step.fetch)} blocks from {', '.join(sorted(others))}"
+                before = self.gain.bytes
+                await self._fetch_all(step)
+                if self.gain.bytes == before:
+                    await self._pause(RETRY_SECONDS)
+            else:
+                if waited == step.wait:  # an answer that should have been held back was not
+                    await self._pause(RETRY_SECONDS / 10)
+                waited = step.wait
+                self._announce(step.entry)
+        return visit
+
+    def _announce(self, entry: int) -> None:
+        self.gain.waiting_for = f"visit {entry} to begin"
+        if self.gain.entry != entry:
+            self.gain.entry = entry
+            self._changed()
+
+    def _givers(self) -> dict[str, Link]:
+        return {
+            name: link
+            for name, link in self._peers.givers().items()
+            if name not in self.gain.unusable
+        }
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return
+
+    # --- asking
+
+    async def _holdings(self, after: int | None) -> dict[str, Holdings]:
+        """What each giver has; with ``after``, as soon as the first of them is past that visit."""
+        tasks = {
+            asyncio.create_task(self._ask(name, link, after)): name
+            for name, link in self._givers().items()
+        }
+        found: dict[str, Holdings] = {}
+        pending = set(tasks)
+        stop = asyncio.create_task(self._stopping.wait())
+        while pending and not self._stopping.is_set():
+            done, pending = await asyncio.wait(
+                {*pending, stop}, return_when=asyncio.FIRST_COMPLETED
+            )
+            pending -= {stop}
+            for task in done - {stop}:
+                holdings = task.result()
+                if holdings is not None:
+                    found[tasks[task]] = holdings
+            if after is not None and any(each.visit > after for each in found.values()):
+                break
+        for task in (*pending, stop):
+            task.cancel()
+        await asyncio.gather(*pending, stop, return_exceptions=True)
+        return found
+
+    async def _ask(self, name: str, link: Link, after: int | None) -> Holdings | None:
+        request = pb.ListBlocksRequest(sender=self._peers.sender(), after=after)
+        try:
+            reply = await link.list_blocks(request, self._timing.rpc)
+            holdings = Holdings(
+                reply.visit,
+                reply.closed,
+                {each.block: Kept(each.visit, each.bytes, each.xxh3) for each in reply.blocks},
+            )
+            if wrong := checked(holdings, self._schedule, self._store.most_bytes()):
+                raise PayloadError("bad_list", wrong)
+        except PeerError as error:
+            self._fault(name, error)
+            return None
+        return holdings
+
+    def _fault(self, peer: str, error: PeerError) -> None:
+        self._peers.trouble(peer, error)
+        if isinstance(error, PayloadError):
+            self.gain.unusable.add(peer)
+
+    # --- fetching
+
+    async def _fetch_all(self, step: Step) -> None:
+        """Fetch blocks, one at a time from each giver, until all are there or nobody is left."""
+        missing = dict(step.fetch)
+        links = self._givers()
+        names = sorted({name for need in missing.values() for name in need.sources if name in links})
+        tasks = [asyncio.create_task(self._fetch_from(name, links[name], missing)) for name in names]
+        stop = asyncio.create_task(self._stopping.wait())
+        everything = asyncio.gather(*tasks)
+        await asyncio.wait({everything, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not everything.done():
+            everything.cancel()
+        await asyncio.gather(*tasks, stop, return_exceptions=True)
+        if everything.done() and not everything.cancelled():
+            everything.result()  # a defect or a damaged disk, if it was one
+
+    async def _fetch_from(self, name: str, link: Link, missing: dict[int, Need]) -> None:
+        while True:
+            block = next((b for b, need in missing.items() if name in need.sources), None)
+            if block is None:
+                return
+            need = missing.pop(block)
+            try:
+                await self._fetch(name, link, block, need.sources[name])
+            except PeerError as error:
+                missing[block] = need  # for another giver
+                self._fault(name, error)
+                return
+            except (DiskFullError, OutputError) as error:
+                self._log.warning("cannot keep what is fetched", reason=str(error))
+                await self._pause(RETRY_SECONDS)
+                return
+            except BaseException:
+                missing[block] = need
+                raise
+
+    async def _fetch(self, name: str, link: Link, block: int, kept: Kept) -> None:
+        partial = self._store.partial(block, kept.xxh3)
+        try:
+            self.gain.fetched += partial.size
+            if partial.size < kept.bytes:
+                await self._receive(link, block, kept, partial)
+            await self._store.install(block, partial, kept.visit)
+        finally:
+            partial.close()
+        self._log.info("fetched", block=block, visit=kept.visit, peer=name, bytes=kept.bytes)
+
+    async def _receive(self, link: Link, block: int, kept: Kept, partial: Partial) -> None:
+        request = pb.FetchBlockRequest(
+            sender=self._peers.sender(), block=block, xxh3=kept.xxh3, offset=partial.size
+        )
+        limit = transfer_seconds(kept.bytes, self._timing)
+        async with aclosing(link.fetch_block(request, limit)) as stream:
+            async for message in stream:
+                chunk = parse(message)
+                if chunk.serial != kept.visit:
+                    raise PayloadError("wrong_step", f"visit {chunk.serial} of block {block}")
+                if chunk.offset != partial.size:
+                    raise PayloadError("gap", f"offset {chunk.offset}, expected {partial.size}")
+                if not chunk.data:
+                    raise PayloadError("malformed", "empty message")
+                if xxhash.xxh3_64_intdigest(chunk.data) != chunk.xxh3:
+                    raise PayloadError("checksum", f"at offset {chunk.offset}")
+                if partial.size + len(chunk.data) > kept.bytes:
+                    raise PayloadError("too_long", f"more than {kept.bytes} bytes")
+                partial.write(chunk.data)
+                self.gain.fetched += len(chunk.data)
+                self.gain.bytes += len(chunk.data)
+                if partial.size == kept.bytes:
+                    return
+        raise PayloadError("incomplete", "the stream ended early")

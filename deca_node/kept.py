@@ -1,0 +1,165 @@
+"""The blocks that a node keeps: in its model, on its disk, for others and from others."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from deca_node.blocks import Schedule, Visit
+from deca_node.checkpoint import Changed, Checkpoint, Incoming, Progress
+from deca_node.errors import OutputError, PayloadError
+from deca_node.limits import MAX_HEADER_BYTES
+from deca_node.models import LanguageModel
+from deca_node.moments import slices
+from deca_node.recovery import Kept
+from deca_node.worker import TrainingThread
+
+
+class KeptBlocks:
+    """See the module; a member's ``Blocks``.
+
+    Args:
+        checkpoint: the state on disk.
+        model: whose blocks they are.
+        schedule: the run's.
+        worker: the training thread, the only one that touches the model.
+        progress: where the run is now.
+        addresses: by name, where peers were last met, to be found again after a restart.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: LanguageModel,
+        schedule: Schedule,
+        worker: TrainingThread,
+        progress: Callable[[], Progress],
+        addresses: Callable[[], dict[str, str]],
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._model = model
+        self._schedule = schedule
+        self._worker = worker
+        self._progress = progress
+        self._addresses = addresses
+        self._unsaved: dict[int, int] = {}  # blocks of which the disk has not the last visit's
+
+    # --- for this node
+
+    def saved_blocks(self) -> None:
+        """Put the kept blocks into the model; to be called on the training thread.
+
+        Raises:
+            OutputError: a file of the state is damaged.
+        """
+        for block, saved in self._checkpoint.state.blocks.items():
+            self._model.load_block(self._schedule.blocks[block], self._checkpoint.load(saved))
+
+    def changed(self, visit: Visit) -> None:
+        """A visit of a block has ended."""
+        self._unsaved[visit.block] = visit.index
+
+    def save(
+        self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False
+    ) -> None:
+        """Keep what changed, and the progress; to be called on the training thread.
+
+        Args:
+            open_visit: x, m and v of the visit under way, with ``within``.
+            within: between two steps of a visit, else at its end.
+
+        Raises:
+            DiskFullError, OutputError: the state on disk is the previous one; what could not be
+                kept is kept with the next.
+        """
+        blocks = {
+            block: Changed(visit, self._model.block_tensors(self._schedule.blocks[block]))
+            for block, visit in self._unsaved.items()
+        }
+        if within:
+            self._checkpoint.save_visit(open_visit, self._progress(), blocks, self._addresses())
+        else:
+            self._checkpoint.save_blocks(blocks, self._progress(), self._addresses())
+        self._unsaved.clear()
+
+    # --- for others (catchup.Shelf)
+
+    def kept(self) -> Mapping[int, Kept]:
+        """See Shelf."""
+        blocks = self._checkpoint.state.blocks
+        return {block: Kept(each.visit, each.bytes, each.xxh3) for block, each in blocks.items()}
+
+    def open(self, block: int, xxh3: str) -> BinaryIO | None:
+        """See Shelf."""
+        saved = self._checkpoint.state.blocks.get(block)
+        if saved is None or saved.xxh3 != xxh3:
+            return None
+        try:
+            return self._checkpoint.open(saved)
+        except OutputError:
+            return None
+
+    # --- from others (catchup.Store)
+
+    def lost(self) -> frozenset[int]:
+        """See member.Blocks."""
+        return frozenset(self._checkpoint.lost)
+
+    def versions(self) -> Mapping[int, int]:
+        """See Store."""
+        blocks = self._checkpoint.state.blocks
+        return {block: saved.visit for block, saved in blocks.items()} | self._unsaved
+
+    def most_bytes(self) -> Mapping[int, int]:
+        """See Store."""
+        return {
+            block: MAX_HEADER_BYTES
+            + sum(t.numel() * t.element_size() for t in self._model.block_tensors(layers).values())
+            for block, layers in enumerate(self._schedule.blocks)
+        }
+
+    def partial(self, block: int, xxh3: str) -> Incoming:
+        """See Store."""
+        return self._checkpoint.incoming(block, xxh3)
+
+    async def install(self, block: int, incoming: Incoming, visit: int) -> None:
+        """See Store."""
+        await self._worker(partial(self._install, block, incoming, visit))
+        self._unsaved.pop(block, None)
+
+    def _install(self, block: int, incoming: Incoming, visit: int) -> None:
+        layers = self._schedule.blocks[block]
+        try:
+            tensors = incoming.read()
+            fits(tensors, self._model.block_tensors(layers))
+        except PayloadError:
+            incoming.discard()
+            raise
+        # The open visit's tensors go: it is passed over, or else begun anew with newer blocks.
+        progress = replace(self._progress(), step=0)
+        self._checkpoint.adopt({block: (incoming, visit)}, progress, self._addresses())
+        self._model.load_block(layers, tensors)
+
+
+def fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check what a peer gave for a block.
+
+    Raises:
+        PayloadError: a name, shape or dtype differs from the model's, or a value is not finite.
+    """
+    if wrong := sorted(tensors.keys() ^ expected.keys()):
+        raise PayloadError("shape", f"tensor {wrong[0][:100]!r} is on one side only")
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise PayloadError(
+                "shape",
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {like.dtype}"
+                f" {tuple(like.shape)}",
+            )
+        flat = tensor.reshape(-1)
+        if not all(np.isfinite(flat[part].float().numpy()).all() for part in slices(flat)):
+            raise PayloadError("not_finite", f"NaN or infinity in {name}")

@@ -1,0 +1,296 @@
+"""One member of a run: who it meets, what it exchanges, how it stays in step.
+
+It has no process, no files and no clock of its own: the node gives it real ones, tests and
+simulations theirs.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deca_node import membership, topology
+from deca_node.blocks import Schedule, Visit
+from deca_node.catchup import CatchUp, Giver, Shelf, Store
+from deca_node.config import Timing
+from deca_node.exchange import Exchange
+from deca_node.membership import Edges, Phase
+from deca_node.methods import Method
+from deca_node.pb import node_pb2 as pb
+from deca_node.rounds import Batches, Observer, Rounds, Start, StepRecord, Worker
+from deca_node.swarm import Identity, Position, Swarm
+from deca_node.topology import TopologySpec
+from deca_node.transport import Transport
+
+# A node that starts again within a run waits this long for its old members, then goes on without.
+REJOIN_SECONDS = 30.0
+# How often a waiting node says who is missing.
+REMIND_SECONDS = 10.0
+
+
+class Blocks(Shelf, Store, Protocol):
+    """The blocks that a member keeps: handed out to others, taken in from them."""
+
+    def lost(self) -> frozenset[int]:
+        """Blocks whose kept values are damaged, until another member's are installed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a member must know of the run.
+
+    Attributes:
+        schedule: rounds, blocks, steps.
+        topology: how the graph is made from the members.
+        timing: deadlines.
+        catch_up_rate: bytes per second given to those who catch up.
+    """
+
+    schedule: Schedule
+    topology: TopologySpec
+    timing: Timing
+    catch_up_rate: float
+
+
+class Member:
+    """See the module; answers peers (transport.Handler).
+
+    Args:
+        run: what all members share.
+        identity: who this one is.
+        transport: how to reach others.
+        blocks: what it keeps.
+        stopping: ends everything that waits.
+        woken: called when a peer's state changed.
+        log: a structlog logger.
+
+    Attributes:
+        phase: what it is doing, as peers are told; catching up overrides it.
+        visit: the block visit it is in, or about to begin; their number at the end.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        identity: Identity,
+        transport: Transport,
+        blocks: Blocks,
+        stopping: asyncio.Event,
+        woken: Callable[[], None],
+        log: Any,
+    ) -> None:
+        self._run = run
+        self._blocks = blocks
+        self._stopping = stopping
+        self._woken = woken
+        self._log = log
+        self.phase = Phase.STARTING
+        self.visit = 0
+        schedule, timing = run.schedule, run.timing
+        self.swarm = Swarm(
+            identity, transport, timing, self.position, schedule.steps, self.wake, log
+        )
+        self.exchange = Exchange(self.swarm, timing, identity.run, stopping)
+        self.giver = Giver(
+            self.swarm,
+            blocks,
+            lambda: (self.visit, self.exchange.is_closed(self.visit)),
+            timing,
+            run.catch_up_rate,
+        )
+        self.catch_up = CatchUp(
+            self.swarm,
+            blocks,
+            schedule,
+            timing,
+            self._is_behind,
+            self.swarm.nudge,
+            stopping,
+            log,
+        )
+
+    # --- where it is
+
+    def position(self) -> Position:
+        """As peers are told."""
+        gain = self.catch_up.gain
+        if gain.active:
+            return Position(Phase.CATCHING_UP, self.visit, gain.entry)
+        return Position(self.phase, self.visit)
+
+    def enter(self, phase: Phase) -> None:
+        """Begin another phase and tell everybody."""
+        self.phase = phase
+        self.swarm.nudge()
+        self.giver.moved()
+
+    def wake(self) -> None:
+        """Something changed outside (a peer's state, the stop signal): look again."""
+        self.exchange.wake()
+        self._woken()
+
+    def neighbours(self, visit: int) -> frozenset[str]:
+        """With whom the topology would have this member exchange in a visit."""
+        name = self.swarm.identity.node
+        return topology.graph(self.swarm.members(visit), self._run.topology)[name]
+
+    def _is_behind(self, visit: int) -> bool:
+        """Whether this member must catch up before a visit.
+
+        Only with those that it exchanges with, if through others: the parts of a graph that was
+        given in parts go on each at its own pace.
+        """
+        swarm = self.swarm
+        if self._blocks.lost() and swarm.givers():
+            return True
+        near = membership.near_visits(len(swarm.peers) + 1, self._run.schedule.steps)
+        ahead = {
+            name for name in swarm.givers() if swarm.peers[name].visit - visit > near
+        }
+        if not ahead:
+            return False
+        name = swarm.identity.node
+        graph = topology.graph(swarm.members(visit) | ahead, self._run.topology)
+        return not ahead.isdisjoint(topology.component(graph, name))
+
+    # --- life
+
+    async def wait_for_members(
+        self, wanted: int, waiting: Callable[[str], None], *, resumed: bool
+    ) -> str:
+        """Wait until enough members are there; not for ever where they cannot come.
+
+        Args:
+            wanted: how many, this one included.
+            waiting: told again and again whom it waits for, in words.
+            resumed: this member has taken part before.
+
+        Returns:
+            Why it goes on without all of them; empty when they are there, or when told to stop.
+        """
+        swarm = self.swarm
+        clock = asyncio.get_running_loop().time
+        begin = reminded = clock()
+        begun: float | None = None
+        while not self._stopping.is_set():
+            swarm.sweep()
+            peers = swarm.peers.values()
+            enough, who = membership.ready(swarm.identity.node, peers, wanted)
+            waiting(who)
+            now = clock()
+            if enough:
+                self._log.info("members are here", members=who)
+                return ""
+            # They may have seen the missing ones a moment before us.
+            training = any(
+                peer.phase in (Phase.TRAINING, Phase.AGREEING) and peer.reached for peer in peers
+            )
+            begun = (begun if begun is not None else now) if training else None
+            if begun is not None and now - begun > 2 * self._run.timing.heartbeat:
+                return f"the others have begun: {who}"
+            if resumed and now - begin > REJOIN_SECONDS:
+                return f"going on after a restart: {who}"
+            if now >= reminded:
+                self._log.info("waiting", who=who)
+                reminded = now + REMIND_SECONDS
+            await self._pause(1.0)
+        return ""
+
+    async def _pause(self, seconds: float) -> None:
+        changed = asyncio.create_task(self.exchange.changed())
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({changed, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in (changed, stop):
+            task.cancel()
+
+    async def train(
+        self, start: Start, method: Method, batches: Batches, observer: Observer, worker: Worker
+    ) -> tuple[Start, bool]:
+        """Run the schedule (rounds.Rounds).
+
+        Returns:
+            Where it ended, and whether a visit is still open in ``method``.
+        """
+        self.visit = start.visit
+        rounds = Rounds(
+            self._run.schedule,
+            method,
+            self.exchange,
+            batches,
+            self.neighbours,
+            self._in_step,
+            _Watched(self, observer),
+            worker,
+            self._stopping,
+        )
+        visit, step = await rounds.run(start)
+        self.moved(visit)
+        return Start(visit, step), rounds.is_open
+
+    async def _in_step(self, visit: int, *, overtaken: bool) -> int:
+        entry = await self.catch_up(visit, overtaken=overtaken)
+        self.moved(entry)
+        return entry
+
+    def moved(self, visit: int) -> None:
+        """This member is at another visit."""
+        if visit != self.visit:
+            self.visit = visit
+            self.giver.moved()
+
+    async def leave(self, *, finished: bool) -> None:
+        """Take leave of everybody."""
+        await self.swarm.goodbye(finished=finished)
+        await self.swarm.close()
+
+    # --- answers to peers (transport.Handler)
+
+    async def hello(self, request: pb.HelloRequest, source: str) -> pb.HelloReply:
+        """See Handler."""
+        return await self.swarm.answer_hello(request, source)
+
+    async def open_visit(self, request: pb.VisitOffer) -> pb.VisitAnswer:
+        """See Handler."""
+        return self.exchange.answer_offer(request)
+
+    async def settle_visit(self, request: pb.VisitDegree) -> pb.VisitAnswer:
+        """See Handler."""
+        return self.exchange.answer_degree(request)
+
+    def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
+        """See Handler."""
+        return self.exchange.answer_pull(request)
+
+    async def list_blocks(self, request: pb.ListBlocksRequest) -> pb.BlockList:
+        """See Handler."""
+        return await self.giver.answer_list(request)
+
+    def fetch_block(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
+        """See Handler."""
+        return self.giver.answer_fetch(request)
+
+    async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
+        """See Handler."""
+        self.swarm.answer_goodbye(request)
+        return pb.GoodbyeReply()
+
+
+class _Watched:
+    """rounds.Observer that keeps the member's own position and passes everything on."""
+
+    def __init__(self, member: Member, observer: Observer) -> None:
+        self._member, self._observer = member, observer
+
+    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
+        """See Observer."""
+        self._observer.visit_opened(visit, edges, wanted)
+
+    async def step_done(self, record: StepRecord) -> None:
+        """See Observer."""
+        await self._observer.step_done(record)
+
+    async def visit_closed(self, visit: Visit) -> None:
+        """See Observer. Only then can those who catch up have the block."""
+        await self._observer.visit_closed(visit)
+        self._member.moved(visit.index + 1)
