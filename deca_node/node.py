@@ -18,7 +18,7 @@ import torch
 
 from deca_node import __version__, logs, membership, registry, topology
 from deca_node.blocks import Schedule, Visit, partition_layers
-from deca_node.checkpoint import Checkpoint, Progress
+from deca_node.checkpoint import Changed, Checkpoint, Progress
 from deca_node.config import Settings
 from deca_node.data import (
     BatchStream,
@@ -30,7 +30,7 @@ from deca_node.data import (
     read_rows,
 )
 from deca_node.discovery import Discovery, own_addresses
-from deca_node.errors import DecaError, ListenError, PeerRefused
+from deca_node.errors import DecaError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.exchange import Exchange
 from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint
@@ -100,7 +100,7 @@ class Node:
         self._exchange: Exchange | None = None
         self._discovery: Discovery | None = None
         self._left = False
-        self._pending: dict[int, range] = {}  # blocks whose last save failed
+        self._pending: dict[int, Visit] = {}  # blocks whose last save failed
         self._history: History | None = None
         self._checkpoint: Checkpoint | None = None
         self._sent_before_step = 0
@@ -172,13 +172,20 @@ class Node:
             model.dtype,
         )
         self._checkpoint = checkpoint = Checkpoint(
-            settings.node.output, {**marks, "node": settings.node.name}
+            settings.node.output, {**marks, "node": settings.node.name}, schedule
         )
         stack.callback(checkpoint.release)
         # The data first: what is wrong with it must not mark the folder as this run's.
         self._waiting_for = "the data"
         train, test, counts, completions = await self._compute(partial(self._read_data, model))
         resumed = checkpoint.claim()
+        for warning in checkpoint.warnings:
+            self._warn(warning)
+        if checkpoint.lost:
+            raise OutputError(
+                f"{settings.node.output}: the run's values of block {checkpoint.lost[0]} are lost; "
+                "restore state/ or set node.output to a new folder"
+            )
         self._progress = checkpoint.state.progress
         self._seconds_before = self._progress.seconds
         if self._progress.finished:
@@ -673,16 +680,19 @@ class Node:
         checkpoint = self._checkpoint
         self._progress = self._at(visit.index + 1, 0, data_position)
         progress = self._progress
-        self._pending[visit.block] = visit.layers
+        self._pending[visit.block] = visit
         saved = await self._worker(
             lambda: self._save(lambda: checkpoint.save_blocks(self._unsaved(model), progress))
         )
         if saved:
             self._pending.clear()
 
-    def _unsaved(self, model: LanguageModel) -> dict[int, dict[str, torch.Tensor]]:
+    def _unsaved(self, model: LanguageModel) -> dict[int, Changed]:
         """Blocks that the state on disk does not have: later state must not go without them."""
-        return {block: model.block_tensors(layers) for block, layers in self._pending.items()}
+        return {
+            block: Changed(visit.index, model.block_tensors(visit.layers))
+            for block, visit in self._pending.items()
+        }
 
 
 class _Keeper:
