@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import xxhash
 
@@ -64,7 +64,10 @@ class Partial(Protocol):
         ...
 
 
-class Store(Protocol):
+P = TypeVar("P", bound=Partial)
+
+
+class Store(Protocol[P]):
     """Where a node that catches up puts what it fetches."""
 
     def versions(self) -> Mapping[int, int]:
@@ -75,11 +78,11 @@ class Store(Protocol):
         """By block, the largest size that a file of it can have."""
         ...
 
-    def partial(self, block: int, xxh3: str) -> Partial:
+    def partial(self, block: int, xxh3: str) -> P:
         """The file that a version of a block goes to, with what an earlier try left in it."""
         ...
 
-    async def install(self, block: int, partial: Partial, visit: int) -> None:
+    async def install(self, block: int, partial: P, visit: int) -> None:
         """Check a complete file and put its values into the model and the state on disk.
 
         Raises:
@@ -239,7 +242,7 @@ class CatchUp:
     def __init__(
         self,
         peers: Peers,
-        store: Store,
+        store: Store[Any],
         schedule: Schedule,
         timing: Timing,
         behind: Callable[[int], bool],
@@ -393,8 +396,12 @@ class CatchUp:
         """Fetch blocks, one at a time from each giver, until all are there or nobody is left."""
         missing = dict(step.fetch)
         links = self._givers()
-        names = sorted({name for need in missing.values() for name in need.sources if name in links})
-        tasks = [asyncio.create_task(self._fetch_from(name, links[name], missing)) for name in names]
+        names = sorted(
+            {name for need in missing.values() for name in need.sources if name in links}
+        )
+        tasks = [
+            asyncio.create_task(self._fetch_from(name, links[name], missing)) for name in names
+        ]
         stop = asyncio.create_task(self._stopping.wait())
         everything = asyncio.gather(*tasks)
         await asyncio.wait({everything, stop}, return_when=asyncio.FIRST_COMPLETED)

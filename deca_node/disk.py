@@ -37,8 +37,20 @@ def translated(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to where they outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment either the old or the new content is there."""
+    """Write a file so that at any moment either the old or the new content is there.
+
+    The folder is synced too: what was renamed in it before lasts when this returns.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -48,3 +60,4 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)

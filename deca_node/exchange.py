@@ -295,13 +295,13 @@ class Exchange:
                     self._slow |= worth
                     continue
                 break
-            changed = asyncio.create_task(self._changed.wait())
+            changed = asyncio.create_task(self.changed())
             done, _ = await asyncio.wait(
                 {*pending, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED
             )
             changed.cancel()
             pending -= done
-            for task in done & tasks.keys():
+            for task in done - {changed}:
                 # What one neighbour takes after the last of the others is its to answer for.
                 if not pending and tasks[task] in worth:
                     spent = loop.time() - alone_since
@@ -321,7 +321,7 @@ class Exchange:
         return report
 
     def _worth_waiting(self, peer: str) -> bool:
-        """Who missed a deadline or used up its budget, or whose connection broke, holds nobody up."""
+        """Who missed a deadline, used up its budget, or broke the connection, holds nobody up."""
         doubtful = self._late | self._slow
         return peer not in doubtful and not self._peers.is_suspect(peer)
 
@@ -425,7 +425,7 @@ class Exchange:
 
     @property
     def overtaken(self) -> bool:
-        """Whether the visit has no edges because the neighbours had begun it, or ended it, alone."""
+        """Whether the visit has no edge because the neighbours had begun it without us."""
         return self._agreement.overtaken
 
     def is_closed(self, visit: int) -> bool:

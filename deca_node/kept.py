@@ -1,8 +1,8 @@
 """The blocks that a node keeps: in its model, on its disk, for others and from others."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -62,9 +62,7 @@ class KeptBlocks:
         """A visit of a block has ended."""
         self._unsaved[visit.block] = visit.index
 
-    def save(
-        self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False
-    ) -> None:
+    def save(self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False) -> None:
         """Keep what changed, and the progress; to be called on the training thread.
 
         Args:
@@ -125,9 +123,9 @@ class KeptBlocks:
         """See Store."""
         return self._checkpoint.incoming(block, xxh3)
 
-    async def install(self, block: int, incoming: Incoming, visit: int) -> None:
+    async def install(self, block: int, partial: Incoming, visit: int) -> None:
         """See Store."""
-        await self._worker(partial(self._install, block, incoming, visit))
+        await self._worker(functools.partial(self._install, block, partial, visit))
         self._unsaved.pop(block, None)
 
     def _install(self, block: int, incoming: Incoming, visit: int) -> None:

@@ -28,7 +28,7 @@ REJOIN_SECONDS = 30.0
 REMIND_SECONDS = 10.0
 
 
-class Blocks(Shelf, Store, Protocol):
+class Blocks(Shelf, Store[Any], Protocol):
     """The blocks that a member keeps: handed out to others, taken in from them."""
 
     def lost(self) -> frozenset[int]:
@@ -145,9 +145,7 @@ class Member:
         if self._blocks.lost() and swarm.givers():
             return True
         near = membership.near_visits(len(swarm.peers) + 1, self._run.schedule.steps)
-        ahead = {
-            name for name in swarm.givers() if swarm.peers[name].visit - visit > near
-        }
+        ahead = {name for name in swarm.givers() if swarm.peers[name].visit - visit > near}
         if not ahead:
             return False
         name = swarm.identity.node

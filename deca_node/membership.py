@@ -117,7 +117,9 @@ def heard(
         return replace(peer, detail=f"catching up: {when}")
     if abs(visit - own_visit) > near:
         detail = f"at visit {visit}, we are at {own_visit}"
-        return replace(peer, state=State.AHEAD if visit > own_visit else State.BEHIND, detail=detail)
+        return replace(
+            peer, state=State.AHEAD if visit > own_visit else State.BEHIND, detail=detail
+        )
     return peer
 
 

@@ -31,7 +31,7 @@ from deca_node.data import (
     read_rows,
 )
 from deca_node.discovery import Discovery, own_addresses
-from deca_node.errors import DecaError, ListenError, PeerRefused
+from deca_node.errors import DecaError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint
 from deca_node.kept import KeptBlocks
@@ -253,9 +253,11 @@ class Node:
             # At the same time as the goodbyes, each of which may take a second.
             _, saved = await asyncio.gather(
                 self._leave(),
-                asyncio.to_thread(_nothing if untouched else partial(
-                    kept.save, method.state() if is_open else None, within=is_open
-                )),
+                asyncio.to_thread(
+                    _nothing
+                    if untouched
+                    else partial(kept.save, method.state() if is_open else None, within=is_open)
+                ),
                 return_exceptions=True,
             )
             if isinstance(saved, BaseException):
@@ -706,9 +708,7 @@ class Node:
 class _Keeper:
     """rounds.Observer: adds to what happens what the node needs to keep it."""
 
-    def __init__(
-        self, node: Node, kept: KeptBlocks, method: Method, batches: BatchStream
-    ) -> None:
+    def __init__(self, node: Node, kept: KeptBlocks, method: Method, batches: BatchStream) -> None:
         self._node, self._kept, self._method, self._batches = node, kept, method, batches
 
     def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:

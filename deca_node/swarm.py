@@ -534,7 +534,13 @@ class Swarm:
         known = self.peers.get(sender.node)
         same = known is not None and known.session == sender.session
         # Another address of a peer that we can call is no reason to leave the one that works.
-        keep = known is not None and same and not reached and known.state in _ANSWERING and not self._is_failing(known.name)
+        keep = (
+            known is not None
+            and same
+            and not reached
+            and known.state in _ANSWERING
+            and not self._is_failing(known.name)
+        )
         self._update(
             membership.heard(
                 known,

@@ -361,9 +361,7 @@ def _peer_handlers(handler: Handler) -> grpc.GenericRpcHandler:
         )
 
     def stream(answer: Callable[[Any], AsyncGenerator[bytes]], name: str) -> Any:
-        async def call(
-            request: Any, context: grpc.aio.ServicerContext
-        ) -> AsyncGenerator[bytes]:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes]:
             try:
                 async with aclosing(answer(request)) as messages:
                     async for message in messages:
