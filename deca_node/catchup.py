@@ -8,7 +8,7 @@ is decided in recovery.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -65,6 +65,7 @@ class Partial(Protocol):
 
 
 P = TypeVar("P", bound=Partial)
+T = TypeVar("T")
 
 
 class Store(Protocol[P]):
@@ -225,6 +226,13 @@ class Gain:
     unusable: set[str] = field(default_factory=set)
 
 
+async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class CatchUp:
     """One node's way back into step with the others.
 
@@ -297,7 +305,7 @@ class CatchUp:
         waited: int | None = None  # the visit whose end the last listing waited for
         silent = 0
         while not self._stopping.is_set():
-            others = await self._holdings(after=waited)
+            others = await self._unless_stopped(self._holdings(after=waited), {})
             if not others:
                 silent += 1
                 if silent > 1 or not self._givers():
@@ -313,7 +321,7 @@ class CatchUp:
                 self.gain.total = self.gain.fetched + sum(n.bytes for n in step.fetch.values())
                 self.gain.waiting_for = f"{len(step.fetch)} blocks from {', '.join(sorted(others))}"
                 before = self.gain.bytes
-                await self._fetch_all(step)
+                await self._unless_stopped(self._fetch_all(step), None)
                 if self.gain.bytes == before:
                     await self._pause(RETRY_SECONDS)
             else:
@@ -342,6 +350,14 @@ class CatchUp:
         except TimeoutError:
             return
 
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        ended = task.done()
+        await _end([stop] if ended else [stop, task])
+        return task.result() if ended else otherwise
+
     # --- asking
 
     async def _holdings(self, after: int | None) -> dict[str, Holdings]:
@@ -352,21 +368,16 @@ class CatchUp:
         }
         found: dict[str, Holdings] = {}
         pending = set(tasks)
-        stop = asyncio.create_task(self._stopping.wait())
-        while pending and not self._stopping.is_set():
-            done, pending = await asyncio.wait(
-                {*pending, stop}, return_when=asyncio.FIRST_COMPLETED
-            )
-            pending -= {stop}
-            for task in done - {stop}:
-                holdings = task.result()
-                if holdings is not None:
-                    found[tasks[task]] = holdings
-            if after is not None and any(each.visit > after for each in found.values()):
-                break
-        for task in (*pending, stop):
-            task.cancel()
-        await asyncio.gather(*pending, stop, return_exceptions=True)
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (holdings := task.result()) is not None:
+                        found[tasks[task]] = holdings
+                if after is not None and any(each.visit > after for each in found.values()):
+                    break
+        finally:
+            await _end(pending)
         return found
 
     async def _ask(self, name: str, link: Link, after: int | None) -> Holdings | None:
@@ -396,21 +407,16 @@ class CatchUp:
         """Fetch blocks, one at a time from each giver, until all are there or nobody is left."""
         missing = dict(step.fetch)
         links = self._givers()
-        names = sorted(
-            {name for need in missing.values() for name in need.sources if name in links}
-        )
+        sources = {name for need in missing.values() for name in need.sources}
         tasks = [
-            asyncio.create_task(self._fetch_from(name, links[name], missing)) for name in names
+            asyncio.create_task(self._fetch_from(name, link, missing))
+            for name, link in links.items()
+            if name in sources
         ]
-        stop = asyncio.create_task(self._stopping.wait())
-        everything = asyncio.gather(*tasks)
-        await asyncio.wait({everything, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not everything.done():
-            everything.cancel()
-        await asyncio.gather(*tasks, stop, return_exceptions=True)
-        if everything.done() and not everything.cancelled():
-            everything.result()  # a defect or a damaged disk, if it was one
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            await _end(tasks)
 
     async def _fetch_from(self, name: str, link: Link, missing: dict[int, Need]) -> None:
         while True:

@@ -16,13 +16,14 @@ from deca_node.membership import (
     failed,
     heard,
     members,
+    near_visits,
     ready,
 )
 
 BOB = Peer("bob", 7, "10.0.0.2:7430", State.ALIVE, Phase.TRAINING, 3, last_seen=100.0)
 
 
-def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, now=101.0):
+def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, near=1, entry=0):
     return heard(
         known,
         name="bob",
@@ -30,9 +31,10 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, now=1
         address="10.0.0.2:7430",
         phase=phase,
         visit=visit,
-        own_phase=Phase.TRAINING,
         own_visit=own_visit,
-        now=now,
+        near=near,
+        now=101.0,
+        entry=entry,
     )
 
 
@@ -40,10 +42,14 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, now=1
     ("known", "event", "state"),
     [
         (None, {}, State.ALIVE),
-        (None, {"visit": 9}, State.BEHIND),  # joins elsewhere in the schedule
+        (None, {"visit": 9}, State.AHEAD),
         (None, {"visit": 4}, State.ALIVE),  # next door is near enough
-        (BOB, {"visit": 9}, State.ALIVE),  # the same session may have run ahead of our news
+        (None, {"visit": 9, "near": 6}, State.ALIVE),  # as it is in a long ring with short visits
+        (BOB, {"visit": 9}, State.AHEAD),  # went on behind a cut
         (BOB, {"visit": 0, "session": 8}, State.BEHIND),  # restarted from nothing
+        (BOB, {"visit": 0}, State.BEHIND),  # slept
+        (BOB, {"visit": 0, "phase": Phase.CATCHING_UP}, State.ALIVE),
+        (replace(BOB, state=State.AHEAD), {"visit": 4}, State.ALIVE),
         (replace(BOB, state=State.GONE), {}, State.ALIVE),
         (replace(BOB, state=State.BEHIND), {"visit": 0}, State.BEHIND),
         (replace(BOB, state=State.BEHIND), {"visit": 2}, State.ALIVE),  # caught up
@@ -73,16 +79,35 @@ def test_who_is_done_stays_done():
 
 
 def test_members_are_those_that_act():
-    """Starting, gone, behind and finished peers are in nobody's topology."""
+    """Starting, gone, far and finished peers are in nobody's topology."""
     peers = [
         BOB,
         replace(BOB, name="sue", state=State.SUSPECT),
         replace(BOB, name="new", phase=Phase.STARTING),
         replace(BOB, name="out", state=State.GONE),
         replace(BOB, name="far", state=State.BEHIND),
+        replace(BOB, name="off", state=State.AHEAD),
         replace(BOB, name="end", state=State.DONE),
+        replace(BOB, name="deaf", reached=False),
     ]
-    assert members("me", peers) == {"me", "bob", "sue"}
+    assert members("me", peers, 3) == {"me", "bob", "sue"}
+
+
+def test_who_catches_up_is_a_member_from_the_visit_it_has_named():
+    """Nobody waits for it before, and everybody counts it from there on."""
+    joiner = replace(BOB, phase=Phase.CATCHING_UP)
+    for entry, visit, present in ((0, 5, False), (6, 5, False), (6, 6, True), (6, 7, True)):
+        found = members("me", [replace(joiner, entry=entry)], visit)
+        assert (found == {"me", "bob"}) is present
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "visits"),
+    [(1, 1, 1), (2, 48, 1), (8, 48, 1), (8, 1, 7), (8, 2, 4), (9, 4, 2), (256, 6, 43)],
+)
+def test_members_in_step_are_near(count, steps, visits):
+    """The longest chain of neighbours bounds how far its two ends can be apart."""
+    assert near_visits(count, steps) == visits
 
 
 def test_waiting_names_who_is_here_and_who_does_not_count():

@@ -16,7 +16,7 @@ from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.mixing import mix_arrival
 from deca_node.pb import node_pb2 as pb
-from deca_node.swarm import Identity, Swarm
+from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Layout, TensorSpec, frame, metadata, parse, snapshot
 from tests.virtual_time import run
@@ -40,7 +40,8 @@ class Member:
             identity,
             self.transport,
             TIMING,
-            lambda: (Phase.TRAINING, self.visit),
+            lambda: Position(Phase.TRAINING, self.visit),
+            STEPS,
             lambda: self.exchange.wake(),  # noqa: PLW0108 - made below
             structlog.get_logger(),
         )
@@ -88,7 +89,7 @@ async def meet(network, count):
     for member in members:
         for other in members:
             member.swarm.propose(other.transport.address)
-    while any(len(member.swarm.members()) < count for member in members):
+    while any(len(member.swarm.members(member.visit)) < count for member in members):
         await asyncio.sleep(0.01)
     return members
 
@@ -216,7 +217,7 @@ def test_the_next_visit_heals_around_the_dead():
         members = await meet(network, 4)
         network.kill(members[2].transport.address)
         left = [m for m in members if m.index != 2]
-        while any("n2" in m.swarm.members() for m in left):
+        while any("n2" in m.swarm.members(0) for m in left):
             await asyncio.sleep(0.1)
         assert all(m.swarm.peers["n2"].state == State.GONE for m in left)
         edges = await together(m.open(w) for m, w in zip(left, wanted(left), strict=True))
@@ -319,7 +320,7 @@ def test_other_settings_are_refused_on_both_sides_with_the_field():
             peer = me.swarm.peers[them.name]
             assert peer.state == State.REFUSED
             assert "seed is" in peer.detail
-            assert them.name not in me.swarm.members()
+            assert them.name not in me.swarm.members(0)
 
     run(scenario())
 
@@ -469,11 +470,11 @@ def test_who_calls_but_cannot_be_called_is_no_member():
         members = await meet(LoopbackNetwork(), 2)
         await members[0].hello(greeting(node="walled"), "10.0.0.77")
         assert members[0].swarm.peers["walled"].state == State.ALIVE
-        assert members[0].swarm.members() == {"n0", "n1"}
+        assert members[0].swarm.members(0) == {"n0", "n1"}
         await asyncio.sleep(TIMING.gone_after + 1)
         members[0].swarm.sweep()
         assert members[0].swarm.peers["walled"].state == State.GONE
-        assert members[0].swarm.members() == {"n0", "n1"}
+        assert members[0].swarm.members(0) == {"n0", "n1"}
 
     run(scenario())
 

@@ -55,6 +55,12 @@ class Answers:
         finally:
             self.cancelled.set()
 
+    async def list_blocks(self, request):
+        return pb.BlockList(visit=request.after)
+
+    async def fetch_block(self, request):
+        yield frame(request.block, request.offset, b"x" * 1000)
+
     async def goodbye(self, request):
         return pb.GoodbyeReply()
 
