@@ -54,10 +54,14 @@ def values(visit, step=0, size=64):
 
 
 def fetch(store, visit, size=64):
-    """A block of that visit, come from a peer."""
+    """A block of that visit comes from a peer, or what was missing of it."""
     content = save(values(visit, size=size))
     part = store.incoming(visit % BLOCKS, xxhash.xxh3_128_hexdigest(content))
-    part.write(content[part.size :])
+    try:
+        part.write(content[part.size :])
+    except DiskFullError:
+        part.close()
+        raise
     return visit % BLOCKS, (part, visit)
 
 
@@ -365,6 +369,12 @@ def test_a_disk_that_is_really_full_leaves_the_state_before(tmp_path):
         assert report[f"{kind} saved"] > 0
 
 
+def fetch_and_adopt(store, visit, size):
+    block, (part, _) = fetch(store, visit, size)
+    with contextlib.closing(part):
+        store.adopt({block: (part, visit)}, Progress(visit + 1))
+
+
 def full(folder):
     """Save with all amounts of room, page by page."""
     size = 4096  # 16 kB a file
@@ -377,13 +387,12 @@ def full(folder):
     for room, kind in itertools.product(range(20), ("block", "visit", "adopt")):
         visit, before = store.state.progress.visit, store.state
         block = {visit % BLOCKS: Changed(visit, values(visit, size=size))}
-        parts = dict([fetch(store, visit, size)]) if kind == "adopt" else {}
         system = os.statvfs(folder)
         filler.write_bytes(b"\0" * max(0, system.f_bavail - room) * system.f_bsize)
 
         attempt = {
             "block": partial(store.save_blocks, block, Progress(visit + 1)),
-            "adopt": partial(store.adopt, parts, Progress(visit + 1)),
+            "adopt": partial(fetch_and_adopt, store, visit, size),
             "visit": partial(
                 store.save_visit, values(visit + 1, 1, size), Progress(visit + 1, 1), block
             ),
