@@ -159,8 +159,11 @@ class Disk:
     def remains(self):
         """Every content of the folder that the power cut may have left."""
         now = [p for p in self.folder.rglob("*") if p.is_file() and p.name != ".lock"]
-        yield {self._name(p): p.read_bytes() for p in now}  # only the process ended
-        unnamed = {self._name(p): self._bytes(p) for p in now if p.suffix in (".tmp", ".part")}
+        whole = {self._name(p): p.read_bytes() for p in now}
+        # Half written: the process may have ended before this call, too.
+        torn = {name: c for p in now if (c := self._bytes(p)) != whole[name := self._name(p)]}
+        yield whole  # only the process ended
+        yield {**whole, **torn}
         for happened in itertools.product((False, True), repeat=len(self.pending)):
             left = dict(self.lasting)
             for (gone, made, content), did in zip(self.pending, happened, strict=True):
@@ -168,7 +171,7 @@ class Disk:
                     left.pop(gone, None)
                     left.update({made: content} if made else {})
             yield left
-            yield {**unnamed, **left}
+            yield {**left, **torn}
 
 
 def run_saves(folder, live):
