@@ -508,7 +508,7 @@ class Checkpoint:
 
         Raises:
             PayloadError: a file's digest is not the announced one; that part is removed.
-            DiskFullError, OutputError: see ``save_blocks``; all parts are as they were.
+            DiskFullError, OutputError: see ``save_blocks``; all parts are as they were, and open.
         """
         with self._writing:
             moved: list[tuple[Incoming, Path]] = []

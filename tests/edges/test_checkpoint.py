@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -208,6 +209,45 @@ def test_a_damaged_open_visit_begins_anew(kept):
         assert (store.state.active, store.state.progress) == (None, Progress(visit=3))
         assert "manifest.previous.json: damaged" in store.warnings[0]
         assert f"{name}: damaged; visit 3 begins anew" in store.warnings[1]
+
+
+def test_a_file_that_the_disk_cannot_read_counts_as_damaged(kept, monkeypatch):
+    """EIO is a damaged disk; trouble that is not the file's own ends the start instead."""
+    real, trouble = checkpoint._digest, errno.EIO
+
+    def failing(path):
+        if path.name.startswith("block-0003"):
+            raise OSError(trouble, os.strerror(trouble))
+        return real(path)
+
+    with opened(kept) as store:
+        store.save_blocks({3: changed(3)}, Progress(visit=4))
+    monkeypatch.setattr(checkpoint, "_digest", failing)
+    with opened(kept) as store:
+        assert store.state.progress.visit == 3
+        assert "cannot be read; the state before is used" in store.warnings[0]
+    trouble = errno.EMFILE
+    with pytest.raises(OutputError, match=r"block-0003.*Too many open files"):
+        reopened(kept)
+
+
+def test_values_that_are_no_numbers_are_kept_too(kept):
+    """An evaluation of a model that has diverged must not make the state unreadable."""
+    with opened(kept) as store:
+        store.save_visit(None, Progress(visit=3, before={"loss": math.nan, "best": math.inf}))
+    with opened(kept) as store:
+        assert math.isnan(store.state.progress.before["loss"])
+        assert store.state.progress.before["best"] == math.inf
+
+
+def test_a_state_that_could_not_be_read_again_is_not_written(kept):
+    """A defect of the program shows at the save, with the good state still there."""
+    with opened(kept) as store:
+        before = files(kept)
+        with pytest.raises(ValueError, match="outside the run"):
+            store.save_blocks({0: changed(0)}, Progress(visit=SCHEDULE.visits + 1))
+        assert files(kept) == before
+        assert store.state.progress.visit == 3
 
 
 def test_damaged_files_kept_aside_are_few(kept):
