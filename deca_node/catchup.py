@@ -29,6 +29,7 @@ from deca_node.pacing import TokenBucket
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_step
 from deca_node.transport import Link
+from deca_node.waiting import happens
 from deca_node.wire import frame, parse
 
 # Between two tries when nothing could be fetched, or kept on a full disk.
@@ -44,6 +45,10 @@ class Shelf(Protocol):
 
     def open(self, block: int, xxh3: str) -> BinaryIO | None:
         """A block's file, readable also when it is superseded meanwhile; None when it is gone."""
+        ...
+
+    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset`` on, without holding up the event loop."""
         ...
 
 
@@ -154,9 +159,7 @@ class Giver:
         if request.HasField("after"):
             while self._position()[0] <= request.after:
                 left = limit - asyncio.get_running_loop().time()
-                try:
-                    await asyncio.wait_for(self._moved.wait(), left)
-                except TimeoutError:
+                if not await happens(self._moved, left):
                     break
         visit, closed = self._position()
         blocks = [
@@ -176,8 +179,8 @@ class Giver:
             with file:
                 # Who reads more slowly than this holds a slot that others wait for.
                 async with asyncio.timeout(transfer_seconds(kept.bytes, self._timing)):
-                    offset = await asyncio.to_thread(file.seek, request.offset)
-                    while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                    offset = request.offset
+                    while data := await self._shelf.read(file, offset, CHUNK_BYTES):
                         clock = asyncio.get_running_loop().time()
                         await asyncio.sleep(self._bucket.take(len(data), clock))
                         self.bytes_sent += len(data)
@@ -288,7 +291,7 @@ class CatchUp:
         self._changed()
         begin = time.monotonic()
         try:
-            entry = await self._catch_up(visit)
+            entry = await self._catch_up(visit, overtaken)
         finally:
             gain.active, gain.waiting_for = False, ""
         gain.visits += entry - visit
@@ -301,7 +304,7 @@ class CatchUp:
         self._changed()
         return entry
 
-    async def _catch_up(self, visit: int) -> int:
+    async def _catch_up(self, visit: int, overtaken: bool) -> int:
         waited: int | None = None  # the visit whose end the last listing waited for
         silent = 0
         while not self._stopping.is_set():
@@ -313,7 +316,9 @@ class CatchUp:
                 await self._pause(self._timing.redial)
                 continue
             silent = 0
-            step = next_step(visit, self._store.versions(), others, self._schedule)
+            step = next_step(
+                visit, self._store.versions(), others, self._schedule, overtaken=overtaken
+            )
             if step.done:
                 return step.entry
             if step.fetch:
@@ -345,10 +350,7 @@ class CatchUp:
         }
 
     async def _pause(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except TimeoutError:
-            return
+        await happens(self._stopping, seconds)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
         task = asyncio.create_task(work)

@@ -20,6 +20,7 @@ from deca_node.limits import MAX_PULLS_PER_PEER
 from deca_node.membership import Edges, Verdict, VisitAgreement
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Link
+from deca_node.waiting import happens
 from deca_node.wire import Layout, Receiver, Snapshot
 
 _log = structlog.get_logger(__name__)
@@ -509,7 +510,4 @@ class Exchange:
         self._changed = asyncio.Event()
 
     async def _wait_change(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
-        except TimeoutError:
-            return
+        await happens(self._changed, seconds)

@@ -1,6 +1,8 @@
 """The blocks that a node keeps: in its model, on its disk, for others and from others."""
 
+import asyncio
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import BinaryIO
@@ -99,6 +101,10 @@ class KeptBlocks:
             return self._checkpoint.open(saved)
         except OutputError:
             return None
+
+    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes:
+        """See Shelf."""
+        return await asyncio.to_thread(os.pread, file.fileno(), size, offset)
 
     # --- from others (catchup.Store)
 

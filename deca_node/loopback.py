@@ -108,7 +108,8 @@ class LoopbackLink:
             return await answer(self._handler())
 
         try:
-            return await asyncio.wait_for(both_ways(), timeout)
+            async with asyncio.timeout(timeout):
+                return await both_ways()
         except TimeoutError:
             raise PeerTimeout(f"{self._target}: no answer in time") from None
 

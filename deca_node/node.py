@@ -48,6 +48,7 @@ from deca_node.rounds import Start, StepRecord
 from deca_node.swarm import Identity, Swarm
 from deca_node.topology import TopologySpec
 from deca_node.transport import GrpcTransport, Transport
+from deca_node.waiting import happens
 from deca_node.worker import Stopped, TrainingThread, unless_stopped
 
 T = TypeVar("T")
@@ -505,8 +506,7 @@ class Node:
             if self._member is not None and not self._left:
                 self._member.swarm.sweep()
             self._report(self.status())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 1.0)
+            await happens(self._changed, 1.0)
 
     # --- answers to peers (transport.Handler), before and after there is a member
 
@@ -559,8 +559,7 @@ class Node:
         try:
             while not self._stopping.is_set():
                 yield self.status()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), pause)
+                await happens(self._stopping, pause)
         finally:
             self._watchers -= 1
 

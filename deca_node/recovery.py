@@ -109,6 +109,8 @@ def next_step(
     versions: Mapping[int, int],
     others: Mapping[str, Holdings],
     schedule: Schedule,
+    *,
+    overtaken: bool,
 ) -> Step:
     """Decide from what the others have.
 
@@ -117,12 +119,15 @@ def next_step(
         versions: by block, the last visit that changed it here; absent for the base model's.
         others: what each peer that can be asked has.
         schedule: the run's.
+        overtaken: this node has found its own visit closed.
     """
     front = max((each.visit for each in others.values()), default=own_visit)
     if front < own_visit:
         front, closed = own_visit, False
     else:
-        closed = any(each.closed for each in others.values() if each.visit == front)
+        # One that still shakes hands may be doing so with this node.
+        closed = all(each.closed for each in others.values() if each.visit == front)
+        closed = closed or (overtaken and front == own_visit)
     ended = front >= schedule.visits
     under_way = None if ended or not closed else schedule.visit(front).block
     needs = {

@@ -5,7 +5,6 @@ does not answer and as a heartbeat once it does. What a greeting means is decide
 """
 
 import asyncio
-import contextlib
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from deca_node.limits import (
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Link, Transport
+from deca_node.waiting import happens
 
 # Greetings to a node that refused us: often enough to notice that its operator mended it.
 REFUSED_HEARTBEATS = 5
@@ -227,8 +227,7 @@ class Swarm:
                     self._failing.discard(address)
                     slow = REFUSED_HEARTBEATS if outcome in ("refused", "duplicate") else 1
                     pause = self._timing.heartbeat * slow
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(nudged.wait(), pause * self._jitter.uniform(0.75, 1.25))
+                await happens(nudged, pause * self._jitter.uniform(0.75, 1.25))
         finally:
             self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
             await link.close()
@@ -421,8 +420,10 @@ class Swarm:
         known = self.peers.get(peer)
         if known is None or not (known.state in (State.ALIVE, State.SUSPECT) or _serves(known)):
             return None
-        if known.phase == Phase.CATCHING_UP and not known.entry:
-            return None  # it comes to no visit before it has said to which
+        if known.phase == Phase.CATCHING_UP and not membership.takes_part(
+            known, self._position().visit
+        ):
+            return None
         return self._link(peer)
 
     def _link(self, peer: str) -> Link:

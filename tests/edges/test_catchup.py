@@ -1,0 +1,402 @@
+"""Falling behind and catching up, in whole swarms on the loopback network, in virtual time."""
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+
+from deca_node.errors import PayloadError, PeerRefused
+from deca_node.membership import Phase, State
+from tests.swarm import ToySwarm
+from tests.virtual_time import run
+
+
+def visits_of(node):
+    return [record.visit.index for _, _, record in node.story.steps]
+
+
+async def until(condition):
+    async with asyncio.timeout(2000):
+        await asyncio.sleep(0.05)
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+def test_an_undisturbed_swarm_learns_together():
+    """The toy swarm does what a swarm should: everybody ends near the common optimum."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=12, steps=6)
+        swarm.start()
+        await swarm.finish()
+        assert all(node.story.finished for node in swarm.nodes)
+        assert all(len(node.story.steps) == swarm.schedule.total_steps for node in swarm.nodes)
+        assert all(record.gathered.complete for n in swarm.nodes for _, _, record in n.story.steps)
+        assert swarm.error() < 0.2
+        assert swarm.disagreement() < 0.5
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("step", [1, 5, 14, 30])
+def test_a_late_joiner_takes_part_after_fetching_what_changed(step):
+    """It gets just the changed blocks, enters at a visit's start and from then on misses nothing."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=4, steps=3, start_when=3)
+        swarm.start(0, 1, 2)
+        first = swarm.nodes[0]
+        await until(lambda: len(first.story.steps) >= step)
+        changed = len(first.disk.blocks)
+        late = swarm.nodes[3]
+        late.start()
+        await swarm.finish()
+        assert late.story.finished
+        visits = visits_of(late)
+        begun = first.story.steps[step - 1][2].visit.index
+        assert visits[0] <= begun + 2
+        assert visits == sorted(visits)
+        assert len(visits) == 3 * (swarm.schedule.visits - visits[0])
+        assert all(record.gathered.complete for _, _, record in late.story.steps)
+        one = next(iter(late.disk.blocks.values()))[0].bytes
+        assert late.disk.fetched <= one * (changed + 2)  # and those of the visits meanwhile
+        for node in swarm.nodes[:3]:  # nobody waited in vain
+            assert max(record.gathered.wait for _, _, record in node.story.steps) < 5
+        assert swarm.disagreement() < 1.0
+
+    run(scenario())
+
+
+def test_a_killed_node_comes_back_into_step():
+    """It resumes from its last visit, fetches the blocks that changed since, and takes part."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=5, steps=3)
+        swarm.start()
+        victim = swarm.nodes[1]
+        await until(lambda: len(victim.story.steps) >= 10)
+        await victim.kill()
+        kept = dict(victim.disk.blocks)
+        gone_at = swarm.nodes[0].member.visit
+        await until(lambda: swarm.nodes[0].member.visit >= gone_at + 2)
+        changed = sum(
+            theirs.visit > kept[block][0].visit if block in kept else True
+            for block, (theirs, _) in swarm.nodes[0].disk.blocks.items()
+        )
+        victim.disk.fetched = 0
+        victim.start()
+        await swarm.finish()
+        one = next(iter(victim.disk.blocks.values()))[0].bytes
+        assert 0 < victim.disk.fetched <= 1.1 * one * (changed + 1)
+        again = [record for _, life, record in victim.story.steps if life == 2]
+        assert again[0].visit.index > gone_at
+        assert again[0].step == 0
+        assert all(record.gathered.complete for record in again)
+        assert all(node.story.finished for node in swarm.nodes)
+
+    run(scenario())
+
+
+def test_a_node_alone_goes_on_alone():
+    """With nobody to catch up with, a restart continues where it was."""
+
+    async def scenario():
+        swarm = ToySwarm(1, rounds=2, steps=3)
+        swarm.start()
+        node = swarm.nodes[0]
+        await until(lambda: len(node.story.steps) >= 7)
+        await node.kill()
+        node.start()
+        await swarm.finish()
+        again = [record for _, life, record in node.story.steps if life == 2]
+        assert (again[0].visit.index, again[0].step) == (2, 0)
+        assert node.story.finished
+        assert node.disk.fetched == 0
+
+    run(scenario())
+
+
+def test_all_nodes_restarted_go_on_together():
+    """A power cut: everybody comes back from its own last state, and nobody trains alone."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=4, steps=3)
+        swarm.start()
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 16)
+        for node in swarm.nodes:
+            await node.kill()
+        places = {node.disk.place.visit for node in swarm.nodes}
+        swarm.start()
+        await swarm.finish()
+        for node in swarm.nodes:
+            again = [record for _, life, record in node.story.steps if life == 2]
+            assert again[0].visit.index in range(max(places), max(places) + 2)
+            assert all(record.gathered.complete for record in again)
+        assert all(node.story.finished for node in swarm.nodes)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("paces", [(1.0, 1.0), (1.0, 3.0)])
+def test_two_halves_of_a_cut_ring_become_one_swarm_again(paces):
+    """Both sides train on; healed, the one behind catches up and all exchange in full again."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=20, steps=3)
+        swarm.start()
+        await until(lambda: swarm.nodes[0].member.visit >= 4)
+        swarm.cut([0, 1], [2, 3])
+        for node in swarm.nodes[2:]:
+            node.pace = paces[1]
+        before = [len(node.story.steps) for node in swarm.nodes]
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(120)
+        during = [len(node.story.steps) for node in swarm.nodes]
+        assert all(b - a >= 6 for a, b in zip(before, during, strict=True))  # both sides train on
+        for node in swarm.nodes[2:]:
+            node.pace = 1.0
+        swarm.heal()
+        healed = clock()
+
+        def met():
+            return all(
+                len(node.member.swarm.members(swarm.schedule.visits)) == 4
+                or node.member.position().phase == Phase.CATCHING_UP
+                for node in swarm.nodes
+                if node.alive
+            )
+
+        await until(met)
+        assert clock() - healed < 10
+        await swarm.finish()
+        assert all(node.story.finished for node in swarm.nodes)
+        for node in swarm.nodes:
+            late = [record for when, _, record in node.story.steps if when > healed + 60]
+            assert late
+            assert all(len(record.edges.weights) == 2 for record in late)
+            assert all(record.gathered.complete for record in late)
+        assert swarm.disagreement() < 1.0
+
+    run(scenario())
+
+
+def test_a_frozen_node_costs_the_others_one_deadline():
+    """Nobody waits for it twice, and when it thaws it catches up."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=12, steps=3)
+        swarm.start()
+        frozen = swarm.nodes[2]
+        await until(lambda: len(frozen.story.steps) >= 6)
+        frozen.thawed.clear()
+        swarm.cut([2], [0, 1, 3])
+        at = asyncio.get_running_loop().time()
+        await asyncio.sleep(150)
+        swarm.heal()
+        frozen.thawed.set()
+        await swarm.finish()
+        for node in (swarm.nodes[0], swarm.nodes[1], swarm.nodes[3]):
+            times = [when for when, _, _ in node.story.steps]
+            gaps = [b - a for a, b in pairwise(times) if b > at]
+            lost = sum(gap - 1.5 for gap in gaps if gap > 1.5)
+            assert lost < swarm.timing.step_deadline + swarm.timing.rpc + 5, gaps
+        again = [record for when, _, record in frozen.story.steps if when > at + 152]
+        assert again
+        assert all(record.gathered.complete for record in again[3:])
+
+    run(scenario())
+
+
+def test_a_lost_block_is_fetched_from_a_neighbour():
+    """A node whose file of a block is damaged gets the block back from whoever has it."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=4, steps=3)
+        swarm.start()
+        node = swarm.nodes[0]
+        await until(lambda: len(node.story.steps) >= 13)
+        for each in swarm.nodes:
+            await each.kill()
+        del node.disk.blocks[1]
+        node.disk.lost = frozenset({1})
+        swarm.start()
+        await until(lambda: node.disk.fetched > 0)
+        assert node.disk.lost == frozenset()
+        assert 1 in node.disk.blocks
+        await swarm.finish()
+        assert all(each.story.finished for each in swarm.nodes)
+
+    run(scenario())
+
+
+def test_parts_of_a_graph_given_in_parts_keep_their_own_pace():
+    """Nodes without a path between them never catch up with each other."""
+
+    async def scenario():
+        swarm = ToySwarm(2, rounds=4, steps=3, kind="explicit")
+        swarm.nodes[1].pace = 4.0
+        swarm.start()
+        await swarm.finish()
+        assert all(len(node.story.steps) == swarm.schedule.total_steps for node in swarm.nodes)
+
+    run(scenario())
+
+
+def test_who_comes_when_all_have_finished_training_gets_their_model():
+    """While the others still serve, a straggler far behind takes their blocks and ends."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=3, steps=3, start_when=2)
+        swarm.start(0, 1)
+        await until(lambda: swarm.nodes[0].member is not None)
+        await until(lambda: swarm.nodes[0].member.visit >= swarm.schedule.visits - 1)
+        swarm.nodes[2].start()
+        await swarm.finish()
+        assert all(node.story.finished for node in swarm.nodes)
+        assert swarm.nodes[2].disk.fetched > 0
+
+    run(scenario())
+
+
+BAD = {
+    "checksum": lambda m: m[:-1] + bytes([m[-1] ^ 1]),
+    "malformed": lambda m: b"\xff" * len(m),
+    "gap": lambda m: m[:10] + bytes([m[10] ^ 8]) + m[11:],
+    "wrong_step": lambda m: m[:1] + bytes([m[1] ^ 1]) + m[2:],
+    "too_long": lambda m: m + b"\0" * (2 << 20),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_giver_of_garbage_is_named_and_another_one_used(reason):
+    """What a giver sends is refused with its reason; the joiner gets its blocks elsewhere."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=5, steps=3, start_when=3)
+        liar = swarm.nodes[0].address
+
+        def fault(call, index, message):
+            bad = call.method == "FetchBlock" and call.target == liar
+            return BAD[reason](message) if bad else message
+
+        swarm.network.fault = fault
+        swarm.start(0, 1, 2)
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 14)
+        late = swarm.nodes[3]
+        late.start()
+        await swarm.finish()
+        assert late.story.finished
+        assert late.member.swarm.traffic["n0"].refusals[reason] >= 1
+        assert all(record.gathered.complete for _, _, record in late.story.steps)
+
+    run(scenario())
+
+
+def test_a_liar_about_what_it_has_is_not_believed():
+    """Impossible visits, blocks, sizes and digests are refused; honest givers are used."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=5, steps=3, start_when=3)
+        swarm.start(0, 1, 2)
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 14)
+        giver = swarm.nodes[0].member.giver
+        honest = giver.answer_list
+        lies = iter(
+            [
+                lambda reply: setattr(reply, "visit", 10**9),
+                lambda reply: setattr(reply.blocks[0], "block", 77),
+                lambda reply: setattr(reply.blocks[0], "visit", 10**12),
+                lambda reply: setattr(reply.blocks[0], "bytes", 1 << 60),
+                lambda reply: setattr(reply.blocks[0], "xxh3", "../../etc/passwd"),
+            ]
+        )
+
+        async def lying(request):
+            reply = await honest(request)
+            next(lies, lambda reply: None)(reply)
+            return reply
+
+        giver.answer_list = lying
+        late = swarm.nodes[3]
+        late.start()
+        await swarm.finish()
+        assert late.story.finished
+        assert late.member.swarm.traffic["n0"].refusals["bad_list"] == 1
+
+    run(scenario())
+
+
+def test_strangers_get_no_kept_block():
+    """Lists and blocks are for greeted members of this run."""
+
+    async def scenario():
+        swarm = ToySwarm(2, rounds=2, steps=3)
+        swarm.start()
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
+        from deca_node.pb import node_pb2 as pb
+
+        link = swarm.network.transport("10.9.9.9", 1).link(swarm.nodes[0].address)
+        stranger = pb.Sender(run="toy", node="eve", session=9)
+        with pytest.raises(PeerRefused) as caught:
+            await link.list_blocks(pb.ListBlocksRequest(sender=stranger), 5)
+        assert caught.value.reason == "stranger"
+        with pytest.raises(PeerRefused):
+            async for _ in link.fetch_block(pb.FetchBlockRequest(sender=stranger), 5):
+                pass
+        await swarm.finish()
+
+    run(scenario())
+
+
+def test_a_transfer_cut_in_the_middle_goes_on_where_it_was():
+    """What had come is not asked for again, also after a restart of the joiner."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=6, steps=3, start_when=2)
+        swarm.start(0, 1)
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 14)
+        from deca_node.catchup import CatchUp
+        from deca_node.recovery import Kept
+        from tests.swarm import Part
+
+        late = swarm.nodes[2]
+        late.start()
+        await until(lambda: late.member is not None and len(late.member.swarm.givers()) == 2)
+        giver = swarm.nodes[0]
+        block, (kept, data) = next(iter(giver.disk.blocks.items()))
+        part = Part(kept.xxh3)
+        part.write(data[:100])
+        link = late.member.swarm.givers()["n0"]
+        assert isinstance(late.member.catch_up, CatchUp)
+        await late.member.catch_up._receive(link, block, kept, part)
+        assert bytes(part.data) == data
+        wrong = Kept(kept.visit, kept.bytes + 10, kept.xxh3)
+        with pytest.raises(PayloadError, match="ended early"):
+            await late.member.catch_up._receive(link, block, wrong, Part(kept.xxh3))
+        await swarm.finish()
+
+    run(scenario())
+
+
+def test_peers_far_apart_are_told_apart():
+    """Status shows who is ahead and who is behind."""
+
+    async def scenario():
+        swarm = ToySwarm(2, rounds=12, steps=2)
+        swarm.start()
+        await until(lambda: swarm.nodes[0].member is not None and swarm.nodes[0].member.visit >= 2)
+        swarm.cut([0], [1])
+        swarm.nodes[1].thawed.clear()
+        await until(lambda: swarm.nodes[0].member.visit >= 8)
+        swarm.heal()
+        await until(
+            lambda: (
+                swarm.nodes[0].member.swarm.peers["n1"].state == State.BEHIND
+                and swarm.nodes[1].member.swarm.peers["n0"].state == State.AHEAD
+            )
+        )
+        swarm.nodes[1].thawed.set()
+        await swarm.finish()
+        assert all(node.story.finished for node in swarm.nodes)
+
+    run(scenario())
