@@ -150,9 +150,11 @@ class Node:
             torch.set_num_threads(settings.node.threads)
         port = await self._transport.listen(self, self)
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
-        host = settings.node.advertise or _reachable(settings.node.host)
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        stack.enter_context(registry.announce(self._address, settings.run.name, settings.node.name))
+        here = _reachable(settings.node.host)
+        called = settings.node.advertise_port or port  # by others
+        self._address = _joined(settings.node.advertise or here, called)
+        entry = _joined(here, port), settings.run.name, settings.node.name
+        stack.enter_context(registry.announce(*entry))
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
 
         model = await self._compute(partial(LanguageModel.load, settings.model, self._device))
@@ -217,7 +219,7 @@ class Node:
             self._progress = replace(self._progress, before=before)
             self._log.info("before training", **before)
 
-        await self._join(stack, marks, port)
+        await self._join(stack, marks, called)
         if start.visit < schedule.visits:
             await self._wait_for_members(resumed=resumed)
         method = Deca(
@@ -702,6 +704,10 @@ class _Keeper:
     async def visit_closed(self, visit: Visit) -> None:
         """See Observer."""
         await self._node.visit_closed(self._model, visit, self._batches.position)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _reachable(host: str) -> str:
