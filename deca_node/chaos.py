@@ -322,6 +322,7 @@ class _Node:
         quiet_since: when it made its last step, or was healed; None before its first step since
             its last start.
         restart: its way back, until it is back.
+        spared: it was hurt on its way back, and is left alone until it has made a step.
         read_log_from: where its log began at its last start; None when its beginning is known.
     """
 
@@ -335,6 +336,7 @@ class _Node:
     started_at: float = 0.0
     quiet_since: float | None = None
     restart: Restart | None = None
+    spared: bool = False
     read_log_from: int | None = None
     kept: Position = (0, 0)
     finished: bool = False
@@ -486,7 +488,7 @@ class _Arena:
             if node.restart is not None:
                 node.restart.recovery_seconds = round(now - node.started_at, 2)
                 node.restart = None
-            node.quiet_since = now
+            node.quiet_since, node.spared = now, False
 
     def _reap(self, node: _Node, now: float) -> None:
         """Notice a process that has ended, and whether it should have."""
@@ -587,7 +589,8 @@ class _Arena:
         well = [node for node in present if node.fault is None]
         return Standing(
             steady=tuple(n.name for n in well if n.quiet_since is not None),
-            recovering=tuple(n.name for n in well if n.quiet_since is None),
+            recovering=tuple(n.name for n in well if n.quiet_since is None and not n.spared),
+            spared=tuple(n.name for n in well if n.quiet_since is None and n.spared),
             faulty=tuple(n.name for n in present if n.fault is not None),
             absent=tuple(self._absent),
         )
@@ -606,6 +609,7 @@ class _Arena:
             return
         assert node.process is not None  # noqa: S101 - whoever is steady or recovering runs
         node.fault, node.heal_at = fault, now + fault.seconds
+        node.spared = node.quiet_since is None
         if fault.kind == Kind.CUT:
             self._cables.cut(fault.pairs)
         elif fault.kind == Kind.RESTART:

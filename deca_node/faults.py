@@ -40,19 +40,27 @@ class Standing:
     Attributes:
         steady: run, are under no fault, and have made a step since they were last started.
         recovering: run and are under no fault, but have made no step yet.
+        spared: the same, but were hurt on their way back already.
         faulty: are under a fault.
         absent: may still join.
     """
 
     steady: tuple[str, ...]
     recovering: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
     faulty: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
 
     @property
     def present(self) -> tuple[str, ...]:
         """All that take part."""
-        return (*self.steady, *self.recovering, *self.faulty)
+        return (*self.steady, *self.recovering, *self.spared, *self.faulty)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many as may be are down, or not back yet."""
+        present = len(self.present)
+        return present - len(self.steady) >= most_down(present)
 
 
 # Seconds between two faults: every few seconds, and at times two at once.
@@ -79,8 +87,12 @@ def pause(draw: random.Random) -> float:
     return draw.uniform(*PAUSE_SECONDS)
 
 
-def most_at_once(present: int) -> int:
-    """How many of the nodes may be under a fault at a time: half of them, rounded down."""
+def most_down(present: int) -> int:
+    """How many nodes may be under a fault or on their way back at a time.
+
+    Half of them, rounded down, and always fewer than all: what is tested is a swarm and not the
+    one node that is left.
+    """
     return max(1, present // 2)
 
 
@@ -89,7 +101,8 @@ def next_fault(
 ) -> tuple[Fault | None, str]:
     """What to do now, and why; None when nothing may be done.
 
-    At least one steady node is left alone, so that somebody can always train.
+    As many nodes as ``most_down`` may be down at a time, and the last steady one is left alone, so
+    that somebody can always train. A node on its way back is hurt once, then left to come back.
 
     Args:
         draw: the random state.
@@ -104,13 +117,11 @@ def next_fault(
     join, choice, length = draw.random(), draw.random(), draw.random()
     if standing.absent and (now > JOIN_BY * end or join < JOIN_CHANCE):
         return Fault(Kind.JOIN, standing.absent[0], 0.0), "somebody is still to join"
-    if len(standing.faulty) >= most_at_once(len(standing.present)):
-        return None, f"{len(standing.faulty)} are under a fault"
     victims = list(standing.recovering) if standing.steady else []
-    if len(standing.steady) > 1:
+    if not standing.full and len(standing.steady) > 1:
         victims += standing.steady
     if not victims:
-        return None, "the only steady node is left alone"
+        return None, f"no more than {len(standing.steady)} are steady"
     victim = victims[int(choice * len(victims))]
     kind = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     if kind not in SECONDS:
