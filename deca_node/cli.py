@@ -363,8 +363,8 @@ def run_testbed(
     The same command resumes a run that was interrupted.
 
     It sets by itself, whatever --config and --set say: node.name, node.host,
-    node.port, node.advertise, node.output, data.train, run.start_when,
-    network.zeroconf, network.interfaces, network.static_peers. It makes
+    node.port, node.advertise, node.advertise_port, node.output, data.train,
+    run.start_when, network.zeroconf, network.interfaces, network.static_peers. It makes
     run.name unique. Unless given, network.preset is local and node.threads an
     equal share.
     """
@@ -388,5 +388,63 @@ def run_testbed(
             label_field=label_field,
             out=out,
             isolated=isolated,
+        )
+    )
+
+
+@app.command("chaos")
+def run_chaos(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    minutes: Annotated[
+        float, typer.Option("--minutes", "-m", callback=_above_zero, help="Of faults.")
+    ] = 5.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the faults and of the split.")] = 0,
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=2, help="That begin.")] = 4,
+    joiners: Annotated[int, typer.Option("--joiners", "-j", min=0, help="That come later.")] = 1,
+    train: Annotated[
+        Path | None, typer.Option("--train", help="Labelled data to split among all of them.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option("--test", help="Held-out data.")] = None,
+    test_per_label: Annotated[
+        int,
+        typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
+    ] = 0,
+    concentration: ConcentrationOption = 0.25,
+    label_field: Annotated[
+        str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="An empty folder.")] = Path("out/chaos"),
+) -> None:
+    """Kill, freeze, cut off, restart and join nodes of a testbed, and see whether it lives.
+
+    Runs the nodes in peace first, for about as many minutes, then under a fault every few
+    seconds. Exit code 10 when no step is made anywhere for 60 s, a state is lost, a node ends by
+    itself, or the mean accuracy is more than 2 points lower. OUT/chaos.json has the details.
+
+    Without --train it makes a small random model and data for it. Settings are set as by
+    testbed; besides, schedule.rounds is what the minutes take, and network.preset is lan
+    unless given.
+    """
+    if train is None and (config is not None or test is not None or test_per_label):
+        raise ConfigError("--config, --test and --test-per-label need --train FILE")
+    if test_per_label and test is not None:
+        raise ConfigError("give either --test FILE or --test-per-label N")
+    from deca_node import chaos  # noqa: PLC0415 - imports torch
+
+    chaos.run(
+        chaos.Plan(
+            minutes=minutes,
+            seed=seed,
+            nodes=nodes,
+            joiners=joiners,
+            config=config,
+            overrides=tuple(settings or ()),
+            train=train,
+            test=test,
+            test_per_label=test_per_label,
+            concentration=concentration,
+            label_field=label_field,
+            out=out,
         )
     )

@@ -150,6 +150,14 @@ class NodeSettings(Section):
         "NAT, in a container.",
         examples=["192.0.2.7"],
     )
+    advertise_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port that others call, where it is not the one to listen on: behind NAT or "
+        "port forwarding.",
+        examples=[7430],
+    )
     device: Device = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N or mps. auto takes a GPU where there is one.",
@@ -184,7 +192,7 @@ class NodeSettings(Section):
         except ValueError:
             raise ValueError(
                 "give a host name or an IP address without a port or brackets; the port is"
-                " node.port"
+                " node.port, or node.advertise_port"
             ) from None
         return value
 

@@ -54,7 +54,7 @@ class Discovery:
     Args:
         run: only nodes of this run are proposed.
         node: this node's name.
-        port: where it listens.
+        port: the one announced.
         protocol: version announced.
         addresses: IP addresses announced.
         interfaces: IP addresses of the interfaces to use; empty means all.

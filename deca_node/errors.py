@@ -11,7 +11,7 @@
     ├── DeviceError                   7      the device asked for is not there
     ├── OutputError                   8      the output folder holds another run, or is damaged
     ├── DiskFullError                 9      the disk has no room for what must be written
-    ├── SwarmError                   10      the nodes of a testbed did not all finish
+    ├── SwarmError                   10      a testbed's node failed, or a swarm died of chaos
     └── PeerError                     -      a peer's fault: counted, never ends a run
         ├── PeerUnavailable                  nobody answers, or the connection broke
         ├── PeerTimeout                      it did not answer in time
@@ -78,7 +78,7 @@ class DiskFullError(DecaError):
 
 
 class SwarmError(DecaError):
-    """The nodes of a testbed did not all finish."""
+    """The nodes of a testbed did not all finish, or did not live through what was done to them."""
 
     exit_code = 10
 

@@ -153,9 +153,11 @@ class Node:
             torch.set_num_threads(settings.node.threads)
         port = await self._transport.listen(self, self)
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
-        host = settings.node.advertise or _reachable(settings.node.host)
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        stack.enter_context(registry.announce(self._address, settings.run.name, settings.node.name))
+        here = _reachable(settings.node.host)
+        called = settings.node.advertise_port or port  # by others
+        self._address = _joined(settings.node.advertise or here, called)
+        entry = _joined(here, port), settings.run.name, settings.node.name
+        stack.enter_context(registry.announce(*entry))
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
 
         model = await self._compute(partial(LanguageModel.load, settings.model, self._device))
@@ -225,8 +227,8 @@ class Node:
             self._progress = replace(self._progress, before=before)
             self._log.info("before training", **before)
 
-        member = self._member = self._make_member(marks, port, schedule, kept)
-        await self._join(stack, member, checkpoint.state.peers, port)
+        member = self._member = self._make_member(marks, called, schedule, kept)
+        await self._join(stack, member, checkpoint.state.peers, called)
         if start.visit < schedule.visits:
             why = await member.wait_for_members(
                 settings.run.start_when, self._say_waiting, resumed=resumed
@@ -729,6 +731,10 @@ class _Keeper:
 
 def _nothing() -> None:
     """What there is to save when nothing has changed."""
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _reachable(host: str) -> str:

@@ -57,7 +57,7 @@ class Plan:
 
     Args:
         nodes: how many.
-        config: settings of all nodes; ``_base_settings`` says which of them are ours.
+        config: settings of all nodes; ``base_settings`` says which of them are ours.
         overrides: ``section.key=value`` on top.
         train: labelled data to split with ``concentration``, ``seed`` and ``label_field``.
         shards: folder of ready shards, in place of ``train``.
@@ -108,16 +108,13 @@ def run(plan: Plan) -> None:
     began = time.monotonic()
     console = status.make_console()
     out = plan.out.absolute()
-    base = _base_settings(plan, out)
+    base = base_settings(plan, out)
     mark = _Mark.claim(out, _intent(plan, base))
-    nodes = _node_settings(plan, base, out)
+    nodes = node_settings(plan, base, out)
     for settings in nodes:
-        folder = settings.node.output
-        with translated(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "node.toml", template.document(settings).encode())
+        write_settings(settings)
     try:
-        finished = asyncio.run(_supervise(nodes, console))
+        finished = asyncio.run(supervise(nodes, console))
     finally:
         mark.add(time.monotonic() - began)
     if not finished:
@@ -144,18 +141,27 @@ def run(plan: Plan) -> None:
 # Settings and data of the nodes
 
 
-def _base_settings(plan: Plan, out: Path) -> Settings:
+def base_settings(plan: Plan, out: Path, preset: str = "local") -> Settings:
     """Settings that all nodes share; environment variables are read here and not by the nodes.
 
     Ours, whatever was given: name, address and output of each node, its share of the data, how
     many are waited for, how they meet (zeroconf on the loopback interface), and a run's name that
-    is no other's. The preset and the threads are ours only where they were not given.
+    is no other's. ``preset`` and the threads are ours only where they were not given.
+
+    Raises:
+        ConfigError: a setting is wrong.
     """
     data = template.value(str(plan.train or plan.shards))  # in its place until there are shards
     settings = load(plan.config, [*plan.overrides, f"data.train={data}"])
     update: dict[str, dict[str, Any]] = {
-        "node": {"host": "127.0.0.1", "port": 0, "advertise": None, "output": out},
-        "run": {"name": _own_name(settings.run.name, out), "start_when": plan.nodes},
+        "node": {
+            "host": "127.0.0.1",
+            "port": 0,
+            "advertise": None,
+            "advertise_port": None,
+            "output": out,
+        },
+        "run": {"name": own_name(settings.run.name, out), "start_when": plan.nodes},
         "network": {"zeroconf": True, "interfaces": ("127.0.0.1",), "static_peers": ()},
         "model": {
             "path": settings.model.path.absolute(),
@@ -167,17 +173,18 @@ def _base_settings(plan: Plan, out: Path) -> Settings:
     if "threads" not in settings.node.model_fields_set:
         update["node"]["threads"] = max(1, torch.get_num_threads() // plan.nodes)
     if "preset" not in settings.network.model_fields_set:
-        update["network"]["preset"] = "local"
-    return _updated(settings, update)
+        update["network"]["preset"] = preset
+    return updated(settings, update)
 
 
-def _own_name(run: str, out: Path) -> str:
+def own_name(run: str, out: Path) -> str:
     """A run name of this folder alone, so that two testbeds on one machine never meet."""
     digest = hashlib.sha256(str(out).encode()).hexdigest()[:6]
     return f"{run[:41]}-{digest}"  # 48 characters at most
 
 
-def _updated(settings: Settings, update: Mapping[str, Mapping[str, Any]]) -> Settings:
+def updated(settings: Settings, update: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """The settings with others in their place: section -> name -> value."""
     return settings.model_copy(
         update={
             section: getattr(settings, section).model_copy(update=dict(values))
@@ -208,8 +215,12 @@ def _intent(plan: Plan, base: Settings) -> dict[str, Any]:
     return {**intent, "settings": settings}
 
 
-def _node_settings(plan: Plan, base: Settings, out: Path) -> list[Settings]:
-    """Write the shards if need be, and give each node its own settings."""
+def node_settings(plan: Plan, base: Settings, out: Path) -> list[Settings]:
+    """Write the shards if need be, and give each node its own settings.
+
+    Raises:
+        DataError: there are too few shards, or the data cannot be split.
+    """
     folder = plan.shards.absolute() if plan.shards else out / "data"
     if plan.train is not None and not (folder / "node-0.jsonl").exists():
         write_shards(
@@ -231,7 +242,7 @@ def _node_settings(plan: Plan, base: Settings, out: Path) -> list[Settings]:
     if base.data.task == "classification" and not labels:
         labels = all_labels([*trains, *([test] if test else [])], base.data.label_field)
     return [
-        _updated(
+        updated(
             base,
             {
                 "node": {"name": f"node-{number}", "output": out / f"node-{number}"},
@@ -325,42 +336,72 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # Processes
 
 
-async def _supervise(nodes: Sequence[Settings], console: Console) -> bool:
-    """Run all nodes until all have finished; False when a signal ended them.
+def write_settings(settings: Settings) -> None:
+    """Make a node's folder and write there what it reads its settings from.
 
     Raises:
-        SwarmError: one failed; the others were stopped.
+        DiskFullError, OutputError: it cannot be written.
     """
+    folder = settings.node.output
+    with translated(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "node.toml", template.document(settings).encode())
+
+
+def interruption() -> asyncio.Event:
+    """An event that the signals by which people end a verb set from now on."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, interrupted.set)
+    return interrupted
+
+
+async def supervise(
+    nodes: Sequence[Settings],
+    console: Console,
+    enough: Callable[[Mapping[str, pb.NodeStatus | str]], bool] | None = None,
+) -> bool:
+    """Run all nodes until all have finished; False when a signal ended them.
+
+    Args:
+        nodes: whose settings are written.
+        console: where the progress is shown.
+        enough: asked again and again with what is known of the nodes; True ends them early.
+
+    Raises:
+        SwarmError: one failed; the others were stopped.
+    """
+    interrupted = interruption()
     children: dict[str, subprocess.Popen[bytes]] = {}
     with ExitStack() as stack:
-        show = stack.enter_context(_display(console))
+        show = stack.enter_context(display(console))
         try:
             for settings in nodes:
                 log = stack.enter_context((settings.node.output / "log.jsonl").open("ab"))
-                children[settings.node.name] = _spawn(settings, log)
+                children[settings.node.name] = spawn(settings, log)
             known: dict[str, pb.NodeStatus | str] = dict.fromkeys(children, "starting")
             while any(child.poll() is None for child in children.values()):
                 _check(nodes, children)
-                known |= await _poll(children)
+                known |= await poll(children)
                 show(known)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(interrupted.wait(), POLL_SECONDS)
                 if interrupted.is_set():
                     return False
+                if enough is not None and enough(known):
+                    return True
             _check(nodes, children)
         finally:
-            await asyncio.gather(*(asyncio.to_thread(_end, one) for one in children.values()))
+            await asyncio.gather(*(asyncio.to_thread(end, one) for one in children.values()))
     for settings in nodes:
         if not read_finished(settings.node.output):
             raise SwarmError(f"{settings.node.name} was stopped; run the same command to resume")
     return True
 
 
-def _spawn(settings: Settings, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def spawn(settings: Settings, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a node whose settings are written."""
     # What variables set is in node.toml already; there they must not win over what is per node.
     environment = {
         name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)
@@ -399,7 +440,8 @@ def last_words(log: Path) -> str:
     return ": ".join(filter(None, [str(record.get("event", text)), detail]))
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a process: kindly, and after a while by force."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -409,7 +451,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             child.wait()
 
 
-async def _poll(children: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, pb.NodeStatus | str]:
+async def poll(children: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, pb.NodeStatus | str]:
+    """Ask the nodes that answer for their status; of the others only those that ended are told."""
     names = {child.pid: name for name, child in children.items()}
     entries = [entry for entry in registry.local_nodes() if entry.pid in names]
     answers = await ask_all([entry.address for entry in entries], ASK_SECONDS)
@@ -422,7 +465,7 @@ async def _poll(children: Mapping[str, subprocess.Popen[bytes]]) -> dict[str, pb
 
 
 @contextlib.contextmanager
-def _display(console: Console) -> Iterator[Callable[[Mapping[str, pb.NodeStatus | str]], None]]:
+def display(console: Console) -> Iterator[Callable[[Mapping[str, pb.NodeStatus | str]], None]]:
     """Yields what takes all nodes' states: a live table, or now and then a line."""
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:

@@ -72,6 +72,7 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD, ["network.static_peers=h:5"], 'write it as a list, as in ["host:7430"]'),
         (GOOD, ["network.static_peers=['h:99999']"], "'h:99999' is not HOST:PORT"),
         (GOOD, ["node.advertise=h:5"], "a host name or an IP address without a port"),
+        (GOOD, ["node.advertise_port=0"], "node.advertise_port"),
         (GOOD, ["node.advertise=[::1]"], "a host name or an IP address without a port"),
         (GOOD, ["model.cache=~no-such-user/x"], "nobody knows whose home ~ is"),
         ("", [], "'model.path' is missing"),

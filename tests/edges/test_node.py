@@ -6,7 +6,7 @@ import structlog
 import torch
 from safetensors.torch import load_file
 
-from deca_node import checkpoint
+from deca_node import checkpoint, registry
 from deca_node.config import load
 from deca_node.errors import DiskFullError
 from deca_node.node import Node
@@ -70,3 +70,25 @@ async def test_status_knows_the_schedule_before_and_after(tmp_path):
     training = [status for status in seen if status.steps_done == 1]
     assert {status.block for status in training} == {3}
     assert training[0].eta_seconds > 0
+
+
+async def test_others_are_told_the_advertised_address_and_this_machine_its_own(tmp_path):
+    """Behind a relay or a router the two differ; status and greetings say the one for others."""
+    here, said = set(), set()
+
+    def look(status):
+        here.update(e.address for e in registry.local_nodes() if e.run == "behind-a-router")
+        if node._swarm is not None:
+            greeting = node._swarm.greeting()
+            said.add((status.address, greeting.host, greeting.port))
+
+    run = settings(
+        tmp_path, "run.name=behind-a-router", "node.advertise=192.0.2.7", "node.advertise_port=7001"
+    )
+    node = Node(run, structlog.get_logger(), look)
+    assert await node.run()
+    assert said == {("192.0.2.7:7001", "192.0.2.7", 7001)}
+    assert len(here) == 1
+    host, _, port = here.pop().rpartition(":")
+    assert host == "127.0.0.1"
+    assert port != "7001"

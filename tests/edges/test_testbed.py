@@ -41,8 +41,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _nodes(plan: testbed.Plan) -> list[config.Settings]:
-    base = testbed._base_settings(plan, plan.out)
-    return testbed._node_settings(plan, base, plan.out)
+    base = testbed.base_settings(plan, plan.out)
+    return testbed.node_settings(plan, base, plan.out)
 
 
 def test_each_node_has_its_own_name_data_and_folder(
@@ -76,7 +76,7 @@ def test_two_testbeds_do_not_meet(folder: Path) -> None:
     name = "x" * 48
     overrides = ("model.path=m", f"run.name={name}")
     here, again, there = (
-        testbed._base_settings(_plan(folder, overrides=overrides), out).run
+        testbed.base_settings(_plan(folder, overrides=overrides), out).run
         for out in (folder / "a", folder / "a", folder / "b")
     )
     assert here == again
@@ -113,7 +113,7 @@ def test_a_folder_is_resumed_by_the_same_plan_only(folder: Path) -> None:
 
     def claim(plan: testbed.Plan) -> testbed._Mark:
         return testbed._Mark.claim(
-            plan.out, testbed._intent(plan, testbed._base_settings(plan, plan.out))
+            plan.out, testbed._intent(plan, testbed.base_settings(plan, plan.out))
         )
 
     plan = _plan(folder)
@@ -138,9 +138,9 @@ def test_a_failed_try_is_not_in_the_way(folder: Path) -> None:
     """Where no node has begun, settings and data can be corrected; others' files stay."""
 
     def attempt(plan: testbed.Plan) -> list[config.Settings]:
-        base = testbed._base_settings(plan, plan.out)
+        base = testbed.base_settings(plan, plan.out)
         testbed._Mark.claim(plan.out, testbed._intent(plan, base))
-        return testbed._node_settings(plan, base, plan.out)
+        return testbed.node_settings(plan, base, plan.out)
 
     with pytest.raises(DataError, match="no such file"):
         attempt(_plan(folder, train=folder / "absent.jsonl"))
