@@ -149,7 +149,8 @@ def _alone(view: View) -> Iterable[Finding]:
         yield Finding(
             "alone",
             f"no other node of run {view.run!r} answers; start the others with the same run.name, "
-            "or name one of them in network.static_peers",
+            "or name one of them in network.static_peers"
+            + (" (multicast may be blocked between them and us)" if view.zeroconf else ""),
         )
 
 
