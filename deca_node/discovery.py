@@ -104,7 +104,7 @@ def loops_back(address: str) -> bool:
 
 
 def _without_multicast(address: str) -> bool:
-    """Whether the interface is marked as one that has none: Linux loops packets back all the same."""
+    """Whether the interface is marked so: Linux loops packets back all the same."""
     stats = psutil.net_if_stats()
     for name, addresses in psutil.net_if_addrs().items():
         if address in {one.address for one in addresses} and name in stats:
