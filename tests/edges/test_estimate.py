@@ -1,5 +1,7 @@
 """Estimates of memory and disk, held against the tensors of real small models."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ from deca_node import estimate
 from deca_node.blocks import Visit, partition_layers
 from deca_node.config import ModelSettings
 from deca_node.data import Batch
+from deca_node.errors import ModelError
 from deca_node.estimate import Work
 from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel, outline
 from deca_node.moments import Rule
+from tests.edges.test_models import write_gguf
 from tests.tiny import FAMILIES, make_model
 
 LAYERS, HIDDEN = 4, 128
@@ -120,3 +124,34 @@ def test_an_outline_is_the_models(folder, family):
     assert (seen.shape.hidden, seen.shape.heads) == (HIDDEN, 4)
     assert seen.weight_bytes > 4 * seen.shape.parameters
     assert not seen.to_convert
+
+
+def test_a_gguf_file_is_outlined_before_and_after_its_conversion(folder, tmp_path):
+    """Before it nothing is converted and the digest is unknown; after it all is as loaded."""
+    source, _ = open_model(folder("llama"), "fp32")
+    file, cache = tmp_path / "tiny.gguf", tmp_path / "cache"
+    write_gguf(file, source)
+    settings = ModelSettings(path=file, dtype="fp32", cache=cache)
+    before = outline(settings)
+    assert before.to_convert
+    assert before.config_digest is None
+    assert not cache.exists()
+    model = LanguageModel.load(settings, torch.device("cpu"))
+    after = outline(settings)
+    assert not after.to_convert
+    assert after.config_digest == model.config_digest()
+    assert after.shape == before.shape
+
+
+def test_missing_files_of_weights_are_named(folder, tmp_path):
+    """A download that was cut short is noticed without reading what is there."""
+    place = tmp_path / "model"
+    shutil.copytree(folder("llama"), place)
+    (place / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        outline(ModelSettings(path=place))
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (place / "model-1.safetensors").touch()
+    with pytest.raises(ModelError, match="1 of its 2 files of weights are missing"):
+        outline(ModelSettings(path=place))
