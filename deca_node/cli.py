@@ -24,6 +24,7 @@ from rich.text import Text
 from deca_node import __version__, logs, registry, status, template
 from deca_node.config import checked_address, load
 from deca_node.errors import (
+    CheckError,
     ConfigError,
     DecaError,
     OutputError,
@@ -448,3 +449,50 @@ def run_chaos(
             out=out,
         )
     )
+
+
+@app.command("doctor")
+def check_up(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for scripts.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Read the weights, however large, to compare them with peers'."
+        ),
+    ] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option("--wait", min=0.1, metavar="SECONDS", help="How long to look for peers."),
+    ] = None,
+) -> None:
+    """Check before a run whether this machine's node would start, fit and meet its peers.
+
+    Peers are greeted as by a node that is still starting; no run is disturbed. Exit code 11 when a
+    check fails.
+    """
+    from deca_node import doctor  # noqa: PLC0415 - imports torch
+
+    console = status.make_console()
+    try:
+        chosen = load(config, settings or ())
+    except ConfigError as error:
+        checks = [doctor.failed("settings", error)]
+    else:
+        with console.status("") as shown:  # draws on a terminal only
+            checks = asyncio.run(
+                doctor.examine(
+                    chosen,
+                    full=full,
+                    patience=wait,
+                    tell=lambda what: shown.update(f"looking at {what}"),
+                )
+            )
+    if as_json:
+        typer.echo(json.dumps(doctor.as_json(checks)))
+    else:
+        console.print(doctor.render(checks))
+    bad = [one.check for one in checks if one.verdict == doctor.Verdict.FAIL]
+    if bad:
+        raise CheckError(f"{len(bad)} of {len(checks)} checks failed: {', '.join(bad)}")

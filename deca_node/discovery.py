@@ -8,10 +8,13 @@ import contextlib
 import hashlib
 import ipaddress
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ifaddr
+import psutil
+import structlog
 from zeroconf import (
     BadTypeInNameException,
     InterfaceChoice,
@@ -27,8 +30,22 @@ from deca_node.limits import MAX_SIGHTINGS
 
 SERVICE_TYPE = "_deca._tcp.local."
 RESOLVE_MS = 3000
+# Withdrawing sends goodbyes over half a second; a stuck socket must not hold anybody longer.
+WITHDRAW_SECONDS = 1.5
 # Addresses announced; a host with more interfaces should set node.advertise or node.host.
 MAX_ADDRESSES = 8
+
+_log = structlog.get_logger(__name__)
+
+# Where multicast DNS lives (RFC 6762, 3).
+MDNS_GROUP, MDNS_PORT = "224.0.0.251", 5353
+# What a host sends to the group comes back to it at once, or never.
+LOOP_SECONDS = 1.0
+# A question for our service, as it goes over the wire: one question of type PTR, class IN.
+_QUESTION = bytes.fromhex("000000000001000000000000") + b"\5_deca\4_tcp\5local\0\0\x0c\0\1"
+
+# What zeroconf raises where it cannot be used; RuntimeError: no interface at all.
+_TROUBLE = (OSError, ValueError, RuntimeError, NonUniqueNameException, BadTypeInNameException)
 
 
 def own_addresses(host: str) -> list[str]:
@@ -48,6 +65,54 @@ def own_addresses(host: str) -> list[str]:
     return found[:MAX_ADDRESSES] or ["127.0.0.1"]
 
 
+def multicast_addresses(interfaces: Sequence[str]) -> list[str]:
+    """The interfaces that others could hear us on: the chosen ones, or all but the loopback."""
+    return list(interfaces) or own_addresses("")
+
+
+def loops_back(address: str) -> bool:
+    """Whether a multicast DNS packet sent on the interface of an IPv4 address is heard on it.
+
+    Where not even the sender hears it, nobody does: the interface has no multicast, or a firewall
+    drops it. Takes up to a second.
+    """
+    if _without_multicast(address):
+        return False
+    try:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mouth,
+        ):
+            here = socket.inet_aton(address)
+            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "SO_REUSEPORT"):  # as zeroconf does, to share the port with it
+                ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            ear.bind(("", MDNS_PORT))
+            group = socket.inet_aton(MDNS_GROUP) + here
+            ear.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+            mouth.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, here)
+            mouth.bind((address, 0))
+            mouth.sendto(_QUESTION, (MDNS_GROUP, MDNS_PORT))
+            limit = time.monotonic() + LOOP_SECONDS
+            while (left := limit - time.monotonic()) > 0:
+                ear.settimeout(left)
+                if ear.recvfrom(9000)[1] == mouth.getsockname():
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+def _without_multicast(address: str) -> bool:
+    """Whether the interface is marked so: Linux loops packets back all the same."""
+    stats = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in {one.address for one in addresses} and name in stats:
+            flags = stats[name].flags.split(",")  # empty where the system tells none
+            return flags != [""] and not {"multicast", "loopback"} & set(flags)
+    return False
+
+
 class Discovery:
     """Announces this node and proposes others of the same run.
 
@@ -61,6 +126,13 @@ class Discovery:
         browse_every: seconds between two fresh browsers; one browser asks only at 0, 1, 5 and
             14 s and never finds a service that was registered behind a partition.
         sighted: called with HOST:PORT of every node found.
+        addresses_now: asked before every fresh browser, in a thread; when it no longer gives the
+            announced addresses (a cable, another Wi-Fi), all is announced anew. None where what is
+            announced does not depend on this machine's interfaces.
+
+    Attributes:
+        heard_itself: what was sent on one of its interfaces was heard there by this node.
+        heard_others: an announcement of another node, of any run, came by multicast.
     """
 
     def __init__(
@@ -74,24 +146,37 @@ class Discovery:
         interfaces: Sequence[str],
         browse_every: float,
         sighted: Callable[[str], None],
+        addresses_now: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        self._run = run
+        self.heard_itself = self.heard_others = False
+        self._run, self._node, self._port, self._protocol = run, node, port, protocol
         self._browse_every = browse_every
         self._sighted = sighted
         self._interfaces = list(interfaces)
-        # DNS labels hold 63 bytes; the digest keeps equal names of different runs apart.
-        digest = hashlib.sha256(f"{run}/{node}/{port}/{addresses}".encode()).hexdigest()[:8]
-        self._info = AsyncServiceInfo(
-            SERVICE_TYPE,
-            f"{node}-{digest}.{SERVICE_TYPE}",
-            port=port,
-            parsed_addresses=list(addresses),
-            properties={"node": node, "run": run, "port": str(port), "version": str(protocol)},
-            server=f"{node}-{digest}.local.",
-        )
+        self._addresses = list(addresses)
+        self._addresses_now = addresses_now
+        self._info = self._announcement()
         self._zeroconf: AsyncZeroconf | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._known: set[str] = set()
+
+    def _announcement(self) -> AsyncServiceInfo:
+        run, node, port = self._run, self._node, self._port
+        # DNS labels hold 63 bytes; the digest keeps equal names of different runs apart.
+        digest = hashlib.sha256(f"{run}/{node}/{port}/{self._addresses}".encode()).hexdigest()[:8]
+        return AsyncServiceInfo(
+            SERVICE_TYPE,
+            f"{node}-{digest}.{SERVICE_TYPE}",
+            port=port,
+            parsed_addresses=self._addresses,
+            properties={
+                "node": node,
+                "run": run,
+                "port": str(port),
+                "version": str(self._protocol),
+            },
+            server=f"{node}-{digest}.local.",
+        )
 
     async def start(self) -> None:
         """Announce and browse from now on.
@@ -100,15 +185,8 @@ class Discovery:
             ListenError: the interface is unknown or multicast cannot be used on it.
         """
         try:
-            self._zeroconf = AsyncZeroconf(
-                interfaces=self._interfaces or InterfaceChoice.All, ip_version=IPVersion.V4Only
-            )
-            # Probing for the name takes 1.6 s and its digest makes it unique.
-            registered = await self._zeroconf.async_register_service(
-                self._info, cooperating_responders=True
-            )
-            self._keep(registered)
-        except (OSError, ValueError, NonUniqueNameException, BadTypeInNameException) as error:
+            await self._announce()
+        except _TROUBLE as error:
             await self.stop()
             raise ListenError(
                 f"zeroconf cannot be used ({error}); set network.interfaces, or network.zeroconf = "
@@ -121,16 +199,32 @@ class Discovery:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._withdraw()
+
+    async def _announce(self) -> None:
+        self._zeroconf = AsyncZeroconf(
+            interfaces=self._interfaces or InterfaceChoice.All, ip_version=IPVersion.V4Only
+        )
+        # Probing for the name takes 1.6 s and its digest makes it unique.
+        registered = await self._zeroconf.async_register_service(
+            self._info, cooperating_responders=True
+        )
+        self._keep(registered)
+
+    async def _withdraw(self) -> None:
         if self._zeroconf is not None:
             zeroconf, self._zeroconf = self._zeroconf, None
-            # Withdrawing sends its goodbyes over half a second; a stuck socket must not hold
-            # the shutdown up.
             with contextlib.suppress(TimeoutError, OSError):
-                await asyncio.wait_for(zeroconf.async_unregister_all_services(), 1.5)
+                await asyncio.wait_for(zeroconf.async_unregister_all_services(), WITHDRAW_SECONDS)
             await zeroconf.async_close()
 
     async def _browse(self) -> None:
-        while self._zeroconf is not None:
+        while True:
+            await self._follow()
+            await self._listen_for_itself()
+            if self._zeroconf is None:
+                await asyncio.sleep(self._browse_every)
+                continue
             browser = AsyncServiceBrowser(
                 self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change]
             )
@@ -139,12 +233,38 @@ class Discovery:
             finally:
                 await browser.async_cancel()
 
+    async def _listen_for_itself(self) -> None:
+        """Asked of the interfaces one by one: zeroconf hears itself on the loopback in any case."""
+        if not self.heard_itself:
+            places = await asyncio.to_thread(multicast_addresses, self._interfaces)
+            heard = await asyncio.gather(*(asyncio.to_thread(loops_back, at) for at in places))
+            self.heard_itself = any(heard)
+
+    async def _follow(self) -> None:
+        """Announce anew where this machine's addresses have changed: sockets are bound to them."""
+        if self._addresses_now is None:
+            return
+        found = list(await asyncio.to_thread(self._addresses_now))
+        if found == self._addresses and self._zeroconf is not None:
+            return
+        if found != self._addresses:
+            _log.warning("addresses changed, announcing anew", was=self._addresses, now=found)
+        self._addresses = found
+        self._info = self._announcement()
+        await self._withdraw()
+        try:
+            await self._announce()
+        except _TROUBLE as error:
+            _log.debug("not announced yet", reason=str(error))  # tried again at the next browser
+            await self._withdraw()
+
     def _on_change(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
         if state_change is ServiceStateChange.Removed:
             self._known.discard(name)
         elif name != self._info.name and len(self._known) < MAX_SIGHTINGS:
+            self.heard_others = True
             self._known.add(name)
             self._keep(asyncio.create_task(self._resolve(zeroconf, service_type, name)))
 

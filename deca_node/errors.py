@@ -12,6 +12,7 @@
     ├── OutputError                   8      the output folder holds another run, or is damaged
     ├── DiskFullError                 9      the disk has no room for what must be written
     ├── SwarmError                   10      a testbed's node failed, or a swarm died of chaos
+    ├── CheckError                   11      a check of deca-node doctor failed
     └── PeerError                     -      a peer's fault: counted, never ends a run
         ├── PeerUnavailable                  nobody answers, or the connection broke
         ├── PeerTimeout                      it did not answer in time
@@ -81,6 +82,12 @@ class SwarmError(DecaError):
     """The nodes of a testbed did not all finish, or did not live through what was done to them."""
 
     exit_code = 10
+
+
+class CheckError(DecaError):
+    """A check of ``deca-node doctor`` failed."""
+
+    exit_code = 11
 
 
 # The words under which peers' faults and refusals are counted. A peer cannot add one.

@@ -25,6 +25,10 @@ MAX_FINGERPRINT_FIELDS = 64
 MAX_FINGERPRINT_BYTES = 512
 # Longest text of a peer that enters the log or status.
 MAX_REASON_BYTES = 300
+# Longest program version that is shown.
+MAX_VERSION_BYTES = 32
+# Latest time of a clock that is believed to be one, in seconds since 1970: the year 4147.
+MAX_TIME = 1 << 36
 # Pulls served to one peer at once: the one under way and the next, asked for early.
 MAX_PULLS_PER_PEER = 2
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from deca_node.config import ModelSettings
 from deca_node.data import IGNORED, Batch
 from deca_node.disk import is_full
 from deca_node.errors import DecaError, DeviceError, DiskFullError, ModelError, OutputError
+from deca_node.estimate import Shape
 from deca_node.wire import Layout, TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -333,10 +335,7 @@ class LanguageModel:
 
     def config_digest(self) -> str:
         """xxh3_128 of what defines the architecture: equal on all nodes that train one model."""
-        # Without the defaults of the base class, to which each release of transformers adds some.
-        tree = _without_volatile(self.module.config.to_diff_dict())
-        text = json.dumps(tree, sort_keys=True, separators=(",", ":"), default=str)
-        return xxhash.xxh3_128_hexdigest(text.encode())
+        return _config_digest(self.module.config)
 
     def weights_digest(self) -> str:
         """xxh3_128 of name, dtype, shape and bytes of all parameters and persistent buffers."""
@@ -393,6 +392,95 @@ class LanguageModel:
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without reading its weights.
+
+    Attributes:
+        architecture: the model's class.
+        shape: its sizes.
+        config_digest: as ``LanguageModel.config_digest``; None for a GGUF file that was not
+            converted yet.
+        weight_bytes: of its files of weights.
+        to_convert: it is a GGUF file that was not converted yet.
+        tokenizer: the model's.
+    """
+
+    architecture: str
+    shape: Shape
+    config_digest: str | None
+    weight_bytes: int
+    to_convert: bool
+    tokenizer: Tokenizer
+
+
+def outline(settings: ModelSettings) -> Outline:
+    """Read all of a model but its weights: seconds, and hardly any memory.
+
+    Raises:
+        ModelError: as ``LanguageModel.load``, as far as it can be told.
+    """
+    path = settings.path
+    folder, options = path, {}
+    if path.suffix.lower() == ".gguf":
+        folder = _conversion(path, settings.cache)
+        if not folder.is_dir():
+            folder, options = path.parent, {"gguf_file": path.name}
+    if not options:
+        _check_folder(folder, path)
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+        with _LOADING, torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # noqa: BLE001 - it raises whatever its many readers raise
+        raise ModelError(f"{path}: cannot be read ({_first_line(error)})") from None
+    files = [path] if options else _weight_files(folder, path)
+    _, layers = _layer_stack(module, path)
+    hidden = int(getattr(config, "hidden_size", 0))
+    return Outline(
+        architecture=type(module).__name__,
+        shape=Shape(
+            parameters=sum(each.numel() for each in module.parameters()),
+            layers=tuple(sum(each.numel() for each in layer.parameters()) for layer in layers),
+            hidden=hidden,
+            inner=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+            heads=int(getattr(config, "num_attention_heads", None) or 1),
+            vocabulary=int(config.vocab_size),
+            eager=getattr(config, "_attn_implementation", "") == "eager",
+        ),
+        config_digest=None if options else _config_digest(config),
+        weight_bytes=sum(file.stat().st_size for file in files),
+        to_convert=bool(options),
+        tokenizer=Tokenizer(_read_tokenizer(folder, path, **options), path),
+    )
+
+
+def _weight_files(folder: Path, path: Path) -> list[Path]:
+    """The files that hold the weights.
+
+    Raises:
+        ModelError: one is missing.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{path}: {index.name} cannot be read; copy the model again") from None
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            raise ModelError(
+                f"{path}: {len(missing)} of its {len(names)} files of weights are missing, such as"
+                f" {missing[0]}; copy or download the model again"
+            )
+        return [folder / name for name in names]
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    if not files:
+        raise ModelError(f"{path}: holds no weights; copy or download the model again")
+    return files
 
 
 def _layer_stack(module: Any, path: Path) -> tuple[str, nn.ModuleList]:
@@ -526,15 +614,7 @@ def _converted(path: Path, cache: Path) -> Path:
 
     It is named by the file's content and shared by all nodes of this machine.
     """
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ModelError(
-                f"{path}: reading GGUF needs the package {package}: pip install 'deca-node[gguf]'"
-            )
-    try:
-        folder = cache / _content_digest(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
+    folder = _conversion(path, cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_suffix(".lock")):
@@ -543,6 +623,23 @@ def _converted(path: Path, cache: Path) -> Path:
     except OSError as error:
         raise _write_error(cache, error) from None
     return folder
+
+
+def _conversion(path: Path, cache: Path) -> Path:
+    """Where the conversion of a GGUF file is, or will be.
+
+    Raises:
+        ModelError: the file cannot be read, or what reads it is not installed.
+    """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(
+                f"{path}: reading GGUF needs the package {package}: pip install 'deca-node[gguf]'"
+            )
+    try:
+        return cache / _content_digest(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -567,6 +664,13 @@ def _content_digest(path: Path) -> str:
         while data := file.read(_READ_BYTES):
             digest.update(data)
     return digest.hexdigest()
+
+
+def _config_digest(config: Any) -> str:
+    # Without the defaults of the base class, to which each release of transformers adds some.
+    tree = _without_volatile(config.to_diff_dict())
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def _without_volatile(tree: Any) -> Any:

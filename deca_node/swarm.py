@@ -5,16 +5,19 @@ does not answer and as a heartbeat once it does. What a greeting means is decide
 """
 
 import asyncio
+import math
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deca_node import membership
+from deca_node import __version__, membership
 from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
 from deca_node.fingerprint import PROTOCOL_VERSION, difference
+from deca_node.health import Refusal, Told
 from deca_node.limits import (
     MAX_ADDRESS_BYTES,
     MAX_CONTACTS,
@@ -24,6 +27,8 @@ from deca_node.limits import (
     MAX_NAME_BYTES,
     MAX_PROPOSALS,
     MAX_REASON_BYTES,
+    MAX_TIME,
+    MAX_VERSION_BYTES,
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
@@ -36,6 +41,10 @@ REFUSED_HEARTBEATS = 5
 MAX_VAIN_GREETINGS = 30
 # States of a peer that answers, or has just called.
 _ANSWERING = (State.ALIVE, State.DONE, State.BEHIND, State.AHEAD)
+
+# A caller is told that we cannot call it back after this many seconds of vain greetings: three of
+# the lan preset, so that a restart does not raise an alarm.
+UNREACHED_SECONDS = 8.0
 
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
 UNMET = "unmet"
@@ -125,7 +134,9 @@ class Swarm:
         self.identity = identity
         self.peers: dict[str, Peer] = {}
         self.traffic: dict[str, Traffic] = {}
+        self.told: dict[str, Told] = {}  # what peers say of themselves
         self.strangers: Counter[str] = Counter()  # refusals of callers that are no peers
+        self.refusals: dict[str, Refusal] = {}  # the last of each address that is no peer's
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
         self._transport = transport
         self._timing = timing
@@ -139,6 +150,8 @@ class Swarm:
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
         self._failing: set[str] = set()  # addresses whose last greeting was in vain
         self._said: dict[str, str] = {}
+        self._vain: dict[str, float] = {}  # since when greetings to an address find nobody
+        self._answered: set[str] = set()  # contacts that did answer once
         self._nudged = asyncio.Event()
         self._jitter = random.Random(identity.session)  # noqa: S311 - spreads redials, no secret
 
@@ -196,6 +209,7 @@ class Swarm:
     def _dropped(self, address: str, by: str) -> None:
         self._contacts.pop(address, None)
         self._failing.discard(address)
+        self._answered.discard(address)
         if by:
             self._proposed[by] -= 1
             self._proposed += Counter()  # forgets the zeros
@@ -249,13 +263,20 @@ class Swarm:
             phase=pb.Phase.Name(here.phase),
             visit=here.visit,
             entry=here.entry,
+            version=__version__,
+            time=time.time(),
         )
 
     def _take_reply(self, reply: pb.HelloReply, address: str, link: Link) -> str:
+        self._found(address)
         if reply.sender.session == self.identity.session:
             return "self"
-        refusal = reply.refusal[:MAX_REASON_BYTES] or self._objection(
-            reply.sender, reply.protocol, reply.fingerprint, address
+        # Our own words first: what differs is then told as ours here and theirs there.
+        refusal = (
+            self._objection(
+                reply.sender, reply.protocol, reply.fingerprint, address, starting=reply.phase
+            )
+            or reply.refusal[:MAX_REASON_BYTES]
         )
         if refusal:
             self._refused(reply.sender, address, refusal)
@@ -271,11 +292,18 @@ class Swarm:
             return "duplicate"  # the same node at another of its addresses
         self._links[name] = (address, link)
         self._heard(reply, address, reached=True)
+        self._note(reply.sender, address, reply)
         for contact in reply.known[:MAX_MEMBERS]:
             self._proposed_by_peer(contact, name)
         return "met"
 
     def _unanswered(self, address: str, failures: int, error: PeerError) -> None:
+        if error.reason == "starting":
+            self._found(address)  # it is there, and loads its model
+        else:
+            if len(self._vain) >= MAX_CONTACTS:
+                self._vain.clear()
+            self._vain.setdefault(address, self._now())
         for name, (at, _) in list(self._links.items()):
             if at == address and name in self.peers:
                 self._update(
@@ -309,6 +337,8 @@ class Swarm:
             phase=pb.Phase.Name(here.phase),
             visit=here.visit,
             entry=here.entry,
+            version=__version__,
+            time=time.time(),
         )
         if request.sender.session == self.identity.session:
             return reply
@@ -319,7 +349,11 @@ class Swarm:
             refusal = "bad_address: host or port cannot be called"
         else:
             refusal = self._objection(
-                request.sender, request.protocol, request.fingerprint, address
+                request.sender,
+                request.protocol,
+                request.fingerprint,
+                address,
+                starting=request.phase,
             )
         if refusal:
             reply.refusal = refusal
@@ -329,6 +363,8 @@ class Swarm:
         reply.fingerprint.extend(self._fields())
         reply.known.extend(self._known())
         self._heard(request, address)
+        self._note(request.sender, address, request)
+        reply.unreached = self._cannot_call(request.sender.node, address)
         held = self._links.get(request.sender.node)
         if held is None or held[0] != address:
             self.propose(address)
@@ -340,9 +376,19 @@ class Swarm:
         self._update(membership.departed(self.peers[name], self._now(), finished=request.finished))
 
     def _objection(
-        self, sender: pb.Sender, protocol: int, fields: Sequence[pb.FingerprintField], address: str
+        self,
+        sender: pb.Sender,
+        protocol: int,
+        fields: Sequence[pb.FingerprintField],
+        address: str,
+        *,
+        starting: int,
     ) -> str:
-        """Why a caller cannot be a peer, as ``reason: text``; empty when it can."""
+        """Why a caller cannot be a peer, as ``reason: text``; empty when it can.
+
+        Who is still starting (``starting`` is the caller's phase) may not know all of its
+        fingerprint yet: what either side leaves out is compared once it acts.
+        """
         own = self.identity
         if not _is_name(sender.node) or not _is_name(sender.run):
             return "bad_name: node and run names are 1 to 64 printable characters"
@@ -354,7 +400,11 @@ class Swarm:
             len(f.name) + len(f.value) > MAX_FINGERPRINT_BYTES for f in fields
         ):
             return "bad_fingerprint: too long"
-        if found := difference(own.fingerprint, {f.name: f.value for f in fields}):
+        ours, theirs = dict(own.fingerprint), {f.name: f.value for f in fields}
+        if Phase.STARTING in (starting, self._position().phase):
+            known_to_both = ours.keys() & theirs.keys()
+            ours, theirs = ({k: d[k] for k in d if k in known_to_both} for d in (ours, theirs))
+        if found := difference(ours, theirs):
             return f"settings_differ: {found}"
         known = self.peers.get(sender.node)
         if sender.node == own.node or (
@@ -378,7 +428,7 @@ class Swarm:
         if not spare:
             return False
         oldest = min(spare, key=lambda peer: peer.last_seen)
-        for table in (self.peers, self.traffic, self._links):
+        for table in (self.peers, self.traffic, self._links, self.told):
             table.pop(oldest.name, None)
         return True
 
@@ -400,13 +450,53 @@ class Swarm:
             self._update(
                 Peer(name, sender.session, address, State.REFUSED, phase, 0, now, text[:200])
             )
-        elif self._said.get(address) != reason:
+            return
+        if len(self.refusals) >= MAX_CONTACTS:
+            self.refusals.clear()
+        self.refusals[address] = Refusal(name, reason, text[:200], self._now())
+        if self._said.get(address) != reason:
             if len(self._said) >= MAX_CONTACTS:
                 self._said.clear()
             self._said[address] = reason
             # Other runs on the same network are normal; anything else wants a look.
             level = self._log.info if reason == "other_run" else self._log.warning
             level("peer refused", peer=name, address=address, reason=reason, detail=text)
+
+    # --- what is known of the peers' surroundings (health)
+
+    def never_answered(self, addresses: Sequence[str]) -> frozenset[str]:
+        """Those of ``addresses`` that were called and have not answered once."""
+        return frozenset(a for a in addresses if a in self._vain and a not in self._answered)
+
+    def uncallable(self) -> frozenset[str]:
+        """Peers that have greeted us, and whose address we have called for a while in vain."""
+        return frozenset(
+            peer.name for peer in self.peers.values() if self._cannot_call(peer.name, peer.address)
+        )
+
+    def _cannot_call(self, name: str, address: str) -> bool:
+        held = self._links.get(name)
+        if held is not None and held[0] not in self._vain:
+            return False  # it answers at this address, or at another of its own
+        since = self._vain.get(address)
+        return since is not None and self._now() - since >= UNREACHED_SECONDS
+
+    def _found(self, address: str) -> None:
+        """Somebody answers there."""
+        self._vain.pop(address, None)
+        if address in self._contacts:
+            self._answered.add(address)
+
+    def _note(self, sender: pb.Sender, address: str, said: pb.HelloRequest | pb.HelloReply) -> None:
+        """Keep what a peer says of itself."""
+        self.refusals.pop(address, None)
+        told_time = math.isfinite(said.time) and 0 < said.time < MAX_TIME
+        before = self.told.get(sender.node, Told())
+        self.told[sender.node] = Told(
+            said.version[:MAX_VERSION_BYTES],
+            said.time - time.time() if told_time else None,
+            said.unreached if isinstance(said, pb.HelloReply) else before.unreached,
+        )
 
     # --- what the rest of the node asks (exchange.Neighbourhood)
 

@@ -2,16 +2,18 @@
 
 import asyncio
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
-from deca_node.discovery import Discovery, own_addresses
+from deca_node import discovery as discovery_module
+from deca_node.discovery import Discovery, loops_back, own_addresses
 from deca_node.errors import ListenError
 
 PATIENCE = 30.0  # a bound on failure; multicast answers within two seconds
 
 
-def discovery(run, node, port, sighted, browse_every=3.0, interfaces=("127.0.0.1",)):
+def discovery(run, node, port, sighted, browse_every=3.0, interfaces=("127.0.0.1",), now=None):
     return Discovery(
         run=run,
         node=node,
@@ -21,6 +23,7 @@ def discovery(run, node, port, sighted, browse_every=3.0, interfaces=("127.0.0.1
         interfaces=interfaces,
         browse_every=browse_every,
         sighted=sighted,
+        addresses_now=now,
     )
 
 
@@ -77,6 +80,86 @@ async def test_a_node_is_sighted_again_by_every_fresh_browser():
     finally:
         await first.stop()
         await second.stop()
+
+
+async def test_a_node_whose_addresses_change_announces_itself_anew():
+    """Another cable, another Wi-Fi: those that browse are told of the new address."""
+    run, seen = f"run-{uuid.uuid4().hex[:8]}", Sightings()
+    addresses = ["127.0.0.1"]
+    watching = discovery(run, "a", 7001, seen, browse_every=0.5)
+    moving = discovery(run, "b", 7002, Sightings(), browse_every=0.5, now=lambda: list(addresses))
+    try:
+        await watching.start()
+        await moving.start()
+        await seen.until("127.0.0.1:7002")
+        addresses[:] = ["127.0.0.2"]
+        await seen.until("127.0.0.2:7002")
+        seen.addresses.clear()
+        await seen.until("127.0.0.2:7002")
+        assert "127.0.0.1:7002" not in seen.addresses  # the old announcement was withdrawn
+    finally:
+        await watching.stop()
+        await moving.stop()
+
+
+async def test_an_interface_that_goes_away_is_taken_up_again_when_it_is_back(monkeypatch):
+    """While it is gone nothing is announced, and nothing breaks."""
+    run, seen = f"run-{uuid.uuid4().hex[:8]}", Sightings()
+    addresses, tried = ["127.0.0.1"], asyncio.Event()
+    watching = discovery(run, "a", 7001, seen, browse_every=0.5)
+    moving = discovery(run, "b", 7002, Sightings(), browse_every=0.2, now=lambda: list(addresses))
+    real = discovery_module.AsyncZeroconf
+
+    def gone(**_):
+        tried.set()
+        raise OSError("no such device")
+
+    try:
+        await watching.start()
+        await moving.start()
+        await seen.until("127.0.0.1:7002")
+        monkeypatch.setattr(discovery_module, "AsyncZeroconf", gone)
+        addresses[:] = ["127.0.0.2"]
+        await asyncio.wait_for(tried.wait(), PATIENCE)
+        monkeypatch.setattr(discovery_module, "AsyncZeroconf", real)
+        await seen.until("127.0.0.2:7002")
+    finally:
+        await watching.stop()
+        await moving.stop()
+
+
+async def test_a_node_hears_its_own_announcement_where_multicast_works():
+    """And that of others."""
+    run, seen = f"run-{uuid.uuid4().hex[:8]}", Sightings()
+    first = discovery(run, "a", 7001, seen, browse_every=0.5)
+    second = discovery(run, "b", 7002, seen, browse_every=0.5)
+    assert not first.heard_itself
+    try:
+        await first.start()
+        await second.start()
+        async with asyncio.timeout(PATIENCE):
+            while not (first.heard_itself and first.heard_others):
+                await asyncio.sleep(0.05)
+    finally:
+        await first.stop()
+        await second.stop()
+
+
+def test_an_interface_that_hears_what_it_sends():
+    """The loopback does; an address that no interface has does not."""
+    assert loops_back("127.0.0.1")
+    assert not loops_back("203.0.113.9")
+
+
+def test_an_interface_without_multicast_hears_nothing(monkeypatch):
+    """What the system says of it counts: Linux would loop the packet back."""
+    flags = SimpleNamespace(flags="up,running")
+    monkeypatch.setattr(discovery_module.psutil, "net_if_stats", lambda: {"tun0": flags})
+    at = SimpleNamespace(address="127.0.0.1")
+    monkeypatch.setattr(discovery_module.psutil, "net_if_addrs", lambda: {"tun0": [at]})
+    assert not loops_back("127.0.0.1")
+    flags.flags = "up,running,multicast"
+    assert loops_back("127.0.0.1")
 
 
 async def test_an_unknown_interface_is_one_clear_error():

@@ -1,0 +1,349 @@
+"""What is wrong now, as far as one node can tell, and what to do about it.
+
+Pure: findings are a function of what the node knows; time is an argument, in seconds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deca_node.membership import Peer, Phase, State
+
+# A node that starts needs this long to be found: mDNS answers in 2 s, a greeting is repeated for
+# some seconds. Before that, silence means nothing.
+PATIENCE_SECONDS = 15.0
+# Clocks that NTP keeps differ by milliseconds. No decision here depends on them, but logs of
+# several nodes that are further apart than this cannot be read side by side.
+CLOCK_SECONDS = 30.0
+# Peers lost within one deadline of each other were lost to one cause.
+TOGETHER_SECONDS = 15.0
+# A refusal is repeated at least every 50 s (5 heartbeats of the wan preset) while its cause lasts.
+REFUSAL_SECONDS = 120.0
+# One condition is told of this many peers, the rest are counted: strangers must not fill the log.
+MAX_TOLD = 5
+_TEXT_CHARACTERS = 200  # of what a peer said, in a finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    ``key`` is the same as long as it lasts (log it once), ``text`` one line that names the remedy.
+    """
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a peer said of itself in its last greeting or answer.
+
+    Attributes:
+        version: of its program; empty when it told none.
+        clock: seconds that its clock is ahead of ours, to within a call's duration; None when it
+            told no time.
+        unreached: it has called the address that we announce for a while, in vain.
+    """
+
+    version: str = ""
+    clock: float | None = None
+    unreached: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A greeting that ended in a refusal, ours or the other's; ``at`` is in the node's seconds."""
+
+    node: str
+    reason: str
+    detail: str
+    at: float
+
+
+@dataclass(frozen=True)
+class View:
+    """What a node knows of its surroundings.
+
+    Attributes:
+        name: this node.
+        run: its run.
+        port: the TCP port it listens on.
+        phase: what it is doing.
+        wanted: run.start_when.
+        now: the clock of the peers' ``last_seen`` and the refusals' ``at``.
+        looking: seconds since it began to look for others.
+        peers: all that it knows of.
+        told: what they said of themselves, by name.
+        version: of this node's program.
+        neighbours: those of the open visit; None before the first one.
+        isolated: the topology gives this node no edge, on purpose.
+        most: the largest number of members ever seen at once, this node included.
+        zeroconf: whether it announces itself by multicast.
+        heard_itself: its own announcement came back.
+        heard_others: an announcement of any other node came.
+        static: network.static_peers.
+        silent: those of them that have never answered.
+        uncallable: peers that we have called for a while, in vain.
+        refusals: recent ones of callers and called that are no peers, by address.
+    """
+
+    name: str
+    run: str
+    port: int
+    phase: Phase
+    wanted: int
+    now: float
+    looking: float
+    peers: Sequence[Peer] = ()
+    told: Mapping[str, Told] = field(default_factory=dict)
+    version: str = ""
+    neighbours: frozenset[str] | None = None
+    isolated: bool = False
+    most: int = 1
+    zeroconf: bool = False
+    heard_itself: bool = False
+    heard_others: bool = False
+    static: Sequence[str] = ()
+    silent: frozenset[str] = frozenset()
+    uncallable: frozenset[str] = frozenset()
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+
+
+def diagnose(view: View) -> list[Finding]:
+    """All that is wrong now; nothing once the run is over here."""
+    if view.phase in (Phase.SERVING, Phase.DONE, Phase.STOPPING):
+        return []
+    return [
+        *_alone(view),
+        *_parted(view),
+        *_refused(view),
+        *_unreachable(view),
+        *_uncallable(view),
+        *_silent(view),
+        *_multicast(view),
+        *_clocks(view),
+        *_versions(view),
+    ]
+
+
+def in_contact(peer: Peer) -> bool:
+    """Whether a peer of this run is there, wherever it is in the schedule."""
+    return peer.state not in (State.GONE, State.REFUSED)
+
+
+def _alone(view: View) -> Iterable[Finding]:
+    if view.wanted <= 1 or view.isolated:
+        return
+    here = [peer for peer in view.peers if in_contact(peer)]
+    if view.phase == Phase.TRAINING:
+        finished = here and all(peer.state == State.DONE for peer in here)
+        if view.neighbours is None or view.neighbours or finished:
+            return
+        why = _listed(f"{peer.name} {peer.state}: {peer.detail or peer.address}" for peer in here)
+        yield Finding(
+            "alone",
+            "no neighbour in this block visit, training alone; "
+            + (f"known: {why}; they are met again at a later visit" if here else _LOOK),
+        )
+    elif not here and view.looking >= PATIENCE_SECONDS:
+        yield Finding(
+            "alone",
+            f"no other node of run {view.run!r} answers; start the others with the same run.name, "
+            "or name one of them in network.static_peers"
+            + (" (multicast may be blocked between them and us)" if view.zeroconf else ""),
+        )
+
+
+_LOOK = (
+    "nobody answers any more; look whether the others run and whether the network between is up "
+    "(they are met again by themselves), or name one in network.static_peers"
+)
+
+
+def _parted(view: View) -> Iterable[Finding]:
+    """Members are missing although the run goes on: crashed, or on the far side of a cut.
+
+    Who said goodbye has left and is not missing. From here a cut cannot be told from a crash,
+    except that it takes several at once.
+    """
+    if view.phase != Phase.TRAINING or view.wanted <= 1:
+        return
+    here = sum(in_contact(peer) for peer in view.peers) + 1
+    left = sum(peer.state == State.GONE and peer.phase == Phase.STOPPING for peer in view.peers)
+    lost = sorted(
+        (p for p in view.peers if p.state == State.GONE and p.phase != Phase.STOPPING),
+        key=lambda peer: (peer.last_seen, peer.name),
+    )
+    expected = max(view.wanted, view.most)
+    if here + left >= expected:
+        return
+    names = _listed(sorted(peer.name for peer in lost))
+    if len(lost) > 1 and lost[-1].last_seen - lost[0].last_seen <= TOGETHER_SECONDS:
+        text = (
+            f"{names} vanished together: the swarm seems cut in two parts, and both train on; "
+            f"look at the network between here and {_line(lost[0].address)} (they merge by "
+            "themselves once it is up)"
+        )
+    elif lost:
+        text = (
+            f"{names} vanished, {here} of {expected} members are here; start them again with the "
+            "same command, or look at the network between (they are met again by themselves)"
+        )
+    else:
+        text = (
+            f"{here} of {expected} members are here while we train: the swarm may be in two parts; "
+            "start the missing, or name one of them in network.static_peers"
+        )
+    yield Finding("parted", text)
+
+
+def _refused(view: View) -> Iterable[Finding]:
+    found = [
+        Finding(
+            f"refused:{_line(peer.name)}",
+            f"{_line(peer.name)} and this node refuse each other: {_line(peer.detail)}; make the "
+            "two equal and restart the one that is wrong",
+        )
+        for peer in view.peers
+        if peer.state == State.REFUSED and view.now - peer.last_seen < REFUSAL_SECONDS
+    ]
+    for address, refusal in view.refusals.items():
+        if view.now - refusal.at >= REFUSAL_SECONDS:
+            continue
+        if refusal.reason == "other_run" and address not in view.static:
+            continue  # other runs on the same network are normal
+        remedy = _REMEDIES.get(refusal.reason, "look at both nodes' logs")
+        found.append(
+            Finding(
+                f"refused:{_line(address)}",
+                f"{_line(refusal.node)} at {_line(address)} and this node refuse each other: "
+                f"{_line(refusal.detail or refusal.reason)}; {remedy}",
+            )
+        )
+    yield from _few(found, "refused", "more nodes are refused; see the log")
+
+
+_REMEDIES = {
+    "other_run": "correct network.static_peers, or run.name",
+    "protocol": "install the same version of deca-node on both",
+    "name_taken": "give each node a name of its own (node.name)",
+    "bad_address": "set node.advertise there to a host that can be called",
+    "full": "see docs/protocol.md on the size of a run",
+}
+
+
+def _unreachable(view: View) -> Iterable[Finding]:
+    told = [peer.name for peer in view.peers if in_contact(peer) and _told(view, peer).unreached]
+    if told:
+        yield Finding(
+            "unreachable",
+            f"{_listed(sorted(told))} cannot call this node: open port {view.port}/tcp in the "
+            "firewall here, or set node.advertise to the address that others can call",
+        )
+
+
+def _uncallable(view: View) -> Iterable[Finding]:
+    found = [
+        Finding(
+            f"uncallable:{_line(peer.name)}",
+            f"{_line(peer.name)} calls us, but does not answer at {_line(peer.address)}: open that "
+            "port in the firewall there, or set node.advertise there",
+        )
+        for peer in view.peers
+        if peer.name in view.uncallable and in_contact(peer) and peer.state != State.DONE
+    ]
+    yield from _few(found, "uncallable", "more peers call us and do not answer")
+
+
+def _silent(view: View) -> Iterable[Finding]:
+    if view.looking >= PATIENCE_SECONDS:
+        for address in view.static:
+            if address in view.silent:
+                yield Finding(
+                    f"silent:{address}",
+                    f"static peer {address} has never answered; start the node there, open its "
+                    "port, or correct network.static_peers",
+                )
+
+
+def _multicast(view: View) -> Iterable[Finding]:
+    deaf = view.zeroconf and not view.heard_itself and not view.heard_others
+    if deaf and view.looking >= PATIENCE_SECONDS:
+        yield Finding(
+            "multicast",
+            "multicast does not work here: not even this node's own announcement is heard; allow "
+            "port 5353/udp, choose other network.interfaces, or set network.static_peers",
+        )
+
+
+def _clocks(view: View) -> Iterable[Finding]:
+    clocks = {
+        peer.name: clock
+        for peer in view.peers
+        if in_contact(peer) and (clock := _told(view, peer).clock) is not None
+    }
+    off = {name: clock for name, clock in clocks.items() if abs(clock) > CLOCK_SECONDS}
+    ahead = [clock > 0 for clock in off.values()]
+    if len(off) > 1 and len(off) == len(clocks) and (all(ahead) or not any(ahead)):
+        least = min(off.values(), key=abs)
+        yield Finding(
+            "clock",
+            f"the clock of this machine is at least {_far(least)} "
+            f"{'behind' if least > 0 else 'ahead of'} that of all {len(off)} peers; set it (NTP)",
+        )
+        return
+    found = [
+        Finding(
+            f"clock:{_line(name)}",
+            f"the clock of {_line(name)} is {_far(clock)} {'ahead of' if clock > 0 else 'behind'} "
+            "ours; set the wrong one (NTP)",
+        )
+        for name, clock in sorted(off.items())
+    ]
+    yield from _few(found, "clock", "more clocks differ from ours")
+
+
+def _versions(view: View) -> Iterable[Finding]:
+    found = [
+        Finding(
+            f"version:{_line(peer.name)}",
+            f"{_line(peer.name)} runs deca-node {_line(version)}, this is {view.version}; install "
+            "the same version on both",
+        )
+        for peer in view.peers
+        if in_contact(peer) and (version := _told(view, peer).version) not in ("", view.version)
+    ]
+    yield from _few(found, "version", "more peers run another version")
+
+
+def _told(view: View, peer: Peer) -> Told:
+    return view.told.get(peer.name, _NOTHING)
+
+
+_NOTHING = Told()
+
+
+def _few(found: Sequence[Finding], key: str, rest: str) -> Iterable[Finding]:
+    yield from found[:MAX_TOLD]
+    if len(found) > MAX_TOLD:
+        yield Finding(f"{key}:more", f"{len(found) - MAX_TOLD} {rest}")
+
+
+def _listed(words: Iterable[str]) -> str:
+    some = list(map(_line, words))
+    more = f" and {len(some) - MAX_TOLD} more" if len(some) > MAX_TOLD else ""
+    return ", ".join(some[:MAX_TOLD]) + more
+
+
+def _line(text: str) -> str:
+    """What a peer said, as a part of one line."""
+    cut = text if len(text) <= _TEXT_CHARACTERS else f"{text[: _TEXT_CHARACTERS - 1]}…"
+    return "".join(letter if letter.isprintable() else "?" for letter in cut)
+
+
+def _far(seconds: float) -> str:
+    far = abs(seconds)
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if far >= 2 * length:
+            return f"{far / length:.0f} {unit}"
+    return f"{far:.0f} s"

@@ -1,0 +1,149 @@
+"""What a swarm learns of its peers' clocks, versions and reachability, in virtual time."""
+
+import asyncio
+import math
+import time
+
+from deca_node import __version__
+from deca_node.loopback import LoopbackNetwork
+from deca_node.membership import Phase, State
+from deca_node.pb import node_pb2 as pb
+from deca_node.swarm import UNREACHED_SECONDS
+from tests.edges.test_exchange import Member, greeting, meet
+from tests.virtual_time import run
+
+
+def test_peers_know_each_others_version_and_clock():
+    """Both the caller and the called keep what the other said."""
+
+    async def scenario():
+        for member, other in zip(pair := await meet(LoopbackNetwork(), 2), pair[::-1], strict=True):
+            told = member.swarm.told[other.name]
+            assert told.version == __version__
+            assert abs(told.clock) < 5
+            assert not told.unreached
+
+    run(scenario())
+
+
+def test_odd_clocks_and_versions_are_harmless():
+    """A clock that is off is noted, one that is none is not, and a long version is cut."""
+
+    async def scenario():
+        member = Member(LoopbackNetwork(), 0)
+        for told, expected in ((time.time() + 95, 95), (math.nan, None), (1e300, None), (0, None)):
+            request = greeting()
+            request.time, request.version = told, "9" * 1000
+            await member.hello(request, "10.0.0.77")
+            clock = member.swarm.told["x"].clock
+            assert clock is None if expected is None else abs(clock - expected) < 5
+            assert len(member.swarm.told["x"].version) == 32
+        await member.swarm.close()
+
+    run(scenario())
+
+
+def test_a_peer_that_cannot_be_called_is_told_so():
+    """After a while of vain greetings, and no longer once they arrive."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        member, other = Member(network, 0), Member(network, 1)
+        await member.listen()
+        other.swarm.propose(member.transport.address)  # it calls, but does not listen
+        while "n1" not in member.swarm.peers:
+            await asyncio.sleep(0.1)
+        assert member.swarm.uncallable() == frozenset()
+        await asyncio.sleep(2 * UNREACHED_SECONDS)
+        assert member.swarm.uncallable() == {"n1"}
+        assert other.swarm.told["n0"].unreached
+        assert not other.swarm.uncallable()
+        await other.listen()
+        await asyncio.sleep(60)
+        assert member.swarm.uncallable() == frozenset()
+        assert not other.swarm.told["n0"].unreached
+        assert member.swarm.members() == {"n0", "n1"}
+        await member.swarm.close()
+        await other.swarm.close()
+
+    run(scenario())
+
+
+def test_a_static_peer_has_never_answered_until_it_once_did():
+    """One that has finished and left is no cause for alarm."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        member, other = Member(network, 0), Member(network, 1)
+        static = [other.transport.address, "10.0.0.99:7430"]
+        for address in static:
+            member.swarm.propose(address, lasting=True)
+        await asyncio.sleep(1)
+        assert member.swarm.never_answered(static) == set(static)
+        await other.listen()
+        await asyncio.sleep(30)
+        assert member.swarm.never_answered(static) == {static[1]}
+        network.kill(static[0])
+        await asyncio.sleep(60)
+        assert member.swarm.never_answered(static) == {static[1]}
+        await member.swarm.close()
+
+    run(scenario())
+
+
+def test_who_is_starting_may_not_know_its_whole_fingerprint():
+    """What it tells must be equal; the rest is compared once it acts."""
+
+    async def scenario():
+        member = Member(LoopbackNetwork(), 0, {"seed": "0", "model.weights": "abc"})
+        request = greeting()
+        assert "model.weights" in (await member.hello(request, "10.0.0.77")).refusal
+        request.phase = pb.PHASE_STARTING
+        assert (await member.hello(request, "10.0.0.77")).refusal == ""
+        assert member.swarm.peers["x"].state == State.ALIVE
+        assert member.swarm.members() == {"n0"}
+        wrong = greeting(seed="1")
+        wrong.phase = pb.PHASE_STARTING
+        assert "seed is '0' here, '1' there" in (await member.hello(wrong, "10.0.0.77")).refusal
+        request.phase = pb.PHASE_TRAINING
+        assert "model.weights" in (await member.hello(request, "10.0.0.77")).refusal
+        assert member.swarm.peers["x"].state == State.REFUSED
+        await member.swarm.close()
+
+    run(scenario())
+
+
+def test_a_refusal_is_told_from_where_one_stands():
+    """Here is this node and there the other, whoever of the two said no first."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = [Member(network, i, {"seed": str(i)}) for i in range(2)]
+        for member in members:
+            await member.listen()
+        members[0].swarm.propose(members[1].transport.address)
+        while not all(member.swarm.peers for member in members):
+            await asyncio.sleep(0.1)
+        assert members[0].swarm.peers["n1"].detail == "seed is '0' here, '1' there"
+        assert members[1].swarm.peers["n0"].detail == "seed is '1' here, '0' there"
+        await asyncio.gather(*(member.swarm.close() for member in members))
+
+    run(scenario())
+
+
+def test_refusals_of_those_that_are_no_peers_are_kept_until_they_are_welcome():
+    """So that status can say which name is taken, and stops once it is not."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        request = greeting(node="n1", session=77)
+        assert "name_taken" in (await members[0].hello(request, "10.0.0.77")).refusal
+        refusal = members[0].swarm.refusals["10.0.0.77:7430"]
+        assert (refusal.node, refusal.reason) == ("n1", "name_taken")
+        request.sender.node = "n2"
+        assert (await members[0].hello(request, "10.0.0.77")).refusal == ""
+        assert members[0].swarm.refusals == {}
+        assert members[0].swarm.peers["n2"].phase == Phase.WAITING
+        await asyncio.gather(*(member.swarm.close() for member in members))
+
+    run(scenario())
