@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
+from datetime import datetime
 
 import psutil
 import pytest
@@ -18,6 +20,10 @@ from deca_node.pb import node_pb2 as pb
 from tests.cluster.daemons import DEADLINE
 from tests.lab.hosts import REPOSITORY, Lab, LabDaemon, unavailable
 from tests.tiny import make_model
+
+RING = {"a": "bd", "b": "ac", "c": "bd", "d": "ac"}  # its neighbours with all four there
+GONE_ON = 2.0  # seconds that a killed neighbour may cost the others on the lan preset, once
+FOUND = 10.0  # seconds from a network's healing until all have met again
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,10 +36,18 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model") / "tiny", "llama")
 
 
-@pytest.fixture
-def lab():
-    with Lab(seed=5) as lab:
+@pytest.fixture(scope="module")
+def whole_lab():
+    with Lab() as lab:
         yield lab
+
+
+@pytest.fixture
+def lab(whole_lab):
+    """A laboratory without hosts."""
+    whole_lab.clear(seed=5)
+    yield whole_lab
+    whole_lab.clear()
 
 
 @pytest.fixture
@@ -110,6 +124,25 @@ def distance(one, other):
     """Largest difference between two daemons' models in any weight."""
     first, second = weights(one), weights(other)
     return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def longest_pause(daemon, first):
+    """Seconds that a step waited for neighbours, or that lay between two visits, at the most.
+
+    The record says how long steps took, the log when visits began; ``first`` is the first visit
+    that counts.
+    """
+    rows = [row for row in daemon.history() if row["visit"] >= first]
+    took = Counter()
+    for row in rows:
+        took[row["visit"]] += row["seconds_step"]
+    began = {
+        event["visit"]: datetime.fromisoformat(event["time"]).timestamp()
+        for event in daemon.events()
+        if event["event"] == "visit"
+    }
+    between = [began[v + 1] - began[v] - took[v] for v in took if v + 1 in began]
+    return max(*(row["seconds_wait"] for row in rows), *between)
 
 
 # --- the laboratory itself
@@ -204,9 +237,9 @@ sys.stdin.read()
 def test_a_swarm_found_by_multicast_trains_and_finishes(swarm):
     """Four hosts that know nothing of each other but the run's name."""
     common = ["run.start_when=4", "schedule.rounds=2", "schedule.steps=40"]
-    daemons = [swarm(name, *common).start() for name in "abcd"]
+    daemons = [swarm(name, *common).start(anew=True) for name in RING]
     finish(daemons)
-    for daemon, expected in zip(daemons, ("bd", "ac", "bd", "ac"), strict=True):
+    for daemon, expected in zip(daemons, RING.values(), strict=True):
         history = daemon.history()
         assert len(history) == 320
         assert all(row["neighbours"] == list(expected) for row in history)
@@ -216,36 +249,34 @@ def test_a_swarm_found_by_multicast_trains_and_finishes(swarm):
 def test_each_node_is_killed_in_turn_and_comes_back(swarm):
     """SIGKILL one: the others go on within 2 s; it takes part again, and the next one is killed."""
     common = ["run.start_when=4", "schedule.rounds=1000", "schedule.steps=25"]
-    daemons = {name: swarm(name, *common).start() for name in "abcd"}
-    ring = {"a": "bd", "b": "ac", "c": "bd", "d": "ac"}
+    daemons = {name: swarm(name, *common).start() for name in RING}
     for victim, daemon in daemons.items():
         for name, each in daemons.items():
-            each.until(trains_with(*ring[name]))
+            each.until(trains_with(*RING[name]))
         living = [each for name, each in daemons.items() if name != victim]
-        before = {each.name: len(each.history()) for each in living}
+        since = {each.name: visit(each.status()) for each in living}
         daemon.end(signal.SIGKILL)
-        begin = time.monotonic()
+        assert daemon.wait() == -signal.SIGKILL
         for each in living:
-            done = each.status().steps_done
-            assert seconds_until(each, lambda s, d=done: s.steps_done >= d + 2, begin) < 2.0
-        daemon.process.wait(DEADLINE)
-        for each in living:
-            each.until(lambda s, v=victim: v not in neighbours(s) and s.degree == 2)
+            rest = {peer.name for peer in living} - {each.name}
+            each.until(trains_with(*rest))
         daemon.start()
-        daemon.until(trains_with(*ring[victim]))
+        daemon.until(trains_with(*RING[victim]))
         for each in living:
-            rows = each.history()[before[each.name] :]
-            assert max(row["seconds_wait"] for row in rows) < 2.0, each.name
+            assert longest_pause(each, since[each.name]) < GONE_ON, (victim, each.name)
     stop(daemons.values())
 
 
 def test_a_ring_cut_in_two_goes_on_and_grows_together_again(lab, swarm):
-    """Both halves train for 30 s apart; healed, all meet within 10 s and agree within a round."""
+    """Both halves train for 30 s apart; healed, all meet within 10 s and agree within a round.
+
+    The learning rate is low, so that disagreement is steady where nothing disturbs it.
+    """
     common = ["run.start_when=4", "schedule.rounds=1000", "schedule.steps=25"]
-    daemons = {name: swarm(name, *common).start() for name in "abcd"}
-    ring = {"a": "bd", "b": "ac", "c": "bd", "d": "ac"}
+    common += ["optimizer.learning_rate=1e-4"]
+    daemons = {name: swarm(name, *common).start() for name in RING}
     for name, each in daemons.items():
-        each.until(trains_with(*ring[name]))
+        each.until(trains_with(*RING[name]))
     for each in daemons.values():
         each.until(lambda s: s.round >= 3)
     lab.cut("ab", "cd")
@@ -261,9 +292,9 @@ def test_a_ring_cut_in_two_goes_on_and_grows_together_again(lab, swarm):
     begin = time.monotonic()
     for name, each in daemons.items():
         others = daemons.keys() - {name}
-        assert seconds_until(each, lambda s, o=others: alive(s) >= o, begin) < 10, name
+        assert seconds_until(each, lambda s, o=others: alive(s) >= o, begin) < FOUND, name
     for name, each in daemons.items():
-        each.until(trains_with(*ring[name]))
+        each.until(trains_with(*RING[name]))
     together = max(visit(each.status()) for each in daemons.values())
     for each in daemons.values():
         each.until(lambda s: visit(s) > together + 2 * s.blocks)

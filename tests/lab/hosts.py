@@ -38,23 +38,21 @@ class LabError(Exception):
 class Lab:
     """Hosts and the links between them, until it is closed or this process ends.
 
-    Args:
-        seed: decides losses and jitter.
-
     Raises:
         LabError: namespaces or TAP devices cannot be made here.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         self._links: dict[tuple[str, str], Link] = {}
         self._hosts: dict[str, str] = {}
         # In a session of its own: Ctrl-C is for the test, which then closes the laboratory.
         self._unshare = subprocess.Popen(
-            [*_UNSHARE, sys.executable, "-m", "tests.lab.server", str(seed)],
+            [*_UNSHARE, sys.executable, "-m", "tests.lab.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=REPOSITORY,
+            env=_env(),
             start_new_session=True,
         )
 
@@ -89,6 +87,11 @@ class Lab:
         return answer
 
     # --- hosts and links
+
+    def clear(self, seed: int = 0) -> None:
+        """End all processes and take all hosts away; ``seed`` decides losses and jitter anew."""
+        self._links, self._hosts = {}, {}
+        self._ask("clear", seed=seed)
 
     def host(self, name: str) -> str:
         """A new host; its IP address is returned."""
@@ -154,8 +157,12 @@ class Lab:
 
     def start(self, host: str, command: Sequence[str], log: Path) -> "Process":
         """Start a process on a host; what it says is appended to ``log``."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        answer = self._ask("start", host=host, command=list(command), env=env, log=str(log))
+        answer = self._ask("start", host=host, command=list(command), env=_env(), log=str(log))
+        return Process(self._ask, answer["pid"])
+
+    def start_daemon(self, host: str, arguments: Sequence[str], log: Path) -> "Process":
+        """Start ``deca-node`` with arguments; it does not wait for its imports (see server)."""
+        answer = self._ask("fork", host=host, arguments=list(arguments), env=_env(), log=str(log))
         return Process(self._ask, answer["pid"])
 
     def small_disk(self, name: str, size: int) -> Path:
@@ -180,6 +187,10 @@ class Lab:
             return asyncio.run(question)
         except PeerError:
             return None
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 class Process:
@@ -222,11 +233,16 @@ class LabDaemon(Daemon):
         super().__init__(folder, name, [*network, *settings])
         self.lab = lab
 
-    def start(self) -> "LabDaemon":
-        command = [sys.executable, "-m", "deca_node", "start"]
+    def start(self, *, anew: bool = False) -> "LabDaemon":
+        """Start it; ``anew`` in an interpreter of its own, which takes seconds more."""
+        arguments = ["start"]
         for setting in self.settings:
-            command += ["--set", setting]
-        self.process = self.lab.start(self.name, command, self.log)
+            arguments += ["--set", setting]
+        if anew:
+            command = [sys.executable, "-m", "deca_node", *arguments]
+            self.process = self.lab.start(self.name, command, self.log)
+        else:
+            self.process = self.lab.start_daemon(self.name, arguments, self.log)
         return self
 
     def status(self) -> pb.NodeStatus | None:

@@ -9,18 +9,21 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import selectors
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.lab.switch import Link, Switch
 
@@ -58,13 +61,86 @@ def _tell(*command: str, lines: str = "") -> None:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
+def _runtime_folder(host: str) -> str:
+    """What daemons of one machine tell each other through files is each host's own."""
+    folder = Path("/run/user") / host
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return str(folder)
+
+
+def _import_all() -> None:
+    """What a daemon imports until it trains a Llama."""
+    if "deca_node.node" not in sys.modules:
+        import transformers.models.llama.modeling_llama
+        import transformers.models.llama.tokenization_llama  # noqa: F401
+
+        import deca_node.cli
+        import deca_node.node  # noqa: F401
+
+        gc.collect()
+        gc.freeze()  # copies do not touch, and so share, what is there
+
+
+def _become(host: str, arguments: list[str], env: dict[str, str], log: str) -> NoReturn:
+    """Turn a copy of the server into a daemon of a host."""
+    code = 1
+    try:
+        os.setsid()
+        with (NAMESPACES / host).open("rb") as namespace:
+            _enter(namespace.fileno())
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for copy in (1, 2):
+            os.dup2(out, copy)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.closerange(3, 1024)  # devices and sockets of the server
+        os.environ.clear()
+        os.environ.update(env)
+        from deca_node.cli import main
+
+        main(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:  # noqa: BLE001 - below are the frames of the server
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Forked:
+    """A copy of this process, with the part of Popen's interface that is used here."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, minus the signal's number when one ended it, None while it runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        while self.poll() is None:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+
 class Server:
     """See the module."""
 
-    def __init__(self, seed: int) -> None:
-        self._switch = Switch(seed)
+    def __init__(self) -> None:
+        self._switch = Switch()
         self._taps: dict[str, int] = {}
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, subprocess.Popen[bytes] | Forked] = {}
         self._ways_in: dict[str, asyncio.Task[asyncio.Server]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -86,6 +162,20 @@ class Server:
             sys.stdout.flush()
 
     # --- requests, in the order they come: the frames of others wait the few milliseconds
+
+    def do_clear(self, seed: int) -> None:
+        """End all processes and take all hosts away; the next ones find a new switch."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for name, tap in self._taps.items():
+            self._loop.remove_reader(tap)
+            os.close(tap)
+            self._ways_in[name].result().close()
+            (SOCKETS / name).unlink()
+            _tell("ip", "netns", "del", name)
+        self._processes, self._taps, self._ways_in = {}, {}, {}
+        self._switch = Switch(seed)
 
     def do_host(self, name: str, address: str, station: str) -> None:
         """A new host: a namespace, its Ethernet device, its address, a way in for questions."""
@@ -129,15 +219,29 @@ class Server:
         self, host: str, command: list[str], env: dict[str, str], log: str
     ) -> dict[str, int]:
         """Start a process on a host; its output is appended to a file."""
-        folder = Path("/run/user") / host  # what daemons tell each other through files
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        env = {**env, "XDG_RUNTIME_DIR": str(folder)}
+        env = {**env, "XDG_RUNTIME_DIR": _runtime_folder(host)}
         with inside(host), Path(log).open("ab") as out:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env
             )
         self._processes[process.pid] = process
         return {"pid": process.pid}
+
+    def do_fork(
+        self, host: str, arguments: list[str], env: dict[str, str], log: str
+    ) -> dict[str, int]:
+        """Start ``deca-node`` on a host without the seconds that its imports take.
+
+        The process is a copy of this one, which imports them once; from ``main`` on it is what
+        ``do_start`` would have made.
+        """
+        _import_all()
+        env = {**env, "XDG_RUNTIME_DIR": _runtime_folder(host)}
+        pid = os.fork()
+        if pid == 0:
+            _become(host, arguments, env, log)
+        self._processes[pid] = Forked(pid)
+        return {"pid": pid}
 
     def do_signal(self, pid: int, number: int) -> None:
         """Send a signal to a process that was started here; none when it has ended."""
@@ -199,7 +303,7 @@ async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def _main() -> None:
-    await Server(int(sys.argv[1])).serve()
+    await Server().serve()
 
 
 if __name__ == "__main__":
