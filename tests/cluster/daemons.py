@@ -20,6 +20,8 @@ DEADLINE = 120.0  # a bound on failure; nothing waits this long when all is well
 class Daemon:
     """One daemon, its folder and its log."""
 
+    deadline = DEADLINE
+
     def __init__(self, folder: Path, name: str, settings: Sequence[str]) -> None:
         self.folder, self.name = folder, name
         self.output = folder / name
@@ -49,7 +51,7 @@ class Daemon:
 
     def wait(self) -> int:
         assert self.process is not None
-        return self.process.wait(DEADLINE)
+        return self.process.wait(self.deadline)
 
     def end(self, number: int = signal.SIGTERM) -> None:
         assert self.process is not None
@@ -76,7 +78,7 @@ class Daemon:
 
     def until(self, reached) -> pb.NodeStatus:
         """Ask again and again until the status satisfies a condition."""
-        limit = time.monotonic() + DEADLINE
+        limit = time.monotonic() + self.deadline
         while time.monotonic() < limit:
             assert self.process is not None
             assert self.process.poll() is None, (
