@@ -20,6 +20,8 @@ class Phase(IntEnum):
     SERVING = 4
     DONE = 5
     STOPPING = 6
+    CATCHING_UP = 7
+    AGREEING = 8
 
     @classmethod
     def _missing_(cls, value: object) -> "Phase":  # noqa: ARG003 - the enum's own signature
@@ -61,6 +63,8 @@ class Peer:
 # not begun.
 NEAR_VISITS = 1
 
+FINISHED = (Phase.SERVING, Phase.DONE)
+
 
 def heard(
     known: Peer | None,
@@ -93,7 +97,7 @@ def heard(
     )
     if phase == Phase.STOPPING:
         return replace(peer, state=State.GONE, detail="stopping")
-    if phase >= Phase.SERVING:
+    if phase in FINISHED:
         return replace(peer, state=State.DONE, detail="finished the run")
     met = same and known is not None and known.state != State.BEHIND
     training = Phase.TRAINING in (phase, own_phase)
@@ -142,7 +146,7 @@ def members(own: str, peers: Iterable[Peer]) -> frozenset[str]:
     at a visit.
     """
     present = (State.ALIVE, State.SUSPECT)
-    acting = (Phase.WAITING, Phase.TRAINING)
+    acting = (Phase.WAITING, Phase.TRAINING, Phase.AGREEING)
     return frozenset(
         {
             own,
@@ -187,12 +191,14 @@ class Verdict(IntEnum):
 class Edges:
     """The edges of a visit, fixed for all its steps.
 
-    ``weights`` maps neighbours to w_ij; ``degree`` is the number announced to them.
+    ``weights`` maps neighbours to w_ij; ``degree`` is the number announced to them; ``graphs`` has
+    the digests that they told of the graph that they see, 0 where it does not matter to them.
     """
 
     visit: int
     degree: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
+    graphs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def own_weight(self) -> float:
@@ -222,6 +228,7 @@ class VisitAgreement:
         self._wanted: frozenset[str] = frozenset()
         self._offers: dict[str, Offer] = {}
         self._degrees: dict[str, tuple[int, int]] = {}
+        self._graphs: dict[str, int] = {}
         self._answers: dict[str, Verdict] = {}
         self._edges: frozenset[str] = frozenset()
 
@@ -276,10 +283,11 @@ class VisitAgreement:
         )
         return self._edges
 
-    def degree(self, peer: str, visit: int, degree: int) -> None:
-        """A peer told its number of edges in a visit (early arrivals are kept)."""
+    def degree(self, peer: str, visit: int, degree: int, graph: int = 0) -> None:
+        """A peer told its number of edges in a visit (early arrivals are kept), and its graph."""
         if visit >= self.visit:
             self._degrees[peer] = (visit, degree)
+            self._graphs[peer] = graph
 
     def unsettled(self) -> frozenset[str]:
         """Edges whose other end has not told its degree yet."""
@@ -290,4 +298,6 @@ class VisitAgreement:
     def settle(self) -> Edges:
         """Weights of the edges whose degrees are known; the others carry nothing this visit."""
         degrees = {peer: self._degrees[peer][1] for peer in self._edges - self.unsettled()}
-        return Edges(self.visit, len(self._edges), metropolis_hastings(len(self._edges), degrees))
+        weights = metropolis_hastings(len(self._edges), degrees)
+        graphs = {peer: self._graphs[peer] for peer in degrees}
+        return Edges(self.visit, len(self._edges), weights, graphs)
