@@ -255,7 +255,8 @@ class Agreeing:
         notes = {peer: intake.notes[peer] for peer in gathered.used}
         before = tally.neighbours
         back = tally.close_round(notes, {peer: intake.difference(peer) for peer in notes})
-        self.exchange.give_up(before - tally.neighbours)
+        if gone := before - tally.neighbours:
+            self.exchange.give_up(gone)
         if back:
             await self.worker(partial(block.master.copy_, kept))
         return True

@@ -112,14 +112,28 @@ class Checkpoint:
             self.state = _read_manifest(manifest)
             return True
 
+    def look(self) -> State:
+        """The newest state, for reading only: nothing is claimed, locked or changed.
+
+        A daemon may be using the folder and go on: a file that the state names may be gone by the
+        time it is read; then there is a newer state.
+
+        Raises:
+            OutputError: the folder holds no run, another one, or no state; or it is damaged.
+        """
+        with translated(self.folder):
+            self._recognise(self.folder / "run.json")
+            manifest = self._state_folder / "manifest.json"
+            if not manifest.exists():
+                raise OutputError(f"{self.folder}: nothing is trained yet")
+            self.state = _read_manifest(manifest)
+            return self.state
+
     def _recognise(self, mark: Path) -> None:
-        try:
-            found = json.loads(mark.read_bytes())
-        except ValueError:
-            raise OutputError(f"{mark}: damaged; move the folder away or restore it") from None
+        found = read_mark(mark)
         for name, value in self._identity.items():
-            if not isinstance(found, dict) or found.get(name) != value:
-                there = found.get(name, "absent") if isinstance(found, dict) else "absent"
+            if found.get(name) != value:
+                there = found.get(name, "absent")
                 raise OutputError(
                     f"{self.folder}: holds another run ({name} is {there!r} there, {value!r} "
                     "here); set node.output to a new folder"
@@ -219,6 +233,24 @@ class Checkpoint:
                     f"{self._state_folder} to begin the run anew"
                 )
             return load_file(path)
+
+
+def read_mark(mark: Path) -> dict[str, Any]:
+    """What ``run.json`` says of the run that a folder holds.
+
+    Raises:
+        OutputError: it is missing, unreadable or damaged.
+    """
+    with translated(mark):
+        try:
+            found = json.loads(mark.read_bytes())
+        except FileNotFoundError:
+            raise OutputError(
+                f"{mark.parent}: holds no run; set node.output to the folder of one"
+            ) from None
+        except ValueError:
+            raise OutputError(f"{mark}: damaged; move the folder away or restore it") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _read_manifest(path: Path) -> State:

@@ -48,6 +48,7 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, now=1
         (replace(BOB, state=State.BEHIND), {"visit": 0}, State.BEHIND),
         (replace(BOB, state=State.BEHIND), {"visit": 2}, State.ALIVE),  # caught up
         (BOB, {"phase": Phase.SERVING}, State.DONE),
+        (BOB, {"phase": Phase.AGREEING, "visit": 4}, State.ALIVE),
         (BOB, {"phase": Phase.STOPPING}, State.GONE),
     ],
 )
@@ -78,11 +79,12 @@ def test_members_are_those_that_act():
         BOB,
         replace(BOB, name="sue", state=State.SUSPECT),
         replace(BOB, name="new", phase=Phase.STARTING),
+        replace(BOB, name="ann", phase=Phase.AGREEING),
         replace(BOB, name="out", state=State.GONE),
         replace(BOB, name="far", state=State.BEHIND),
         replace(BOB, name="end", state=State.DONE),
     ]
-    assert members("me", peers) == {"me", "bob", "sue"}
+    assert members("me", peers) == {"me", "bob", "sue", "ann"}
 
 
 def test_waiting_names_who_is_here_and_who_does_not_count():
@@ -161,3 +163,15 @@ def test_an_edge_without_its_degree_carries_nothing():
     assert edges.weights == {"b": pytest.approx(1 / 3)}
     assert edges.own_weight == pytest.approx(2 / 3)
     assert edges.degree == 2
+
+
+def test_graphs_are_told_with_the_degree():
+    """What the other end sees is known once its degree is, for this visit alone."""
+    agreement = VisitAgreement(0)
+    for visit, graph in ((0, 77), (1, 0)):
+        agreement.begin(visit, frozenset({"bob"}))
+        agreement.offered("bob", visit, 7)
+        agreement.answered("bob", Verdict.ACCEPTED)
+        agreement.close()
+        agreement.degree("bob", visit, 1, graph)
+        assert agreement.settle().graphs == {"bob": graph}

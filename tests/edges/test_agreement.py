@@ -10,15 +10,17 @@ import torch
 
 from deca_node.agreement import Agreeing, _Intake
 from deca_node.blocks import Schedule, partition_layers
-from deca_node.config import ConsensusSettings, Timing
+from deca_node.config import ConsensusSettings, ModelSettings, Timing
 from deca_node.errors import PeerUnavailable
 from deca_node.exchange import Exchange
 from deca_node.limits import MAX_NOTE_BYTES
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase
+from deca_node.models import LanguageModel
 from deca_node.swarm import Identity, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Layout, TensorSpec, metadata, snapshot
+from tests.tiny import make_model
 from tests.virtual_time import run
 
 SIZE = 2000
@@ -359,3 +361,37 @@ def test_a_note_that_is_none_is_refused(note):
         return zip(members, reversed(members), strict=True)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_models_end_with_the_same_layers(dtype, tmp_path):
+    """With real models: every block of the one is that of the other, and the rest is untouched."""
+    folder = make_model(tmp_path / "model", "llama")
+    models = [
+        LanguageModel.load(ModelSettings(path=folder, dtype=dtype), torch.device("cpu"))
+        for _ in range(3)
+    ]
+    layers = [range(low, low + 2) for low in (0, 2)]
+    with torch.no_grad():
+        for model, block in itertools.product(models, layers):
+            for tensor in model.block_tensors(block).values():
+                tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype), alpha=0.01)
+    head = models[0].module.get_input_embeddings().weight.clone()
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 3)
+        for member, model in zip(members, models, strict=True):
+            member.schedule = Schedule(layers, 1, 4, "descending", 0)
+            member.activate, member.release = model.activate, model.release
+        assert all(result.complete for result in await agreed(members))
+
+    run(scenario())
+    for block in layers:
+        first, *others = [model.block_tensors(block) for model in models]
+        for other in others:
+            for name, tensor in first.items():
+                # Nodes that differ by 1e-8 may still round to neighbouring numbers of 16 bits.
+                rounding = 2.0**-7 if dtype == "bf16" else 0.0
+                torch.testing.assert_close(other[name], tensor, rtol=rounding, atol=1e-4)
+    assert torch.equal(models[0].module.get_input_embeddings().weight, head)
+    assert not any(p.requires_grad for p in models[0].module.parameters())
