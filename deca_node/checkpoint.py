@@ -315,11 +315,23 @@ class Checkpoint:
                 sync(self.folder)
             return self._find_state()
 
+    def look(self) -> State:
+        """The newest state, for reading only: nothing is claimed, locked or changed.
+
+        A daemon may be using the folder and go on: a file that the state names may be gone by the
+        time it is read; then there is a newer state.
+
+        Raises:
+            OutputError: the folder holds no run, another one, or no state; or it is damaged.
+        """
+        with translated(self.folder):
+            self._recognise(self.folder / "run.json")
+            if not self._find_state():
+                raise OutputError(f"{self.folder}: nothing is trained yet")
+            return self.state
+
     def _recognise(self, mark: Path) -> None:
-        try:
-            found = _unsealed(mark, mark.read_bytes())
-        except ValueError:
-            raise OutputError(f"{mark}: damaged; move the folder away or restore it") from None
+        found = read_mark(mark)
         for name, value in self._identity.items():
             if found.get(name) != value:
                 there = found.get(name, "absent")
@@ -664,6 +676,23 @@ class Checkpoint:
         path = self._state_folder / saved.file
         with translated(path):
             return load_file(path)
+
+
+def read_mark(mark: Path) -> dict[str, Any]:
+    """What ``run.json`` says of the run that a folder holds.
+
+    Raises:
+        OutputError: it is missing, unreadable, damaged, or of another format.
+    """
+    with translated(mark):
+        try:
+            return _unsealed(mark, mark.read_bytes())
+        except FileNotFoundError:
+            raise OutputError(
+                f"{mark.parent}: holds no run; set node.output to the folder of one"
+            ) from None
+        except ValueError:
+            raise OutputError(f"{mark}: damaged; move the folder away or restore it") from None
 
 
 def _file_name(stem: str, visit: int, digest: str) -> str:

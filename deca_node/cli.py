@@ -293,6 +293,27 @@ def _unreachable(error: PeerError) -> UnreachableError:
     return UnreachableError(f"no deca-node answers at {error}")
 
 
+@app.command("export")
+def export_model(
+    to: Annotated[Path, typer.Option("--to", help="A new folder for the model.")],
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    consensus: Annotated[
+        bool,
+        typer.Option("--consensus", help="Only a model that the nodes have agreed on at the end."),
+    ] = False,
+) -> None:
+    """Write this node's model as far as it is trained, also while the node runs.
+
+    The folder can be loaded by transformers, like the one that a finished run
+    leaves in node.output.
+    """
+    from deca_node import export  # noqa: PLC0415 - imports torch
+
+    done = export.export(load(config, settings or ()), to, consensus=consensus)
+    typer.echo(f"wrote {to}: {done}")
+
+
 @app.command()
 def partition(
     source: Annotated[Path, typer.Argument(help="Labelled data: .jsonl, .csv, .parquet, folder.")],

@@ -347,6 +347,27 @@ class TopologySettings(Section):
         return self
 
 
+class ConsensusSettings(Section):
+    """The agreement after the last round, which brings all nodes to one model."""
+
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Largest difference between two nodes' blocks at the end, relative to the "
+        "largest between two neighbours before; 1e-3 is a good value. 0: no agreement, every node "
+        "keeps its own model. Smaller takes more rounds, and each sends the block to every "
+        "neighbour.",
+    )
+    max_rounds: int = Field(
+        500,
+        ge=8,
+        le=100_000,
+        description="Most rounds on one block. A few dozen are enough on a graph that holds; "
+        "where nodes are lost meanwhile the rest may take hundreds.",
+    )
+
+
 class NetworkSettings(Section):
     """How peers are found and how long they are waited for."""
 
@@ -457,6 +478,7 @@ class Settings(BaseSettings):
     schedule: ScheduleSettings = ScheduleSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     topology: TopologySettings = TopologySettings()
+    consensus: ConsensusSettings = ConsensusSettings()
     network: NetworkSettings = NetworkSettings()
 
     def timing(self) -> Timing:

@@ -6,9 +6,9 @@ and collects theirs. A peer's failure is an entry in a report here, never an exc
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -99,6 +99,12 @@ class Gathered:
 Sink = Callable[[int, Tensor, float], None]
 """Mixes a slice: index of its first element, float32 values, weight."""
 
+Hear = Callable[[str, str], Sink]
+"""Told a neighbour and the note beside its block, before the block's values: where these go.
+
+Raises PayloadError when the note is none.
+"""
+
 
 class Exchange:
     """See the module.
@@ -120,6 +126,7 @@ class Exchange:
         self._agreement = VisitAgreement(0)
         self.edges = Edges(-1)
         self._steps_per_visit = 1
+        self._graph = 0
         self._held: list[Snapshot] = []
         self._fetched: dict[int, set[str]] = {}
         self._newest = -1
@@ -135,15 +142,22 @@ class Exchange:
     # --- agreeing on the edges of a visit
 
     async def open_visit(
-        self, visit: int, steps_per_visit: int, wanted: frozenset[str], first_serial: int
+        self,
+        visit: int,
+        steps_per_visit: int,
+        wanted: frozenset[str],
+        first_serial: int,
+        graph: int = 0,
     ) -> Edges:
         """Shake hands with the wanted neighbours and fix the visit's edges and weights.
 
         Waits at most ``visit_deadline`` for the neighbours to come, and as long for their degrees,
         since they may be waiting for others first. A peer that let us wait in vain in the last
-        visit is given one call's timeout in this one.
+        visit is given one call's timeout in this one. ``graph`` is told to the neighbours: a
+        digest of the graph that this node sees, where that matters.
         """
         self._steps_per_visit = steps_per_visit
+        self._graph = graph
         self._newest = first_serial - 1
         self._late.clear()
         self._slow.clear()
@@ -235,7 +249,10 @@ class Exchange:
 
         async def tell() -> None:
             request = pb.VisitDegree(
-                sender=self._peers.sender(), visit=self._agreement.visit, degree=degree
+                sender=self._peers.sender(),
+                visit=self._agreement.visit,
+                degree=degree,
+                graph=self._graph,
             )
             while (link := self._peers.link(peer)) is not None:
                 try:
@@ -266,8 +283,23 @@ class Exchange:
         self._let_go()
         self._pulse()
 
-    async def gather(self, serial: int, layout: Layout, sink: Sink) -> Gathered:
+    def give_up(self, peers: Collection[str]) -> None:
+        """Use the edges to these neighbours no more in this visit: neither take nor serve."""
+        weights = {peer: w for peer, w in self.edges.weights.items() if peer not in peers}
+        self.edges = replace(self.edges, weights=weights)
+        self._pulse()
+
+    async def gather(
+        self,
+        serial: int,
+        layout: Layout,
+        sink: Sink | None = None,
+        hear: Hear | None = None,
+    ) -> Gathered:
         """Pull the step's block from every neighbour and mix what passes its checks.
+
+        Either ``sink`` takes the values, or blocks must come with notes and ``hear`` says for each
+        where its values go.
 
         Returns when all came, or those that came lately are through and the others failed, at
         latest after ``step_deadline``.
@@ -278,7 +310,7 @@ class Exchange:
         report = Gathered()
         tasks = {
             asyncio.create_task(
-                self._take(peer, weight, serial, layout, sink, report, deadline)
+                self._take(peer, weight, serial, layout, sink, report, deadline, hear)
             ): peer
             for peer, weight in self.edges.weights.items()
         }
@@ -336,12 +368,13 @@ class Exchange:
         weight: float,
         serial: int,
         layout: Layout,
-        sink: Sink,
+        sink: Sink | None,
         report: Gathered,
         deadline: float,
+        hear: Hear | None,
     ) -> None:
         loop = asyncio.get_running_loop()
-        receiver = Receiver(layout, serial, self._run, peer)
+        receiver = Receiver(layout, serial, self._run, peer, noted=hear is not None)
         mixed = 0
         problem: PeerError | None = PeerTimeout("not there in time")  # when cancelled
         request = pb.PullRequest(sender=self._peers.sender(), serial=serial)
@@ -355,9 +388,11 @@ class Exchange:
                     self._peers.received(peer, len(message))
                     begin = loop.time()
                     arrived = receiver.feed(message)
-                    if arrived is not None:
+                    if arrived is not None and sink is not None:
                         sink(*arrived, weight)
                         mixed += 1
+                    elif hear is not None and receiver.note is not None:
+                        sink = hear(peer, receiver.note)
                     report.mix += loop.time() - begin
                     if receiver.complete:
                         break
@@ -415,7 +450,7 @@ class Exchange:
         peer = self._peers.check_sender(request.sender)
         if request.degree < 1:
             raise PeerRefused("bad_degree", "a neighbour has at least one edge")
-        self._agreement.degree(peer, request.visit, request.degree)
+        self._agreement.degree(peer, request.visit, request.degree, request.graph)
         self._pulse()
         return self._answer(Verdict.ACCEPTED)
 

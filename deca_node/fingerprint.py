@@ -46,6 +46,16 @@ def fingerprint(
     }
 
 
+def agreement_marks(settings: Settings) -> dict[str, str]:
+    """Named values that must be equal to work together, but do not make a run another one.
+
+    A run that has finished may be started again with other values, to agree once more.
+    """
+    return {
+        f"consensus.{name}": str(value) for name, value in settings.consensus.model_dump().items()
+    }
+
+
 def difference(own: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
     """The first field in which two fingerprints differ, with both values; None when equal."""
     for name in [*own, *sorted(set(theirs) - set(own))]:

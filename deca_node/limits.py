@@ -18,6 +18,10 @@ MAX_CONTACTS = 2 * MAX_MEMBERS
 MAX_PROPOSALS = 64
 # Longest node or run name that is looked at (config allows 48).
 MAX_NAME_BYTES = 64
+# What a header may say beside its block in final agreement: some numbers, and broken edges by the
+# names of their two ends. Who is missing from a graph that lost more of them is told in part.
+MAX_LOST_EDGES = 64
+MAX_NOTE_BYTES = 16 << 10
 # Longest address: a DNS name (255 bytes, RFC 1035) and a port.
 MAX_ADDRESS_BYTES = 262
 # Fields of a fingerprint, and bytes in one: a run has about 25 of at most 100 bytes.

@@ -234,12 +234,14 @@ class Verdict(IntEnum):
 class Edges:
     """The edges of a visit, fixed for all its steps.
 
-    ``weights`` maps neighbours to w_ij; ``degree`` is the number announced to them.
+    ``weights`` maps neighbours to w_ij; ``degree`` is the number announced to them; ``graphs`` has
+    the digests that they told of the graph that they see, 0 where it does not matter to them.
     """
 
     visit: int
     degree: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
+    graphs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def own_weight(self) -> float:
@@ -269,6 +271,7 @@ class VisitAgreement:
         self._wanted: frozenset[str] = frozenset()
         self._offers: dict[str, Offer] = {}
         self._degrees: dict[str, tuple[int, int]] = {}
+        self._graphs: dict[str, int] = {}
         self._answers: dict[str, Verdict] = {}
         self._edges: frozenset[str] = frozenset()
 
@@ -329,10 +332,11 @@ class VisitAgreement:
         )
         return self._edges
 
-    def degree(self, peer: str, visit: int, degree: int) -> None:
-        """A peer told its number of edges in a visit (early arrivals are kept)."""
+    def degree(self, peer: str, visit: int, degree: int, graph: int = 0) -> None:
+        """A peer told its number of edges in a visit (early arrivals are kept), and its graph."""
         if visit >= self.visit:
             self._degrees[peer] = (visit, degree)
+            self._graphs[peer] = graph
 
     def unsettled(self) -> frozenset[str]:
         """Edges whose other end has not told its degree yet."""
@@ -343,4 +347,6 @@ class VisitAgreement:
     def settle(self) -> Edges:
         """Weights of the edges whose degrees are known; the others carry nothing this visit."""
         degrees = {peer: self._degrees[peer][1] for peer in self._edges - self.unsettled()}
-        return Edges(self.visit, len(self._edges), metropolis_hastings(len(self._edges), degrees))
+        weights = metropolis_hastings(len(self._edges), degrees)
+        graphs = {peer: self._graphs[peer] for peer in degrees}
+        return Edges(self.visit, len(self._edges), weights, graphs)

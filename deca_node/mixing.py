@@ -44,3 +44,14 @@ def mix_arrival(x: Tensor, own: Tensor, received: Tensor, weight: float) -> None
     for part in slices(own):
         difference = torch.sub(received[part], own[part])
         x[part].add_(difference.to(x.device), alpha=weight)
+
+
+def mix_measured(x: Tensor, own: Tensor, received: Tensor, weight: float) -> float:
+    """The same with any weight, 0 included, and ‖x_j − x_i‖₂² of what was received."""
+    square = 0.0
+    for part in slices(own):
+        difference = torch.sub(received[part], own[part])
+        square += float(torch.dot(difference, difference))
+        if weight:
+            x[part].add_(difference.to(x.device), alpha=weight)
+    return square

@@ -13,7 +13,7 @@ import json
 import struct
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from deca_node.errors import PayloadError
-from deca_node.limits import CHUNK_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
+from deca_node.limits import CHUNK_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_NOTE_BYTES
 from deca_node.pb.node_pb2 import Chunk
 
 # Received bytes are only read; torch warns that it cannot enforce that.
@@ -109,10 +109,24 @@ class Snapshot:
         """Values of data message ``index`` (0-based): float32 on CPU, read-only."""
         return _floats(memoryview(self.messages[index + 1])[PREFIX_BYTES:])
 
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, Tensor]]:
+        """``count`` values from element ``first`` on, cut at the messages' borders.
 
-def metadata(run: str, node: str, serial: int) -> dict[str, str]:
-    """What the safetensors header says about where the block comes from."""
-    return {"format": "pt", "run": run, "node": node, "serial": str(serial)}
+        Yields:
+            Index of a piece's first element, and its float32 values (CPU, read-only).
+        """
+        end = first + count
+        while first < end:
+            index, inside = divmod(first, CHUNK_ELEMENTS)
+            piece = self.values(index)[inside : inside + end - first]
+            yield first, piece
+            first += piece.numel()
+
+
+def metadata(run: str, node: str, serial: int, note: str | None = None) -> dict[str, str]:
+    """What the safetensors header says about where the block comes from, and a note beside it."""
+    about = {"format": "pt", "run": run, "node": node, "serial": str(serial)}
+    return about if note is None else {**about, "note": note}
 
 
 def frame(serial: int, offset: int, data: bytes | memoryview) -> bytes:
@@ -194,11 +208,19 @@ class Receiver:
         serial: the step asked for.
         run: the run's name, which the header must carry.
         node: the sender's name, which the header must carry.
+        noted: whether the header must carry a note, too, of at most MAX_NOTE_BYTES; else none.
+
+    Attributes:
+        note: the note once the header is there, unchecked otherwise.
     """
 
-    def __init__(self, layout: Layout, serial: int, run: str, node: str) -> None:
+    def __init__(
+        self, layout: Layout, serial: int, run: str, node: str, *, noted: bool = False
+    ) -> None:
         self._layout = layout
         self._about = metadata(run, node, serial)
+        self._noted = noted
+        self.note: str | None = None
         self._serial = serial
         self._offset = 0
         self._header: bytearray | None = bytearray()
@@ -264,12 +286,16 @@ class Receiver:
         if not isinstance(tree, dict):
             raise PayloadError("header", "not a JSON object")
         about = tree.pop("__metadata__", None)
+        note = about.pop("note", None) if self._noted and isinstance(about, dict) else None
+        if self._noted and not (isinstance(note, str) and len(note) <= MAX_NOTE_BYTES):
+            raise PayloadError("header", f"a note is needed, of at most {MAX_NOTE_BYTES} bytes")
         if about != self._about:
             raise PayloadError("header", f"about {str(about)[:100]}, expected {self._about}")
         expected = self._layout.table()
         if tree != expected:
             raise PayloadError("shape", _difference(tree, expected))
         self._header = None
+        self.note = note
 
 
 def _floats(data: memoryview) -> Tensor:

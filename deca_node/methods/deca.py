@@ -88,12 +88,9 @@ class Deca:
         if self._own is None:
             raise RuntimeError("nothing was published in this step")
         master = self._active.master
-        while values.numel():
-            index, inside = divmod(first, CHUNK_ELEMENTS)
-            own = self._own.values(index)[inside : inside + values.numel()]
-            size = own.numel()
-            mix_arrival(master[first : first + size], own, values[:size], weight)
-            first, values = first + size, values[size:]
+        for low, own in self._own.pieces(first, values.numel()):
+            part = slice(low, low + own.numel())
+            mix_arrival(master[part], own, values[low - first :][: own.numel()], weight)
 
     def settle(self, step: int) -> Settled:
         """See Method. Equations (8) to (10), in two passes over the block."""

@@ -8,7 +8,7 @@ import pytest
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import Timing, load
 from deca_node.errors import ConfigError
-from deca_node.fingerprint import difference, fingerprint
+from deca_node.fingerprint import agreement_marks, difference, fingerprint
 
 GOOD = '[model]\npath = "model"\n[data]\ntrain = "train.jsonl"\n'
 
@@ -153,6 +153,16 @@ def test_presets_can_be_adjusted(file):
     assert timing.visit_deadline == Timing.wan().visit_deadline
 
 
+def test_how_nodes_agree_is_compared_but_makes_no_other_run(file):
+    """A finished run is agreed on once more under another tolerance."""
+    found = difference(
+        agreement_marks(load(file)), agreement_marks(load(file, ["consensus.tolerance=1e-3"]))
+    )
+    assert found == "consensus.tolerance is '0.0' here, '0.001' there"
+    with pytest.raises(ConfigError, match=r"consensus\.tolerance = 1"):
+        load(file, ["consensus.tolerance=1"])
+
+
 def test_the_fingerprint_tells_what_matters_and_nothing_else(file):
     """Hyperparameters are compared, names, paths and addresses are not."""
 
@@ -173,6 +183,7 @@ def test_the_fingerprint_tells_what_matters_and_nothing_else(file):
         "data.batch_size=9",
         "network.preset=wan",
         "node.port=1",
+        "consensus.tolerance=0.001",  # see agreement_marks
         "topology.p=0.25",  # of a random graph only
     ):
         assert difference(own, marks(private)) is None

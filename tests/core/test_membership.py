@@ -54,6 +54,7 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, near=
         (replace(BOB, state=State.BEHIND), {"visit": 0}, State.BEHIND),
         (replace(BOB, state=State.BEHIND), {"visit": 2}, State.ALIVE),  # caught up
         (BOB, {"phase": Phase.SERVING}, State.DONE),
+        (BOB, {"phase": Phase.AGREEING, "visit": 4}, State.ALIVE),
         (BOB, {"phase": Phase.STOPPING}, State.GONE),
     ],
 )
@@ -84,13 +85,14 @@ def test_members_are_those_that_act():
         BOB,
         replace(BOB, name="sue", state=State.SUSPECT),
         replace(BOB, name="new", phase=Phase.STARTING),
+        replace(BOB, name="ann", phase=Phase.AGREEING),
         replace(BOB, name="out", state=State.GONE),
         replace(BOB, name="far", state=State.BEHIND),
         replace(BOB, name="off", state=State.AHEAD),
         replace(BOB, name="end", state=State.DONE),
         replace(BOB, name="deaf", reached=False),
     ]
-    assert members("me", peers, 3) == {"me", "bob", "sue"}
+    assert members("me", peers, 3) == {"me", "bob", "sue", "ann"}
 
 
 def test_who_catches_up_is_a_member_from_the_visit_it_has_named():
@@ -186,3 +188,15 @@ def test_an_edge_without_its_degree_carries_nothing():
     assert edges.weights == {"b": pytest.approx(1 / 3)}
     assert edges.own_weight == pytest.approx(2 / 3)
     assert edges.degree == 2
+
+
+def test_graphs_are_told_with_the_degree():
+    """What the other end sees is known once its degree is, for this visit alone."""
+    agreement = VisitAgreement(0)
+    for visit, graph in ((0, 77), (1, 0)):
+        agreement.begin(visit, frozenset({"bob"}))
+        agreement.offered("bob", visit, 7)
+        agreement.answered("bob", Verdict.ACCEPTED)
+        agreement.close()
+        agreement.degree("bob", visit, 1, graph)
+        assert agreement.settle().graphs == {"bob": graph}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_node.errors import PayloadError
-from deca_node.limits import CHUNK_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
+from deca_node.limits import CHUNK_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_NOTE_BYTES
 from deca_node.pb.node_pb2 import Chunk
 from deca_node.wire import (
     PREFIX_BYTES,
@@ -187,3 +187,33 @@ def test_flipped_bits_never_change_the_mix(data):
         taken = [receiver.feed(bytes(message)) for message in broken]
     if taken and receiver.complete:
         assert torch.equal(torch.cat([part[1] for part in taken if part]), SMALL_VALUES)
+
+
+def test_a_note_travels_in_the_header(flat):
+    """Where notes are expected the header brings one; the tensors are read as ever."""
+    about = metadata("run", "bob", 5, "all well")
+    receiver = Receiver(LAYOUT, 5, "run", "bob", noted=True)
+    assert receiver.note is None
+    for message in snapshot(flat, LAYOUT, 5, about).messages:
+        receiver.feed(message)
+    assert receiver.complete
+    assert receiver.note == "all well"
+
+
+@pytest.mark.parametrize(
+    ("noted", "about"),
+    [
+        (False, metadata("run", "bob", 5, "unasked")),
+        (True, ABOUT),
+        (True, metadata("run", "bob", 5, "x" * (MAX_NOTE_BYTES + 1))),
+        (True, {**metadata("run", "bob", 5, "note"), "more": "x"}),
+        (True, metadata("run", "eve", 5, "note")),
+    ],
+)
+def test_headers_say_what_is_asked_and_no_more(flat, noted, about):
+    """A missing, unasked or overlong note, or anything beside it, is refused."""
+    receiver = Receiver(LAYOUT, 5, "run", "bob", noted=noted)
+    with pytest.raises(PayloadError) as caught:
+        receiver.feed(snapshot(flat, LAYOUT, 5, about).messages[0])
+    assert caught.value.reason == "header"
+    assert receiver.note is None

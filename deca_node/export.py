@@ -1,0 +1,122 @@
+"""``deca-node export``: the base model with the blocks that the run's state keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.checkpoint import Checkpoint, SavedFile, State, read_mark
+from deca_node.config import Settings
+from deca_node.disk import translated
+from deca_node.errors import OutputError
+from deca_node.fingerprint import fingerprint
+from deca_node.models import DTYPES, LanguageModel
+
+# A daemon replaces one block in seconds at least, and only what it replaced is read again.
+MAX_TRIES = 10
+HOW_TO_AGREE = (
+    "set consensus.tolerance, the same on all nodes, and start them all again: finished nodes "
+    "agree, and write the model anew"
+)
+
+
+def export(settings: Settings, to: Path, *, consensus: bool) -> str:
+    """Write the model as far as this node has trained it; the node may be running.
+
+    What the open visit has done so far is not in it. The model is put together on the CPU, in the
+    precision that the run uses.
+
+    Args:
+        settings: the node's.
+        to: a new folder.
+        consensus: refuse what the nodes have not agreed on.
+
+    Returns:
+        What the model is, in words.
+
+    Raises:
+        OutputError: the node's folder holds no such run or no state, or a damaged one; it has no
+            agreement to show; or ``to`` is there already or cannot be written.
+        ModelError: the base model cannot be read.
+        DiskFullError: there is no room for the model.
+    """
+    folder = settings.node.output
+    if to.exists():
+        raise OutputError(f"{to}: is there already; give --to a new folder")
+    mark = read_mark(folder / "run.json")
+    agreed = _agreed(folder) if consensus else ""
+    dtype = mark.get("model.dtype")
+    base = settings.model
+    if dtype in DTYPES:  # which "auto" was on the device that trains
+        base = base.model_copy(update={"dtype": dtype})
+    model = LanguageModel.load(base, torch.device("cpu"))
+    schedule = Schedule(
+        partition_layers(model.n_layers, settings.schedule.layers_per_block),
+        settings.schedule.rounds,
+        settings.schedule.steps,
+        settings.schedule.order,
+        settings.run.seed,
+    )
+    marks = fingerprint(
+        settings, schedule, model.config_digest(), model.weights_digest(), model.dtype
+    )
+    store = Checkpoint(folder, {**marks, "node": settings.node.name}, schedule)
+    state = _load_blocks(model, schedule, store)
+    if consensus and not state.progress.finished:
+        raise OutputError(f"{folder}: its nodes are about to agree once more; wait for the end")
+    model.export(to)
+    return (
+        f"the model after {state.progress.visit} of {schedule.visits} block visits, "
+        f"{len(state.blocks)} of {len(schedule.blocks)} blocks changed{agreed}"
+    )
+
+
+def _load_blocks(model: LanguageModel, schedule: Schedule, store: Checkpoint) -> State:
+    """Bring the model to the newest state, which may be replaced meanwhile."""
+    loaded: dict[int, SavedFile] = {}
+    for _ in range(MAX_TRIES):
+        state = store.look()
+        try:
+            for block, saved in state.blocks.items():
+                if loaded.get(block) != saved:
+                    model.load_block(schedule.blocks[block], store.load(saved))
+                    loaded[block] = saved
+        except OutputError:
+            if store.look() == state:
+                raise
+        else:
+            return state
+    raise OutputError(f"{store.folder}: changes faster than it can be read; try again")
+
+
+def _agreed(folder: Path) -> str:
+    """How the nodes have agreed, in words.
+
+    Raises:
+        OutputError: they have not; with what to do.
+    """
+    found = _summary(folder).get("consensus")
+    if not isinstance(found, dict):
+        raise OutputError(f"{folder}: finished without an agreement; {HOW_TO_AGREE}")
+    if found.get("complete") is not True:
+        raise OutputError(f"{folder}: its nodes did not come to an agreement; {HOW_TO_AGREE}")
+    members, missing = found.get("members", []), found.get("missing", [])
+    without = f", without {', '.join(missing)}" if missing else ""
+    return f", agreed on by {', '.join(members)}{without}"
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    with translated(path):
+        try:
+            tree = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise OutputError(
+                f"{folder}: the run is not finished, and nodes agree at its end only; without "
+                "--consensus the model is exported as it is"
+            ) from None
+        except ValueError:
+            raise OutputError(f"{path}: damaged; restore it, or {HOW_TO_AGREE}") from None
+    return tree if isinstance(tree, dict) else {}

@@ -1,0 +1,397 @@
+"""Final agreement over the loopback transport, in virtual time, on plain tensors."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+import structlog
+import torch
+
+from deca_node.agreement import Agreeing, _Intake
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.config import ConsensusSettings, ModelSettings, Timing
+from deca_node.errors import PeerUnavailable
+from deca_node.exchange import Exchange
+from deca_node.limits import MAX_NOTE_BYTES
+from deca_node.loopback import LoopbackNetwork
+from deca_node.membership import Phase
+from deca_node.models import LanguageModel
+from deca_node.swarm import Identity, Swarm
+from deca_node.topology import TopologySpec, graph
+from deca_node.wire import Layout, TensorSpec, metadata, snapshot
+from tests.tiny import make_model
+from tests.virtual_time import run
+
+SIZE = 2000
+LAYOUT = Layout((TensorSpec("w", (SIZE,)),))
+TIMING = Timing.lan()
+TOLERANCE = 1e-3
+
+
+class PlainBlock:
+    """A tensor in a block's place."""
+
+    layout = LAYOUT
+
+    def __init__(self, values):
+        self.master = values
+
+    def write_back(self):
+        pass
+
+
+class Member:
+    """A node after its last round: two blocks of its own random values about a common mean."""
+
+    def __init__(self, network, index, kind="ring", blocks=2, **settings):
+        self.index = index
+        self.name = f"n{index:02}"
+        self.schedule = Schedule(partition_layers(blocks, 1), 3, 4, "ascending", 0)
+        source = torch.Generator().manual_seed(index)
+        base = torch.randn(SIZE, generator=torch.Generator().manual_seed(99))
+        self.blocks = [base + 0.01 * torch.randn(SIZE, generator=source) for _ in range(blocks)]
+        self.start = [values.clone() for values in self.blocks]
+        self.phase, self.visit = Phase.AGREEING, self.schedule.visits
+        self.view = lambda: self.swarm.members()  # noqa: PLW0108 - made below
+        self.kind = kind
+        self.rounds = 0
+        self.results = []
+        self.on_round = lambda block, rounds: None
+        self.stopping = asyncio.Event()
+        self.transport = network.transport(f"10.0.0.{index}", 7430)
+        identity = Identity("run", self.name, 100 + index, {}, port=7430)
+        self.swarm = Swarm(
+            identity,
+            self.transport,
+            TIMING,
+            lambda: (self.phase, self.visit),
+            lambda: self.exchange.wake(),  # noqa: PLW0108 - made below
+            structlog.get_logger(),
+        )
+        self.exchange = Exchange(self.swarm, TIMING, "run", self.stopping)
+        self.settings = ConsensusSettings(**{"tolerance": TOLERANCE, **settings})
+
+    # transport.Handler
+
+    async def hello(self, request, source):
+        return await self.swarm.answer_hello(request, source)
+
+    async def open_visit(self, request):
+        return self.exchange.answer_offer(request)
+
+    async def settle_visit(self, request):
+        return self.exchange.answer_degree(request)
+
+    def pull(self, request):
+        return self.exchange.answer_pull(request)
+
+    # agreement.Model and Observer
+
+    def activate(self, layers):
+        return PlainBlock(self.blocks[layers.start])
+
+    def release(self):
+        pass
+
+    def block_opened(self, block, edges, chosen):
+        self.visit = edges.visit
+
+    def round_done(self, block, rounds):
+        self.rounds = rounds
+        self.on_round(block, rounds)
+
+    async def block_agreed(self, result):
+        self.results.append(result)
+
+    async def agree(self):
+        async def worker(work):
+            await asyncio.sleep(0.001)
+            return work()
+
+        def view():
+            return graph(self.view(), TopologySpec(self.kind))
+
+        return await Agreeing(
+            self.schedule,
+            self.settings,
+            self,
+            self.exchange,
+            view,
+            "run",
+            self.name,
+            self,
+            worker,
+            self.stopping,
+        ).run()
+
+
+async def meet(network, count, **options):
+    members = [Member(network, i, **options) for i in range(count)]
+    for member in members:
+        await member.transport.listen(member, None)
+    for one, other in itertools.permutations(members, 2):
+        one.swarm.propose(other.transport.address)
+    while any(len(member.swarm.members()) < count for member in members):
+        await asyncio.sleep(0.01)
+    return members
+
+
+async def agreed(members):
+    return await asyncio.gather(*(member.agree() for member in members))
+
+
+def spread(values):
+    """Largest ℓ2 distance between two of the nodes' blocks."""
+    return max((float((a - b).norm()) for a, b in itertools.combinations(values, 2)), default=0.0)
+
+
+def check_agreement(members, blocks, *, tolerance=TOLERANCE):
+    """All within tolerance of each other, and at the mean of what they began with."""
+    for block in blocks:
+        before = [member.start[block] for member in members]
+        after = [member.blocks[block] for member in members]
+        assert spread(after) <= tolerance * spread(before)
+        mean = torch.stack(before).mean(0)
+        assert float((torch.stack(after).mean(0) - mean).norm()) < 1e-5 * float(mean.norm())
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "used", "rounds"),
+    [
+        ("ring", 8, "exact", 4 + 4 + 2),  # eigenvalues, diameter, being calm and saying so
+        ("ring", 2, "plain", 1 + 1 + 2),
+        ("full", 5, "plain", 1 + 1 + 2),
+        ("bipartite", 5, "exact", 3 + 2 + 2),
+    ],
+)
+def test_all_nodes_end_with_one_model(kind, count, used, rounds):
+    """Every block is within tolerance, at the mean of all, after the rounds one can count."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), count, kind=kind)
+        results = await agreed(members)
+        check_agreement(members, range(2))
+        for result in results:
+            assert result.complete
+            assert (result.kind, result.rounds) == (used, 2 * rounds)
+            assert result.members == tuple(member.name for member in members)
+            assert result.missing == ()
+            assert result.disagreement < TOLERANCE * result.before
+
+    run(scenario())
+
+
+def test_random_graphs_use_chebyshev():
+    """Many distinct eigenvalues: the factors of the interval take fewer rounds."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 16, kind="erdos_renyi", blocks=1)
+        results = await agreed(members)
+        assert {result.kind for result in results} == {"chebyshev"}
+        assert all(result.complete for result in results)
+        check_agreement(members, [0])
+
+    run(scenario())
+
+
+def leave_at(network, member, rounds, *, politely=False):
+    """The node dies, or is told to stop, after so many rounds on its first block."""
+    closing = []
+
+    def watch(block, done):
+        if (block, done) == (0, rounds):
+            if not politely:
+                network.kill(member.transport.address)
+            member.stopping.set()
+            member.exchange.wake()
+            closing.append(asyncio.create_task(member.swarm.close()))
+
+    member.on_round = watch
+
+
+@pytest.mark.parametrize("politely", [False, True])
+@pytest.mark.parametrize("rounds", range(1, 11))
+def test_a_peer_that_drops_out_leaves_the_others_agreed(rounds, politely):
+    """Whenever it happens the others end within tolerance and know who is missing."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 8)
+        leave_at(network, members[3], rounds, politely=politely)
+        results = await agreed(members)
+        living = [member for member in members if member.index != 3]
+        for member in living:
+            result = results[member.index]
+            assert result.complete
+            assert result.missing == ("n03",)
+            assert result.members == tuple(each.name for each in living)
+            assert member.results[0].kind == ("plain" if rounds < 4 else "exact")
+        for block in range(2):
+            before = spread([member.start[block] for member in members])
+            assert spread([member.blocks[block] for member in living]) <= TOLERANCE * before
+        if rounds < 4:  # the living went back: their mean is that of what they began with
+            check_agreement(living, [0])
+        gone = results[3]
+        assert not gone.complete
+        if rounds < 9:  # no verdict yet: what it keeps is what it had
+            assert torch.equal(members[3].blocks[0], members[3].start[0])
+        assert torch.equal(members[3].blocks[1], members[3].start[1])
+
+    run(scenario())
+
+
+def test_losing_everybody_gives_the_block_back():
+    """A node whose neighbours all die keeps no half-way state."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 5)
+        for member in members[1:]:
+            leave_at(network, member, 1)
+        results = await agreed(members)
+        assert not results[0].complete
+        assert results[0].members == ("n00",)
+        for block in range(2):
+            assert torch.equal(members[0].blocks[block], members[0].start[block])
+
+    run(scenario())
+
+
+def test_other_views_of_the_members_fall_back_to_plain_gossip():
+    """Two nodes that do not see a third mix as the edges allow, and all still agree."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 8)
+        for member in members[:2]:
+            member.view = lambda member=member: member.swarm.members() - {"n05"}
+        results = await agreed(members)
+        check_agreement(members, range(2))
+        assert all(result.complete and result.kind == "plain" for result in results)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lost_blocks_cost_rounds_and_no_agreement(seed):
+    """Single contributions that fail on the way: plain rounds make up for them."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        source = random.Random(seed)
+
+        def fault(call, index, message):
+            if call.method == "Pull" and source.random() < 0.01:
+                raise PeerUnavailable("cut")
+            return message
+
+        members = await meet(network, 8)
+        network.fault = fault
+        results = await agreed(members)
+        assert all(result.complete for result in results)
+        for block in range(2):
+            before = spread([member.start[block] for member in members])
+            groups = {result.members for result in results}
+            for names in groups:
+                values = [m.blocks[block] for m in members if m.name in names]
+                assert spread(values) <= TOLERANCE * before
+
+    run(scenario())
+
+
+def test_rounds_that_run_out_are_said_and_kept():
+    """Too few rounds for the tolerance: not complete, but nearer than before."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 16, blocks=1, tolerance=1e-6, max_rounds=14)
+        results = await agreed(members)
+        assert not any(result.complete for result in results)
+        assert all(result.rounds == 14 for result in results)
+        before = spread([member.start[0] for member in members])
+        assert spread([member.blocks[0] for member in members]) < 0.5 * before
+
+    run(scenario())
+
+
+def test_nodes_that_agree_already_do_so_again():
+    """Equal blocks stay equal: rounding is not taken for disagreement."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 4, blocks=1)
+        for member in members:
+            member.blocks[0] = members[0].start[0] + 1e-8 * member.blocks[0]
+        results = await agreed(members)
+        assert all(result.complete for result in results)
+
+    run(scenario())
+
+
+def test_nobody_agrees_alone():
+    """Without any neighbour nothing is complete, and nothing changes."""
+
+    async def scenario():
+        (member,) = await meet(LoopbackNetwork(), 1)
+        (result,) = await agreed([member])
+        assert (result.kind, result.complete, result.members) == ("alone", False, ("n00",))
+        assert torch.equal(member.blocks[0], member.start[0])
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "note", ["", "[]", "\ud800", '{"plain": 1}', "x" * (MAX_NOTE_BYTES + 1), None]
+)
+def test_a_note_that_is_none_is_refused(note):
+    """What does not parse or is too long ends the neighbour's contribution, counted by reason."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await asyncio.gather(
+            *(m.exchange.open_visit(3, 500, frozenset({o.name}), 1500) for m, o in pairs(members))
+        )
+        about = metadata("run", "n01", 1500, note)
+        members[1].exchange.publish(snapshot(members[1].blocks[0], LAYOUT, 1500, about))
+        own = snapshot(members[0].blocks[0], LAYOUT, 1500, metadata("run", "n00", 1500, "{}"))
+        intake = _Intake(None, own, members[0].blocks[0])
+        report = await members[0].exchange.gather(1500, LAYOUT, hear=intake.hear)
+        assert report.missing == {"n01": "header"}
+        assert torch.equal(members[0].blocks[0], members[0].start[0])
+
+    def pairs(members):
+        return zip(members, reversed(members), strict=True)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_models_end_with_the_same_layers(dtype, tmp_path):
+    """With real models: every block of the one is that of the other, and the rest is untouched."""
+    folder = make_model(tmp_path / "model", "llama")
+    models = [
+        LanguageModel.load(ModelSettings(path=folder, dtype=dtype), torch.device("cpu"))
+        for _ in range(3)
+    ]
+    layers = [range(low, low + 2) for low in (0, 2)]
+    with torch.no_grad():
+        for model, block in itertools.product(models, layers):
+            for tensor in model.block_tensors(block).values():
+                tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype), alpha=0.01)
+    head = models[0].module.get_input_embeddings().weight.clone()
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 3)
+        for member, model in zip(members, models, strict=True):
+            member.schedule = Schedule(layers, 1, 4, "descending", 0)
+            member.activate, member.release = model.activate, model.release
+        assert all(result.complete for result in await agreed(members))
+
+    run(scenario())
+    for block in layers:
+        first, *others = [model.block_tensors(block) for model in models]
+        for other in others:
+            for name, tensor in first.items():
+                # Nodes that differ by 1e-8 may still round to neighbouring numbers of 16 bits.
+                rounding = 2.0**-7 if dtype == "bf16" else 0.0
+                torch.testing.assert_close(other[name], tensor, rtol=rounding, atol=1e-4)
+    assert torch.equal(models[0].module.get_input_embeddings().weight, head)
+    assert not any(p.requires_grad for p in models[0].module.parameters())

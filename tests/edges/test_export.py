@@ -1,0 +1,178 @@
+"""deca-node export: the model as it stands, while the node runs, and only if agreed."""
+
+import json
+
+import pytest
+import structlog
+import torch
+from safetensors.torch import load_file, save_file
+
+from deca_node import cli
+from deca_node.checkpoint import Checkpoint
+from deca_node.errors import OutputError
+from deca_node.export import export
+from deca_node.node import Node
+from tests.edges.test_node import settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of one node, at its end."""
+    import asyncio
+
+    folder = tmp_path_factory.mktemp("run")
+    assert asyncio.run(Node(settings(folder), structlog.get_logger()).run())
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def agreement(folder, **consensus):
+    """Write down an agreement, as the node would."""
+    path = folder / "out" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "consensus": consensus or None}))
+
+
+def test_a_finished_run_exports_the_model_that_it_wrote(finished, tmp_path):
+    """Base model and kept blocks make the very model of node.output, and transformers loads it."""
+    said = export(settings(finished), tmp_path / "new", consensus=False)
+    assert "after 4 of 4 block visits, 4 of 4 blocks changed" in said
+    assert same(weights(tmp_path / "new"), weights(finished / "out" / "model"))
+    assert not same(weights(tmp_path / "new"), weights(finished / "model"))
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+
+
+def test_a_running_nodes_folder_is_read_and_left_alone(finished, tmp_path):
+    """Its lock does not matter, and nothing in it changes."""
+
+    def content():
+        files = sorted(path for path in (finished / "out").rglob("*") if path.is_file())
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    mark = json.loads((finished / "out" / "run.json").read_text())
+    mark.pop("format")
+    daemon = Checkpoint(finished / "out", mark)
+    assert daemon.claim()
+    before = content()
+    export(settings(finished), tmp_path / "new", consensus=False)
+    assert content() == before
+    daemon.release()
+
+
+def test_a_block_replaced_meanwhile_is_read_again(finished, tmp_path, monkeypatch):
+    """A file that is gone belongs to an older state: the newest one is what comes out."""
+    state = finished / "out" / "state"
+    manifest = json.loads((state / "manifest.json").read_text())
+    saved = manifest["blocks"]["1"]
+    backup = (state / saved["file"]).read_bytes()
+    newer = {name: tensor + 1 for name, tensor in load_file(state / saved["file"]).items()}
+    real = Checkpoint.load
+    calls = []
+
+    def load(self, asked):
+        if len(calls) == 1:  # the daemon ends a visit between two reads
+            save_file(newer, state / "block-0001-9.safetensors")
+            changed = {"file": "block-0001-9.safetensors", "xxh3": digest(state)}
+            tree = {**manifest, "blocks": {**manifest["blocks"], "1": {**saved, **changed}}}
+            (state / "manifest.json").write_text(json.dumps(tree))
+            (state / saved["file"]).unlink()
+        calls.append(asked.file)
+        return real(self, asked)
+
+    def digest(folder):
+        import xxhash
+
+        return xxhash.xxh3_128_hexdigest((folder / "block-0001-9.safetensors").read_bytes())
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    try:
+        export(settings(finished), tmp_path / "new", consensus=False)
+    finally:
+        (state / "manifest.json").write_text(json.dumps(manifest))
+        (state / saved["file"]).write_bytes(backup)
+    found = weights(tmp_path / "new")
+    assert all(torch.equal(found[name], tensor) for name, tensor in newer.items())
+    assert len(calls) == len(set(calls)) == 5  # nothing was read twice
+
+
+def test_a_damaged_block_is_named_and_nothing_written(finished, tmp_path):
+    """A file that is still the newest and does not fit its digest ends the export."""
+    path = next((finished / "out" / "state").glob("block-0002-*"))
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    try:
+        with pytest.raises(OutputError, match=path.name):
+            export(settings(finished), tmp_path / "new", consensus=False)
+    finally:
+        path.write_bytes(good)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("optimizer.learning_rate=2e-3", "holds another run .optimizer.learning_rate"),
+        ("node.name=other", "holds another run .node is"),
+        ("node.output=nowhere", "nowhere: holds no run; set node.output"),
+    ],
+)
+def test_another_runs_folder_is_refused(finished, tmp_path, more, words):
+    """Named with the setting that differs; nothing is written."""
+    with pytest.raises(OutputError, match=words):
+        export(settings(finished, more), tmp_path / "new", consensus=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_existing_folder_is_not_overwritten(finished):
+    """Said before the model is loaded."""
+    with pytest.raises(OutputError, match="give --to a new folder"):
+        export(settings(finished), finished / "out" / "model", consensus=False)
+
+
+def test_consensus_is_exported_when_it_is_recorded(finished, tmp_path):
+    """It says who has this model, and who is missing."""
+    agreement(finished, complete=True, members=["a", "b"], missing=["c"])
+    said = export(settings(finished), tmp_path / "new", consensus=True)
+    assert said.endswith("agreed on by a, b, without c")
+    assert same(weights(tmp_path / "new"), weights(finished / "out" / "model"))
+
+
+@pytest.mark.parametrize(
+    ("consensus", "words"),
+    [
+        ({}, "finished without an agreement; set consensus.tolerance"),
+        ({"complete": False}, "did not come to an agreement; set consensus.tolerance"),
+        ({"complete": "yes"}, "did not come to an agreement"),
+    ],
+)
+def test_what_was_not_agreed_on_is_refused_with_the_way_there(finished, tmp_path, consensus, words):
+    """The reason, and what to do about it."""
+    agreement(finished, **consensus)
+    with pytest.raises(OutputError, match=words):
+        export(settings(finished), tmp_path / "new", consensus=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_under_way_has_no_agreement(finished, tmp_path, capsys):
+    """The command line says so in one line, with the documented exit code."""
+    (finished / "out" / "summary.json").rename(tmp_path / "aside")
+    arguments = ["export", "--consensus", "--to", str(tmp_path / "new")]
+    for key in ("node.output", "model.path", "data.train"):
+        value = {"node.output": "out", "model.path": "model", "data.train": "train.jsonl"}[key]
+        arguments += ["--set", f"{key}={finished / value}"]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+    finally:
+        (tmp_path / "aside").rename(finished / "out" / "summary.json")
+    assert ended.value.code == OutputError.exit_code
+    assert "the run is not finished" in capsys.readouterr().err
