@@ -162,7 +162,7 @@ class Exchange:
         self._late.clear()
         self._slow.clear()
         self._waited.clear()
-        self._agreement.begin(visit, wanted)
+        self._agreement.begin(visit, wanted, first_serial - visit * steps_per_visit)
         self._pulse()
         await self._handshake(wanted, self._offer, self._agreement.undecided)
         linked = self._agreement.close()
@@ -218,7 +218,11 @@ class Exchange:
 
     def _offer(self, peer: str) -> "asyncio.Task[None]":
         async def offer() -> None:
-            request = pb.VisitOffer(sender=self._peers.sender(), visit=self._agreement.visit)
+            request = pb.VisitOffer(
+                sender=self._peers.sender(),
+                visit=self._agreement.visit,
+                step=self._newest + 1 - self._agreement.visit * self._steps_per_visit,
+            )
             while (link := self._peers.link(peer)) is not None:
                 pause = self._timing.heartbeat
                 try:
@@ -441,7 +445,7 @@ class Exchange:
         """A neighbour offers an edge."""
         peer = self._peers.check_sender(request.sender)
         self._peers.seen(peer)
-        verdict = self._agreement.offered(peer, request.visit, request.sender.session)
+        verdict = self._agreement.offered(peer, request.visit, request.sender.session, request.step)
         self._pulse()
         return self._answer(verdict)
 

@@ -64,6 +64,10 @@ class KeptBlocks:
         """A visit of a block has ended."""
         self._unsaved[visit.block] = visit.index
 
+    def agreed(self, block: int) -> None:
+        """The nodes have agreed on a block after the last visit."""
+        self._unsaved[block] = self._schedule.visits
+
     def save(self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False) -> None:
         """Keep what changed, and the progress; to be called on the training thread.
 

@@ -19,7 +19,7 @@ from deca_node.methods import Method
 from deca_node.pb import node_pb2 as pb
 from deca_node.rounds import Batches, Observer, Rounds, Start, StepRecord, Worker
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.topology import TopologySpec
+from deca_node.topology import Graph, TopologySpec
 from deca_node.transport import Transport
 
 # A node that starts again within a run waits this long for its old members, then goes on without.
@@ -95,7 +95,7 @@ class Member:
         self.giver = Giver(
             self.swarm,
             blocks,
-            lambda: (self.visit, self.exchange.is_closed(self.visit)),
+            lambda: (min(self.visit, schedule.visits), self.exchange.is_closed(self.visit)),
             timing,
             run.catch_up_rate,
         )
@@ -130,10 +130,13 @@ class Member:
         self.exchange.wake()
         self._woken()
 
+    def graph(self, visit: int) -> Graph:
+        """The topology over the members of a visit."""
+        return topology.graph(self.swarm.members(visit), self._run.topology)
+
     def neighbours(self, visit: int) -> frozenset[str]:
         """With whom the topology would have this member exchange in a visit."""
-        name = self.swarm.identity.node
-        return topology.graph(self.swarm.members(visit), self._run.topology)[name]
+        return self.graph(visit)[self.swarm.identity.node]
 
     def _is_behind(self, visit: int) -> bool:
         """Whether this member must catch up before a visit.

@@ -251,10 +251,16 @@ class Edges:
 
 @dataclass(frozen=True)
 class Offer:
-    """A peer's latest offer."""
+    """A peer's latest offer; ``step`` is the first that it will do of the visit."""
 
     visit: int
     session: int
+    step: int = 0
+
+
+# Neighbours that stopped together, and resume within a visit, are at most one step apart; those
+# further apart would only wait for each other.
+NEAR_STEPS = 1
 
 
 class VisitAgreement:
@@ -268,6 +274,7 @@ class VisitAgreement:
         self.visit = visit
         self.closed = False
         self._begun = False
+        self._step = 0
         self._wanted: frozenset[str] = frozenset()
         self._offers: dict[str, Offer] = {}
         self._degrees: dict[str, tuple[int, int]] = {}
@@ -275,13 +282,17 @@ class VisitAgreement:
         self._answers: dict[str, Verdict] = {}
         self._edges: frozenset[str] = frozenset()
 
-    def begin(self, visit: int, wanted: frozenset[str]) -> None:
-        """This node enters a visit and wants edges with ``wanted``."""
+    def begin(self, visit: int, wanted: frozenset[str], step: int = 0) -> None:
+        """This node enters a visit at a step and wants edges with ``wanted``."""
+        self._step = step
         self.visit, self._wanted, self.closed, self._begun = visit, wanted, False, True
         self._answers, self._edges = {}, frozenset()
 
-    def offered(self, peer: str, visit: int, session: int) -> Verdict:
-        """A peer offers an edge for a visit; the answer is binding for both."""
+    def offered(self, peer: str, visit: int, session: int, step: int = 0) -> Verdict:
+        """A peer offers an edge for a visit; the answer is binding for both.
+
+        Accepted offers become edges where both begin at about the same step, which both can tell.
+        """
         earlier = self._offers.get(peer)
         if visit < self.visit or (visit == self.visit and self.closed):
             repeated = visit == self.visit and peer in self._edges
@@ -289,7 +300,7 @@ class VisitAgreement:
             return Verdict.ACCEPTED if repeated and same else Verdict.PASSED
         if visit == self.visit and self._begun and peer not in self._wanted:
             return Verdict.NOT_WANTED
-        self._offers[peer] = Offer(visit, session)
+        self._offers[peer] = Offer(visit, session, step)
         return Verdict.ACCEPTED
 
     def answered(self, peer: str, verdict: Verdict) -> None:
@@ -300,6 +311,11 @@ class VisitAgreement:
     def overtaken(self) -> bool:
         """Whether the visit was closed with no edge because neighbours had gone on without us."""
         passed = any(verdict is Verdict.PASSED for verdict in self._answers.values())
+        passed = passed or any(
+            offer.visit == self.visit and offer.step > self._step + NEAR_STEPS
+            for peer, offer in self._offers.items()
+            if self._answers.get(peer) is Verdict.ACCEPTED
+        )
         return self.closed and not self._edges and passed
 
     def undecided(self) -> frozenset[str]:
@@ -329,6 +345,7 @@ class VisitAgreement:
             if self._answers.get(peer) is Verdict.ACCEPTED
             and peer in self._offers
             and self._offers[peer].visit == self.visit
+            and abs(self._offers[peer].step - self._step) <= NEAR_STEPS
         )
         return self._edges
 

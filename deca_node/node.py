@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import secrets
+import shutil
 import signal
 import threading
 import time
@@ -16,11 +17,13 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from deca_node import __version__, logs, registry
+from deca_node import __version__, health, logs, registry
+from deca_node.agreement import Agreeing, Agreement, BlockAgreement
 from deca_node.blocks import Schedule, Visit, partition_layers
 from deca_node.catchup import Gain
 from deca_node.checkpoint import Checkpoint, Progress
 from deca_node.config import Settings
+from deca_node.consensus import Plan
 from deca_node.data import (
     BatchStream,
     Example,
@@ -33,7 +36,7 @@ from deca_node.data import (
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.errors import DecaError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
-from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint
+from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint
 from deca_node.kept import KeptBlocks
 from deca_node.limits import MAX_WATCHERS
 from deca_node.member import Member, Run
@@ -43,7 +46,7 @@ from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel, pick_device
 from deca_node.moments import Rule
 from deca_node.pb import node_pb2 as pb
-from deca_node.record import History, history_line, write_summary
+from deca_node.record import History, history_line, read_summary, write_summary
 from deca_node.rounds import Start, StepRecord
 from deca_node.swarm import Identity, Swarm
 from deca_node.topology import TopologySpec
@@ -87,6 +90,8 @@ class Node:
         self._phase = Phase.STARTING
         self._waiting_for = "the model"
         self._warnings: list[str] = []
+        self._findings: list[health.Finding] = []
+        self._most_members = 1
         self._watchers = 0
         self._progress = Progress()
         self._seconds_before = 0.0
@@ -188,6 +193,9 @@ class Node:
         self._progress = checkpoint.state.progress
         self._caught_up_before = self._progress.caught_up, self._progress.passed_over
         self._seconds_before = self._progress.seconds
+        again = self._progress.finished and self._is_agreement_due()
+        if again:
+            self._reopen()
         if self._progress.finished:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
@@ -229,9 +237,9 @@ class Node:
 
         member = self._member = self._make_member(marks, called, schedule, kept)
         await self._join(stack, member, checkpoint.state.peers, called)
-        if start.visit < schedule.visits:
+        if start.visit < schedule.visits or again:
             why = await member.wait_for_members(
-                settings.run.start_when, self._say_waiting, resumed=resumed
+                settings.run.start_when, self.say_waiting, resumed=resumed
             )
             if self._stopping.is_set():
                 raise Stopped
@@ -268,8 +276,64 @@ class Node:
             self._log.info("stopped, state saved", visit=end.visit, step=end.step)
             return False
         self._progress = self._at(end.visit, 0, batches.position)
-        await self._finish(member, kept, model, test, completions, counts)
+        agreement = None
+        if settings.consensus.tolerance > 0:
+            agreement = await self._agree(member, kept, model, schedule)
+            if self._stopping.is_set():
+                self._enter(Phase.STOPPING)
+                await asyncio.gather(self._leave(), asyncio.to_thread(kept.save))
+                return False
+        await self._finish(member, kept, model, test, completions, counts, agreement)
         return True
+
+    def _is_agreement_due(self) -> bool:
+        """Whether a finished run is to agree once more, on what its settings ask for now."""
+        tolerance = self.settings.consensus.tolerance
+        found = read_summary(self.settings.node.output / "summary.json").get("consensus") or {}
+        done = found.get("complete") is True and found.get("tolerance", 1.0) <= tolerance
+        return tolerance > 0 and not done
+
+    def _reopen(self) -> None:
+        """Begin the agreement of a finished run: what was agreed before does not count any more."""
+        path = self.settings.node.output / "summary.json"
+        write_summary(path, {**read_summary(path), "consensus": None})
+        self._progress = replace(self._progress, finished=False)
+
+    async def _agree(
+        self, member: Member, kept: KeptBlocks, model: LanguageModel, schedule: Schedule
+    ) -> Agreement:
+        """Bring all nodes to one model."""
+        self._enter(Phase.AGREEING)
+        self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
+        agreement = await Agreeing(
+            schedule,
+            self.settings.consensus,
+            model,
+            member.exchange,
+            lambda: member.graph(member.visit),
+            self.settings.run.name,
+            self.settings.node.name,
+            _AgreementKeeper(self, member, kept, schedule),
+            self._worker,
+            self._stopping,
+        ).run()
+        self._waiting_for = ""
+        if self._stopping.is_set():
+            return agreement
+        if not agreement.complete:
+            self._warn(
+                "the nodes did not all agree on one model; start them all again with the same "
+                "consensus.tolerance"
+            )
+        elif agreement.missing:
+            self._warn(f"agreed without {', '.join(agreement.missing)}")
+        self._log.info(
+            "agreed" if agreement.complete else "not agreed",
+            rounds=agreement.rounds,
+            disagreement=agreement.disagreement,
+            members=", ".join(agreement.members),
+        )
+        return agreement
 
     async def _finish(
         self,
@@ -279,6 +343,7 @@ class Node:
         test: list[Example],
         completions: dict[str, list[int]],
         counts: dict[str, int],
+        agreement: Agreement | None,
     ) -> None:
         """Serve neighbours, evaluate, write the model and the record."""
         exchange = member.exchange
@@ -298,6 +363,8 @@ class Node:
         self._progress = replace(self._progress, bytes_sent=sent)
         self._waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
+        if agreement is not None and folder.exists():
+            await asyncio.to_thread(shutil.rmtree, folder)  # of before the agreement
         if not folder.exists():
             await self._compute(partial(model.export, folder))
         progress = replace(self._progress, finished=True, seconds=self._seconds())
@@ -315,6 +382,9 @@ class Node:
             "incomplete_mixes": progress.incomplete,
             "visits_passed_over": progress.passed_over,
             "bytes_caught_up": progress.caught_up,
+            "consensus": {**asdict(agreement), "tolerance": self.settings.consensus.tolerance}
+            if agreement is not None
+            else None,
             "model": str(folder),
             "device": str(self._device),
             "version": __version__,
@@ -366,7 +436,7 @@ class Node:
             settings.run.name,
             settings.node.name,
             self._session,
-            marks,
+            {**marks, **agreement_marks(settings)},
             host=settings.node.advertise or "",
             port=port,
         )
@@ -392,6 +462,7 @@ class Node:
         """Begin to meet the others."""
         settings = self.settings
         stack.push_async_callback(self._leave)
+        self._joined = asyncio.get_running_loop().time()
         self._enter(Phase.WAITING)
         for address in settings.network.static_peers:
             member.swarm.propose(address, lasting=True)
@@ -409,6 +480,7 @@ class Node:
             port=port,
             protocol=PROTOCOL_VERSION,
             addresses=await asyncio.to_thread(own_addresses, advertised or settings.node.host),
+            addresses_now=None if advertised else partial(own_addresses, settings.node.host),
             interfaces=settings.network.interfaces,
             browse_every=self.timing.browse,
             sighted=member.swarm.propose,
@@ -462,8 +534,9 @@ class Node:
         if self._member is not None:
             self._member.enter(phase)
 
-    def _say_waiting(self, who: str) -> None:
-        self._waiting_for = who
+    def say_waiting(self, what: str) -> None:
+        """For whom or what this node waits, in words."""
+        self._waiting_for = what
 
     def _addresses(self) -> dict[str, str]:
         """Where peers were last met, for the state on disk."""
@@ -507,8 +580,48 @@ class Node:
         while True:
             if self._member is not None and not self._left:
                 self._member.swarm.sweep()
+                self._look_around(self._member)
             self._report(self.status())
             await happens(self._changed, 1.0)
+
+    def _look_around(self, member: Member) -> None:
+        """Say once what is wrong with the swarm as it is seen from here, and when it is mended."""
+        settings, discovery = self.settings, self._discovery
+        name, chosen, swarm = settings.node.name, settings.topology, member.swarm
+        self._most_members = max(self._most_members, len(swarm.members(member.visit)))
+        now = asyncio.get_running_loop().time()
+        found = health.diagnose(
+            health.View(
+                name=name,
+                run=settings.run.name,
+                port=swarm.identity.port,
+                phase=member.position().phase,
+                wanted=settings.run.start_when,
+                now=now,
+                looking=now - self._joined,
+                peers=list(swarm.peers.values()),
+                told=swarm.told,
+                version=__version__,
+                neighbours=frozenset(self._edges.weights) if self._visit is not None else None,
+                isolated=chosen.kind == "explicit"
+                and not any(name in edge for edge in chosen.edges),
+                most=self._most_members,
+                zeroconf=discovery is not None,
+                heard_itself=discovery is not None and discovery.heard_itself,
+                heard_others=discovery is not None and discovery.heard_others,
+                static=settings.network.static_peers,
+                silent=swarm.never_answered(settings.network.static_peers),
+                uncallable=swarm.uncallable(),
+                refusals=swarm.refusals,
+            )
+        )
+        before = {finding.key for finding in self._findings}
+        for finding in found:
+            if finding.key not in before:
+                self._log.warning(finding.text, finding=finding.key)
+        for mended in before - {finding.key for finding in found}:
+            self._log.info("mended", finding=mended)
+        self._findings = found
 
     # --- answers to peers (transport.Handler), before and after there is a member
 
@@ -582,7 +695,7 @@ class Node:
             address=self._address,
             model=self._model_name,
             waiting_for=self._waiting_for,
-            warnings=self._warnings,
+            warnings=[*(finding.text for finding in self._findings), *self._warnings],
             pid=os.getpid(),
             members_wanted=settings.run.start_when,
         )
@@ -656,9 +769,6 @@ class Node:
             return
         if missing := sorted(wanted - set(edges.weights)):
             self._warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
-        isolated = self.settings.topology.kind == "explicit"
-        if not edges.weights and self.settings.run.start_when > 1 and not isolated:
-            self._warn(f"visit {visit.index}: no neighbour at all, training alone")
         self._log.info("visit", visit=visit.index, layers=str(visit.layers)[5:], weights=weights)
 
     def step_done(self, record: StepRecord, data_position: int) -> None:
@@ -687,6 +797,11 @@ class Node:
         self._save(lambda: history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
         self._report(self.status())
+
+    def agreeing(self, block: int, edges: Edges, plan: str) -> None:
+        """The agreement on a block begins."""
+        self._edges = edges
+        self._log.info("agreeing on a block", block=block, neighbours=len(edges.weights), plan=plan)
 
     def is_save_due(self) -> bool:
         """Whether the open visit's state is old enough to be kept again."""
@@ -727,6 +842,29 @@ class _Keeper:
         self._node.visit_closed(visit, self._batches.position)
         self._kept.changed(visit)
         await self._node.keep(self._kept.save)
+
+
+class _AgreementKeeper:
+    """agreement.Observer: keeps the agreed blocks and tells how far it is."""
+
+    def __init__(self, node: Node, member: Member, kept: KeptBlocks, schedule: Schedule) -> None:
+        self._node, self._member, self._kept, self._schedule = node, member, kept, schedule
+
+    def block_opened(self, block: int, edges: Edges, chosen: Plan) -> None:
+        """See Observer."""
+        self._member.moved(self._schedule.visits + block)
+        self._node.agreeing(block, edges, f"{len(chosen.factors)} {chosen.kind} rounds planned")
+
+    def round_done(self, block: int, rounds: int) -> None:
+        """See Observer."""
+        total = len(self._schedule.blocks)
+        self._node.say_waiting(f"the agreement: block {block + 1} of {total}, round {rounds}")
+
+    async def block_agreed(self, result: BlockAgreement) -> None:
+        """See Observer."""
+        self._kept.agreed(result.block)
+        await self._node.keep(self._kept.save)
+        self._member.moved(self._schedule.visits + result.block + 1)
 
 
 def _nothing() -> None:

@@ -85,6 +85,16 @@ class History:
             return
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """What summary.json says; empty when there is none, or a damaged one."""
+    with translated(path):
+        try:
+            tree = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write summary.json in one piece."""
     with translated(path):

@@ -46,6 +46,9 @@ _ANSWERING = (State.ALIVE, State.DONE, State.BEHIND, State.AHEAD)
 # the lan preset, so that a restart does not raise an alarm.
 UNREACHED_SECONDS = 8.0
 
+# The same refusal of the same peer is logged this often; it is counted every time.
+REPEAT_SECONDS = 30.0
+
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
 UNMET = "unmet"
 
@@ -150,6 +153,7 @@ class Swarm:
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
         self._failing: set[str] = set()  # addresses whose last greeting was in vain
         self._said: dict[str, str] = {}
+        self._complained: dict[tuple[str, str], float] = {}
         self._vain: dict[str, float] = {}  # since when greetings to an address find nobody
         self._answered: set[str] = set()  # contacts that did answer once
         self._nudged = asyncio.Event()
@@ -554,7 +558,15 @@ class Swarm:
                 )
             )
         elif not isinstance(error, PeerTimeout):
-            self._log.warning("refused", peer=peer, reason=error.reason, detail=str(error))
+            # A node that stops, starts or goes on without us is nothing to warn about.
+            usual = error.reason in ("passed", "stopping", "starting")
+            now, key = self._now(), (peer, error.reason)
+            if now - self._complained.get(key, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+                if len(self._complained) >= MAX_CONTACTS:
+                    self._complained.clear()
+                self._complained[key] = now
+                level = self._log.debug if usual else self._log.warning
+                level("refused", peer=peer, reason=error.reason, detail=str(error))
 
     def seen(self, peer: str) -> None:
         """See Neighbourhood."""

@@ -105,12 +105,14 @@ class HelloReply(_message.Message):
     def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., refusal: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ..., unreached: bool = ...) -> None: ...
 
 class VisitOffer(_message.Message):
-    __slots__ = ("sender", "visit")
+    __slots__ = ("sender", "visit", "step")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     visit: int
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ...) -> None: ...
+    step: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class VisitDegree(_message.Message):
     __slots__ = ("sender", "visit", "degree", "graph")

@@ -200,3 +200,17 @@ def test_graphs_are_told_with_the_degree():
         agreement.close()
         agreement.degree("bob", visit, 1, graph)
         assert agreement.settle().graphs == {"bob": graph}
+
+
+def test_who_resumes_elsewhere_in_a_visit_gets_no_edge():
+    """Steps far apart are no edge on either end; the one behind knows that it was overtaken."""
+    for apart, edge in ((0, True), (1, True), (2, False), (40, False)):
+        sides = {"a": VisitAgreement(5), "b": VisitAgreement(5)}
+        sides["a"].begin(5, frozenset("b"), 3)
+        sides["b"].begin(5, frozenset("a"), 3 + apart)
+        sides["a"].answered("b", sides["b"].offered("a", 5, 1, 3))
+        sides["b"].answered("a", sides["a"].offered("b", 5, 2, 3 + apart))
+        for side in sides.values():
+            assert bool(side.close()) is edge
+        assert sides["a"].overtaken is not edge
+        assert not sides["b"].overtaken

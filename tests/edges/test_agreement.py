@@ -17,7 +17,7 @@ from deca_node.limits import MAX_NOTE_BYTES
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase
 from deca_node.models import LanguageModel
-from deca_node.swarm import Identity, Swarm
+from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Layout, TensorSpec, metadata, snapshot
 from tests.tiny import make_model
@@ -53,7 +53,7 @@ class Member:
         self.blocks = [base + 0.01 * torch.randn(SIZE, generator=source) for _ in range(blocks)]
         self.start = [values.clone() for values in self.blocks]
         self.phase, self.visit = Phase.AGREEING, self.schedule.visits
-        self.view = lambda: self.swarm.members()  # noqa: PLW0108 - made below
+        self.view = lambda: self.swarm.members(self.visit)
         self.kind = kind
         self.rounds = 0
         self.results = []
@@ -65,7 +65,8 @@ class Member:
             identity,
             self.transport,
             TIMING,
-            lambda: (self.phase, self.visit),
+            lambda: Position(self.phase, self.visit),
+            1,
             lambda: self.exchange.wake(),  # noqa: PLW0108 - made below
             structlog.get_logger(),
         )
@@ -132,7 +133,7 @@ async def meet(network, count, **options):
         await member.transport.listen(member, None)
     for one, other in itertools.permutations(members, 2):
         one.swarm.propose(other.transport.address)
-    while any(len(member.swarm.members()) < count for member in members):
+    while any(len(member.swarm.members(0)) < count for member in members):
         await asyncio.sleep(0.01)
     return members
 
@@ -264,7 +265,7 @@ def test_other_views_of_the_members_fall_back_to_plain_gossip():
     async def scenario():
         members = await meet(LoopbackNetwork(), 8)
         for member in members[:2]:
-            member.view = lambda member=member: member.swarm.members() - {"n05"}
+            member.view = lambda member=member: member.swarm.members(0) - {"n05"}
         results = await agreed(members)
         check_agreement(members, range(2))
         assert all(result.complete and result.kind == "plain" for result in results)

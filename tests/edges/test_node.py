@@ -41,10 +41,10 @@ async def test_a_block_that_could_not_be_kept_is_kept_with_the_next(tmp_path, mo
     failures = iter([True])
     real = checkpoint.Checkpoint.save_blocks
 
-    def save(self, blocks, progress):
+    def save(self, blocks, progress, peers=None):
         if next(failures, False):
             raise DiskFullError("disk: no space left")
-        real(self, blocks, progress)
+        real(self, blocks, progress, peers)
 
     monkeypatch.setattr(checkpoint.Checkpoint, "save_blocks", save)
     node = Node(settings(tmp_path), structlog.get_logger())
@@ -78,8 +78,8 @@ async def test_others_are_told_the_advertised_address_and_this_machine_its_own(t
 
     def look(status):
         here.update(e.address for e in registry.local_nodes() if e.run == "behind-a-router")
-        if node._swarm is not None:
-            greeting = node._swarm.greeting()
+        if node._member is not None:
+            greeting = node._member.swarm.greeting()
             said.add((status.address, greeting.host, greeting.port))
 
     run = settings(

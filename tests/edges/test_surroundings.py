@@ -62,7 +62,7 @@ def test_a_peer_that_cannot_be_called_is_told_so():
         await asyncio.sleep(60)
         assert member.swarm.uncallable() == frozenset()
         assert not other.swarm.told["n0"].unreached
-        assert member.swarm.members() == {"n0", "n1"}
+        assert member.swarm.members(0) == {"n0", "n1"}
         await member.swarm.close()
         await other.swarm.close()
 
@@ -101,7 +101,7 @@ def test_who_is_starting_may_not_know_its_whole_fingerprint():
         request.phase = pb.PHASE_STARTING
         assert (await member.hello(request, "10.0.0.77")).refusal == ""
         assert member.swarm.peers["x"].state == State.ALIVE
-        assert member.swarm.members() == {"n0"}
+        assert member.swarm.members(0) == {"n0"}
         wrong = greeting(seed="1")
         wrong.phase = pb.PHASE_STARTING
         assert "seed is '0' here, '1' there" in (await member.hello(wrong, "10.0.0.77")).refusal
