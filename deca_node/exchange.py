@@ -318,37 +318,34 @@ class Exchange:
             ): peer
             for peer, weight in self.edges.weights.items()
         }
-        pending = set(tasks)
         alone_since = begin  # when all but those that are still missing had come
-        while pending and not self._stopping.is_set():
-            # Those that hold nobody up may still bring what they have ready.
-            worth = {tasks[task] for task in pending if self._worth_waiting(tasks[task])}
-            limit = deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)
-            if len(worth) == 1:
-                limit = min(limit, alone_since + self._budget(*worth))
-            left = limit - loop.time()
-            if left <= 0:
-                if worth and loop.time() < deadline:
-                    self._slow |= worth
-                    continue
-                break
-            changed = asyncio.create_task(self.changed())
-            done, _ = await asyncio.wait(
-                {*pending, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED
-            )
-            changed.cancel()
-            pending -= done
-            for task in done - {changed}:
-                # What one neighbour takes after the last of the others is its to answer for.
-                if not pending and tasks[task] in worth:
-                    spent = loop.time() - alone_since
-                    self._waited[tasks[task]] = self._waited.get(tasks[task], 0.0) + spent
-                alone_since = loop.time()
-        for task in pending:
-            task.cancel()
-        for peer, raised in zip(
-            tasks.values(), await asyncio.gather(*tasks, return_exceptions=True), strict=True
-        ):
+        pending = set(tasks)
+        try:
+            while pending and not self._stopping.is_set():
+                # Those that hold nobody up may still bring what they have ready.
+                worth = {tasks[task] for task in pending if self._worth_waiting(tasks[task])}
+                limit = deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)
+                if len(worth) == 1:
+                    limit = min(limit, alone_since + self._budget(*worth))
+                if limit <= loop.time():
+                    if worth and loop.time() < deadline:
+                        self._slow |= worth
+                        continue
+                    break
+                arrived = await self._any_done(pending, limit - loop.time())
+                pending -= arrived
+                if arrived and not pending:
+                    # What the last one takes after the others is its own to answer for.
+                    for peer in {tasks[task] for task in arrived} & worth:
+                        spent = loop.time() - alone_since
+                        self._waited[peer] = self._waited.get(peer, 0.0) + spent
+                if arrived:
+                    alone_since = loop.time()
+        finally:
+            for task in pending:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for peer, raised in zip(tasks.values(), ended, strict=True):
             if isinstance(raised, Exception):
                 _log.error("defect while taking a block", peer=peer, exc_info=raised)
         for peer in self.edges.weights:  # a task may have been cancelled before it began
@@ -356,6 +353,19 @@ class Exchange:
                 report.missing[peer] = "late"
         report.wait = loop.time() - begin
         return report
+
+    async def _any_done(
+        self, tasks: set["asyncio.Task[None]"], seconds: float
+    ) -> set["asyncio.Task[None]"]:
+        """Those of the tasks that have ended, when one has or something else has changed."""
+        changed = asyncio.create_task(self.changed())
+        try:
+            await asyncio.wait(
+                {*tasks, changed}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            changed.cancel()
+        return {task for task in tasks if task.done()}
 
     def _worth_waiting(self, peer: str) -> bool:
         """Who missed a deadline, used up its budget, or broke the connection, holds nobody up."""

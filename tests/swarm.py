@@ -31,6 +31,8 @@ from deca_node.rounds import Start
 from deca_node.swarm import Identity
 from deca_node.topology import TopologySpec
 
+# What the members log would cost more than what they do.
+QUIET = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(50))
 WIDTH = 48
 LAYERS = 4
 
@@ -204,9 +206,8 @@ class ToyNode:
         identity = Identity("toy", self.name, session, {"seed": "0"}, port=int(port))
         self.stopping = asyncio.Event()
         run = Run(swarm.schedule, swarm.topology, swarm.timing, 1e9)
-        log = structlog.get_logger()
         self.member = member = Member(
-            run, identity, transport, keeping, self.stopping, lambda: None, log
+            run, identity, transport, keeping, self.stopping, lambda: None, QUIET
         )
         member.visit = self.disk.place.visit
         await transport.listen(member, None)
