@@ -12,7 +12,14 @@ from rich.text import Text
 
 from deca_node.pb import node_pb2 as pb
 
-_STATE_STYLES = {"alive": "green", "suspect": "yellow", "gone": "red", "refused": "red"}
+_STATE_STYLES = {
+    "alive": "green",
+    "suspect": "yellow",
+    "behind": "yellow",
+    "ahead": "yellow",
+    "gone": "red",
+    "refused": "red",
+}
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 140
 
@@ -84,6 +91,8 @@ def render(status: pb.NodeStatus) -> RenderableType:
     facts.add_row("phase", _phase(status))
     if status.waiting_for:
         facts.add_row("waiting for", Text(status.waiting_for))
+    if status.catch_up_total:
+        facts.add_row("fetched", _fetched(status))
     facts.add_row("position", position(status))
     facts.add_row("progress", _progress(status))
     if status.loss:
@@ -158,7 +167,7 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
         table.add_row(
             Text(status.node if len(runs) == 1 else f"{status.run}/{status.node}", "bold"),
             _phase(status),
-            _bar(status, 8),
+            _catch_up_bar(status, 8) if status.catch_up_total else _bar(status, 8),
             f"{status.steps_done}/{status.steps_total}" if status.steps_total else "-",
             duration(status.eta_seconds) if status.eta_seconds else "-",
             f"{status.loss:.3f}" if trained else "-",
@@ -172,7 +181,11 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
 
 def render_line(status: pb.NodeStatus) -> RenderableType:
     """Where one node is, in a line."""
-    if not status.loss:
+    if status.catch_up_total:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(phase(status.phase), _fetched(status), Text(status.waiting_for, "dim"))
+        return grid
+    if not status.loss or status.phase == pb.PHASE_AGREEING:
         return Text(f"{phase(status.phase)}  {status.waiting_for}", "dim")
     neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
     grid = Table.grid(padding=(0, 2))
@@ -193,6 +206,17 @@ def _phase(status: pb.NodeStatus) -> Text:
 
 def _bar(status: pb.NodeStatus, width: int = _BAR_WIDTH) -> ProgressBar:
     return ProgressBar(max(status.steps_total, 1), status.steps_done, width=width)
+
+
+def _catch_up_bar(status: pb.NodeStatus, width: int = _BAR_WIDTH) -> ProgressBar:
+    return ProgressBar(status.catch_up_total, status.catch_up_bytes, width=width)
+
+
+def _fetched(status: pb.NodeStatus) -> RenderableType:
+    grid = Table.grid(padding=(0, 1))
+    amounts = f"{size(status.catch_up_bytes)} of {size(status.catch_up_total)}"
+    grid.add_row(_catch_up_bar(status), amounts)
+    return grid
 
 
 def _progress(status: pb.NodeStatus) -> RenderableType:

@@ -139,3 +139,19 @@ def test_a_newer_nodes_phase_is_shown_as_its_number() -> None:
     now.ParseFromString(pb.NodeStatus(node="alice").SerializeToString() + b"\x20\x63")
     assert status.as_json(now)["phase"] == 99
     assert "99" in _text(status.render(now))
+
+
+def test_catching_up_is_shown_with_a_bar_of_its_own() -> None:
+    """One node, a line and a table all tell how much of what is fetched is there."""
+    late = pb.NodeStatus(
+        node="late",
+        phase=pb.PHASE_CATCHING_UP,
+        catch_up_bytes=3 << 20,
+        catch_up_total=12 << 20,
+        waiting_for="4 blocks from alice, bob",
+    )
+    for shown in (status.render(late), status.render_line(late)):
+        text = _text(shown)
+        assert "3.0 MiB of 12.0 MiB" in text
+        assert "4 blocks from alice, bob" in text
+    assert "catching_up" in _text(status.render_swarm({"late": late}))
