@@ -273,7 +273,7 @@ def test_a_ring_cut_in_two_goes_on_and_grows_together_again(lab, swarm):
     The learning rate is low, so that disagreement is steady where nothing disturbs it.
     """
     common = ["run.start_when=4", "schedule.rounds=1000", "schedule.steps=25"]
-    common += ["optimizer.learning_rate=1e-4"]
+    common += ["optimizer.learning_rate=1e-5"]
     daemons = {name: swarm(name, *common).start() for name in RING}
     for name, each in daemons.items():
         each.until(trains_with(*RING[name]))
