@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from deca_node.errors import ListenError
 from deca_node.limits import MAX_SIGHTINGS
+
+# It warns, with a traceback, of sockets whose interface went away; discovery begins anew then.
+logging.getLogger("zeroconf").setLevel(logging.ERROR)
 
 SERVICE_TYPE = "_deca._tcp.local."
 RESOLVE_MS = 3000

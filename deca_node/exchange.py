@@ -188,30 +188,34 @@ class Exchange:
         calls = [call(peer) for peer in sorted(peers)]
         while not self._stopping.is_set():
             elapsed = loop.time() - begin
-            waiting = {peer for peer in open_() if self._expected(peer, elapsed)}
-            left = self._timing.visit_deadline - elapsed
-            if not waiting or left <= 0:
-                for peer in waiting:
+            patience = {peer: self._patience(peer) - elapsed for peer in open_()}
+            for peer, left in patience.items():
+                if left <= 0 and peer not in self._idle:
                     self._idle.add(peer)
-                    self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
+                    if not self._given_up(peer):
+                        self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
+            waiting = [left for left in patience.values() if left > 0]
+            if not waiting:
                 break
-            await self._wait_change(min(left, self._timing.heartbeat))
+            await self._wait_change(min(*waiting, self._timing.heartbeat))
         for task in calls:
             task.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
 
-    def _expected(self, peer: str, elapsed: float) -> bool:
-        """Whether a visit's beginning waits for a peer.
+    def _patience(self, peer: str) -> float:
+        """Seconds that a visit's beginning waits for a peer.
 
         A living peer answers at once, whatever it is doing: a suspect that has not is not worth
         the deadline of those that have, nor is one that let us wait in vain before.
         """
         if self._given_up(peer):
-            return False
+            return 0.0
+        idle = peer in self._idle
         if self._peers.is_suspect(peer) and self._peers.is_down(peer):
-            return elapsed <= self._timing.redial
-        doubtful = self._peers.is_suspect(peer) or peer in self._idle
-        return not (doubtful and elapsed > self._timing.rpc)
+            return RETRY_SECONDS if idle else self._timing.redial
+        if idle or self._peers.is_suspect(peer):
+            return self._timing.rpc
+        return self._timing.visit_deadline
 
     def _given_up(self, peer: str) -> bool:
         return self._peers.link(peer) is None

@@ -115,12 +115,19 @@ def heard(
     if phase == Phase.CATCHING_UP:
         when = f"takes part from visit {entry}" if entry else "fetching blocks"
         return replace(peer, detail=f"catching up: {when}")
-    if abs(visit - own_visit) > near:
-        detail = f"at visit {visit}, we are at {own_visit}"
-        return replace(
-            peer, state=State.AHEAD if visit > own_visit else State.BEHIND, detail=detail
-        )
-    return peer
+    return compared(peer, own_visit, near)
+
+
+def compared(peer: Peer, own_visit: int, near: int) -> Peer:
+    """A peer that is there, judged by its place in the schedule and ours."""
+    if peer.state not in (State.ALIVE, State.AHEAD, State.BEHIND):
+        return peer
+    if peer.phase == Phase.CATCHING_UP:
+        return peer
+    if abs(peer.visit - own_visit) <= near:
+        return replace(peer, state=State.ALIVE, detail="")
+    state = State.AHEAD if peer.visit > own_visit else State.BEHIND
+    return replace(peer, state=state, detail=f"at visit {peer.visit}, we are at {own_visit}")
 
 
 # Greetings that find nobody, one after the other, before a peer counts as gone: one may hit a

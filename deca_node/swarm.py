@@ -552,6 +552,8 @@ class Swarm:
             return
         self._traffic(peer).refusals[error.reason] += 1
         if isinstance(error, PeerUnavailable):
+            if held := self._links.get(peer):
+                self._failing.add(held[0])  # it may be at another address now
             self._update(
                 membership.failed(
                     known, self._now(), self._timing.gone_after, 0, str(error), down=True
@@ -644,21 +646,37 @@ class Swarm:
             and known.state in _ANSWERING
             and not self._is_failing(known.name)
         )
-        self._update(
-            membership.heard(
-                known,
-                name=sender.node,
-                session=sender.session,
-                address=known.address if keep and known is not None else address,
-                phase=Phase(greeting.phase),
-                visit=greeting.visit,
-                own_visit=self._position().visit,
-                near=membership.near_visits(len(self.peers) + 1, self._steps_per_visit),
-                now=self._now(),
-                reached=reached,
-                entry=greeting.entry,
-            )
+        peer = membership.heard(
+            known,
+            name=sender.node,
+            session=sender.session,
+            address=known.address if keep and known is not None else address,
+            phase=Phase(greeting.phase),
+            visit=greeting.visit,
+            own_visit=self._position().visit,
+            near=membership.near_visits(len(self.peers) + 1, self._steps_per_visit),
+            now=self._now(),
+            reached=reached,
+            entry=greeting.entry,
         )
+        if same and not reached and peer.state == State.ALIVE and self._is_failing(peer.name):
+            # It lives, but where we call it nobody answers: not worth waiting for until it does.
+            detail = "calls us, but does not answer"
+            peer = replace(peer, state=State.SUSPECT, down=True, detail=detail)
+        self._update(peer)
+
+    def located(self, name: str, visit: int) -> None:
+        """A peer told in passing at which visit it is."""
+        known = self.peers.get(name)
+        if known is not None:
+            self.peers[name] = replace(known, visit=visit)
+
+    def rejudge(self) -> None:
+        """This node is at another visit: tell anew who is in step."""
+        near = membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
+        visit = self._position().visit
+        for peer in list(self.peers.values()):
+            self._update(membership.compared(peer, visit, near))
 
     def _update(self, peer: Peer) -> None:
         known = self.peers.get(peer.name)

@@ -69,6 +69,12 @@ class Evil:
         self.telling = asyncio.create_task(self.link.settle_visit(degree, 5))
         return pb.VisitAnswer(verdict=pb.VisitAnswer.VERDICT_ACCEPTED)
 
+    async def list_blocks(self, request):
+        return pb.BlockList(visit=10**15)
+
+    async def fetch_block(self, request):
+        yield b"\xff" * 100
+
     async def goodbye(self, request):
         return pb.GoodbyeReply()
 
