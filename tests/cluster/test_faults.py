@@ -20,7 +20,7 @@ ROUNDS = 4
 FAULTS = ("kill", "freeze", "cut", "split", "slow", "loss", "garbage")
 
 
-SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 400)]
+SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 240)]
 
 
 class Trouble:
