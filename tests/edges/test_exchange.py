@@ -496,6 +496,43 @@ def test_a_lone_late_neighbour_is_recorded_and_may_come_back():
     run(scenario())
 
 
+def test_a_neighbour_that_is_always_late_uses_up_its_budget():
+    """It is waited for, then skipped for the rest of the visit, then waited for again."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 3)
+        clock = asyncio.get_running_loop().time
+        slow, others = members[2], members[:2]
+        lateness = TIMING.step_deadline - 1  # never a missed deadline
+        steps = int(TIMING.wait_budget / lateness) + 3
+
+        async def drag(count):
+            for step in range(count):
+                await asyncio.sleep(lateness)
+                await slow.step(step)
+
+        async def life(member):
+            spent = []
+            for step in range(steps):
+                begin = clock()
+                await member.step(step)
+                spent.append(clock() - begin)
+            return spent
+
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        dragging = asyncio.create_task(drag(steps))
+        for spent in await together(life(member) for member in others):
+            assert sum(spent) == pytest.approx(TIMING.wait_budget, rel=0.15)
+            assert spent[-1] < 1
+        dragging.cancel()
+        for member in members:
+            member.visit = 1
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        assert all(member.exchange._worth_waiting("n2") for member in others)
+
+    run(scenario())
+
+
 def test_nodes_that_see_different_members_do_not_wait_for_each_other():
     """Who is not wanted is told so at once, also when it asked before we came."""
 
