@@ -324,7 +324,8 @@ class Exchange:
             # Those that hold nobody up may still bring what they have ready.
             worth = {tasks[task] for task in pending if self._worth_waiting(tasks[task])}
             limit = deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)
-            if len(worth) == 1:
+            # No budget where nothing is trained: going on without a node there is no agreement.
+            if len(worth) == 1 and hear is None:
                 limit = min(limit, alone_since + self._budget(*worth))
             left = limit - loop.time()
             if left <= 0:

@@ -1,10 +1,10 @@
 """Real daemons come to one model after their last round; some of them are stopped on the way."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
-import time
 import uuid
 
 import pytest
@@ -23,7 +23,7 @@ EXPORT_KEYS = ("run.", "model.", "data.", "schedule.", "optimizer.", "topology."
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Of many blocks: their agreement takes seconds, so that its middle can be hit."""
-    return make_model(tmp_path_factory.mktemp("model") / "tiny", "llama", layers=16)
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", "llama", layers=40)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def ring(tmp_path, model):
     def start(*settings, names=NAMES):
         daemons = []
         for name in names:
-            # Other texts for each, and half of them call a what is b to the others: they pull apart.
+            # Other texts for each, and half of them call a what is b to the others.
             labels = "ab" if name < "c" else "ba"
             rows = [{"text": f"{'ab'[i % 2]} {name}{i}", "label": labels[i % 2]} for i in range(8)]
             data = tmp_path / f"{name}.jsonl"
@@ -131,7 +131,8 @@ def test_a_ring_ends_with_one_model_and_so_does_one_that_had_finished(ring, tmp_
 
 def in_the_middle(status):
     """Some blocks are agreed on, and others are not."""
-    return status.phase == pb.PHASE_AGREEING and "block 3 of" in status.waiting_for
+    found = re.search(r"block (\d+) of", status.waiting_for)
+    return status.phase == pb.PHASE_AGREEING and found and 3 <= int(found[1]) <= 30
 
 
 def test_stopped_in_the_agreement_all_agree_when_started_again(ring):
@@ -142,13 +143,13 @@ def test_stopped_in_the_agreement_all_agree_when_started_again(ring):
         daemon.end(signal.SIGTERM)
     ended(daemons)
     for daemon in daemons:
-        assert daemon.events()[-1]["event"] == "stopped in the agreement, state saved"
+        assert daemon.events()[-2]["event"] == "stopped in the agreement, state saved"
         assert not (daemon.output / "model").exists()
-        assert len(daemon.history()) == 32
+        assert len(daemon.history()) == 80
     ended([daemon.start() for daemon in daemons])
     for daemon in daemons:
         assert settled(daemon)["missing"] == []
-        assert len(daemon.history()) == 32
+        assert len(daemon.history()) == 80
     assert spread(daemons) < 1e-5
 
 
@@ -168,30 +169,16 @@ def test_one_killed_in_the_agreement_is_named_and_agrees_later(ring):
     assert spread(daemons) < 1e-5
 
 
-def test_one_killed_and_started_in_the_agreement_hangs_nobody(ring):
-    """It is late for the blocks under way; all end, and the others have one model."""
-    daemons = ring(ON)
-    daemons[3].until(in_the_middle)
-    daemons[3].end(signal.SIGKILL)
-    daemons[3].wait()
-    daemons[3].start()
-    ended(daemons)
-    for daemon in daemons[:3]:
-        assert "d" in settled(daemon, "abc")["missing"]
-    assert spread(daemons[:3]) < 1e-5
-    late = daemons[3].summary()["consensus"]
-    assert not late["complete"]
-    assert any("start them all again" in e["event"] for e in daemons[3].events())
-
-
-def test_a_late_finisher_is_waited_for(ring):
-    """One that is frozen in its last visit comes some seconds later, and all four agree."""
-    daemons = ring(ON, "schedule.steps=4")
-    daemons[1].until(lambda s: s.steps_done >= 40)
-    daemons[1].end(signal.SIGSTOP)
-    time.sleep(4)  # the others wait for it in a step meanwhile, less than any deadline
-    daemons[1].end(signal.SIGCONT)
+@pytest.mark.slow
+def test_a_node_that_was_frozen_until_the_end_is_waited_for(ring):
+    """The others have trained on without it; it catches up, and all four agree."""
+    daemons = ring(ON, "network.step_deadline=3", "schedule.steps=4")
+    daemons[3].until(lambda s: s.steps_done >= 8)
+    daemons[3].end(signal.SIGSTOP)
+    daemons[0].until(lambda s: s.phase == pb.PHASE_AGREEING)
+    daemons[3].end(signal.SIGCONT)
     ended(daemons)
     for daemon in daemons:
         assert settled(daemon)["missing"] == []
+    assert any(event["event"] == "caught up" for event in daemons[3].events())
     assert spread(daemons) < 1e-5
