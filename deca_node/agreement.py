@@ -254,7 +254,9 @@ class Agreeing:
             return False
         notes = {peer: intake.notes[peer] for peer in gathered.used}
         before = tally.neighbours
-        back = tally.close_round(notes, {peer: intake.difference(peer) for peer in notes})
+        left = {peer for peer, reason in gathered.missing.items() if reason == "ended"}
+        differences = {peer: intake.difference(peer) for peer in notes}
+        back = tally.close_round(notes, differences, left)
         if gone := before - tally.neighbours:
             self.exchange.give_up(gone)
         if back:

@@ -29,6 +29,9 @@ from deca_node.errors import OutputError, PayloadError
 
 FORMAT = 2
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
+# A daemon commits in seconds at least, and between two looks at all that it keeps more than this
+# many times only when it commits faster than the disk can be read.
+MAX_LOOKS = 10
 # Damaged files kept aside for whoever wants to look at them; older ones go.
 MAX_DAMAGED = 4
 # Unfinished transfers of one block that no longer run: two neighbours in turn, each of which may
@@ -318,17 +321,25 @@ class Checkpoint:
     def look(self) -> State:
         """The newest state, for reading only: nothing is claimed, locked or changed.
 
-        A daemon may be using the folder and go on: a file that the state names may be gone by the
-        time it is read; then there is a newer state.
+        Reads all that is kept once, to check digests, and chooses as ``claim`` does; ``warnings``
+        and ``lost`` say whether that is not the newest state, or not whole. A daemon may be using
+        the folder and go on: a file that the state names may be gone by the time it is read; then
+        there is a newer state.
 
         Raises:
-            OutputError: the folder holds no run, another one, or no state; or it is damaged.
+            OutputError: the folder holds no run, another one, or no usable state.
         """
         with translated(self.folder):
             self._recognise(self.folder / "run.json")
-            if not self._find_state():
-                raise OutputError(f"{self.folder}: nothing is trained yet")
-            return self.state
+            manifest = self._state_folder / MANIFEST
+            for _ in range(MAX_LOOKS):
+                content, _ = _readable(manifest)
+                if not self._find_state():
+                    raise OutputError(f"{self.folder}: nothing is trained yet")
+                # What is missing may have been replaced while it was looked at.
+                if not self.warnings or _readable(manifest)[0] == content:
+                    return self.state
+        raise OutputError(f"{self.folder}: changes faster than it can be read; try again")
 
     def _recognise(self, mark: Path) -> None:
         found = read_mark(mark)
@@ -350,6 +361,7 @@ class Checkpoint:
 
     def _find_state(self) -> bool:
         """Choose the newest state that is whole, or else the one that costs least."""
+        self.warnings = ()
         newest, trouble = self._candidate(MANIFEST)
         if newest is not None and not newest.damaged:
             self._use(newest)

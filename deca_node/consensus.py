@@ -37,8 +37,10 @@ SAME = 1e-9
 MAX_AMPLIFICATION = 1024.0
 # Differences below this share of a block's norm are rounding of float32, no disagreement.
 FLOOR = 2.0**-21
-# A neighbour from which nothing whole came in so many rounds, one after the other, is given up.
-LOST_AFTER = 2
+# A neighbour from which nothing whole came in so many rounds, one after the other, is given up. The
+# exchange waits a quarter of a second for one whose connection broke: that is time to redial, and
+# where one message in a hundred is lost none is given up by chance.
+LOST_AFTER = 4
 
 
 # The plan
@@ -323,17 +325,26 @@ class Tally:
         accelerated = not self.plain and self.round < len(self._factors)
         return self._factors[self.round] if accelerated else 1.0
 
-    def close_round(self, notes: Mapping[str, Note], differences: Mapping[str, float]) -> bool:
+    def close_round(
+        self,
+        notes: Mapping[str, Note],
+        differences: Mapping[str, float],
+        left: Collection[str] = (),
+    ) -> bool:
         """End a round.
 
         Args:
             notes: of the neighbours whose whole block came.
             differences: ‖x_j − x_i‖₂ to each of them.
+            left: neighbours that say that the block is over for them.
 
         Returns:
             Whether to go back to the block that the agreement began with.
         """
         here = {peer: notes[peer] for peer in self.neighbours if peer in notes}
+        # Who leaves has heard that all its neighbours are done, unless it has given some up.
+        if self.done:
+            self._finished |= self.neighbours.intersection(left)
         # Who was done when last heard may have left.
         missing = self.neighbours - set(here) - self._finished
         largest = max((differences[peer] for peer in here), default=0.0)
@@ -341,7 +352,7 @@ class Tally:
         if self.round == 0:
             self.base = max(self.base, largest)
         self._find_fault(here.values(), missing)
-        self._lose(here, missing)
+        self._lose(here, missing, left)
         late = self._fault is not None and self._fault < len(self._factors)
         back = late and not self.plain and not self.done
         if (
@@ -382,7 +393,9 @@ class Tally:
         if need > self._need:
             self._need, self._calm = need, 0  # the threshold has changed
 
-    def _lose(self, notes: Mapping[str, Note], missing: Collection[str]) -> None:
+    def _lose(
+        self, notes: Mapping[str, Note], missing: Collection[str], left: Collection[str]
+    ) -> None:
         """Give up edges, after vain rounds or because the other end has."""
         for teller, note in notes.items():
             for one, other in note.lost:
@@ -391,7 +404,7 @@ class Tally:
                     self.lost.add(_edge(one, other))
         for peer in self.neighbours:
             self._misses[peer] = self._misses[peer] + 1 if peer in missing else 0
-            if self._misses[peer] >= LOST_AFTER:
+            if self._misses[peer] >= LOST_AFTER or (peer in missing and peer in left):
                 self.lost.add(_edge(self._own, peer))
         self.neighbours = frozenset(
             peer for peer in self.neighbours if _edge(self._own, peer) not in self.lost

@@ -95,6 +95,7 @@ REASONS = frozenset(
     {
         *("unavailable", "late", "incomplete", "malformed", "too_long", "wrong_step", "gap"),
         *("checksum", "digest", "header", "shape", "not_finite", "passed", "not_a_neighbour"),
+        "ended",
         *("too_many_pulls", "too_many_watchers", "stopping", "starting", "stranger", "bad_degree"),
         *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
         *("settings_differ", "name_taken", "full", "unmet"),

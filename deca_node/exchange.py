@@ -329,7 +329,8 @@ class Exchange:
                 # Those that hold nobody up may still bring what they have ready.
                 worth = {tasks[task] for task in pending if self._worth_waiting(tasks[task])}
                 limit = deadline if worth else min(deadline, begin + DOUBTFUL_SECONDS)
-                if len(worth) == 1:
+                # No budget where nothing is trained: going on without a node is no agreement.
+                if len(worth) == 1 and hear is None:
                     limit = min(limit, alone_since + self._budget(*worth))
                 if limit <= loop.time():
                     if worth and loop.time() < deadline:
@@ -519,14 +520,16 @@ class Exchange:
             for held in self._held:
                 if held.serial == serial:
                     return held
+            if self._stopping.is_set():
+                raise PeerRefused("stopping", "this node is going away")
+            visit = serial // self._steps_per_visit
+            if visit < self._agreement.visit:
+                raise PeerRefused("ended", f"visit {visit} is over here")
             if serial <= self._newest:
                 raise PeerRefused("passed", f"step {serial} is over here")
-            visit = serial // self._steps_per_visit
             settled = self.edges.visit == self._agreement.visit and self._agreement.closed
             if visit == self._agreement.visit and settled and peer not in self.edges.weights:
                 raise PeerRefused("not_a_neighbour", f"no edge in visit {visit}")
-            if self._stopping.is_set():
-                raise PeerRefused("stopping", "this node is going away")
             await self._changed.wait()
 
     def _let_go(self) -> None:

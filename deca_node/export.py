@@ -26,7 +26,9 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     """Write the model as far as this node has trained it; the node may be running.
 
     What the open visit has done so far is not in it. The model is put together on the CPU, in the
-    precision that the run uses.
+    precision that the run uses. Where a file of the newest state is damaged, the state before is
+    written if it is whole, and the answer says so; never with ``consensus``, whose name it would
+    bear without being it.
 
     Args:
         settings: the node's.
@@ -37,8 +39,8 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
         What the model is, in words.
 
     Raises:
-        OutputError: the node's folder holds no such run or no state, or a damaged one; it has no
-            agreement to show; or ``to`` is there already or cannot be written.
+        OutputError: the node's folder holds no such run or no state; a block of it is damaged; it
+            has no agreement to show; or ``to`` is there already or cannot be written.
         ModelError: the base model cannot be read.
         DiskFullError: there is no room for the model.
     """
@@ -64,12 +66,17 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     )
     store = Checkpoint(folder, {**marks, "node": settings.node.name}, schedule)
     state = _load_blocks(model, schedule, store)
+    if consensus and store.warnings:
+        raise OutputError(f"{store.warnings[0]}; {HOW_TO_AGREE}")
     if consensus and not state.progress.finished:
         raise OutputError(f"{folder}: its nodes are about to agree once more; wait for the end")
     model.export(to)
-    return (
-        f"the model after {state.progress.visit} of {schedule.visits} block visits, "
-        f"{len(state.blocks)} of {len(schedule.blocks)} blocks changed{agreed}"
+    return "; ".join(
+        (
+            f"the model after {state.progress.visit} of {schedule.visits} block visits, "
+            f"{len(state.blocks)} of {len(schedule.blocks)} blocks changed{agreed}",
+            *store.warnings,
+        )
     )
 
 
@@ -78,6 +85,11 @@ def _load_blocks(model: LanguageModel, schedule: Schedule, store: Checkpoint) ->
     loaded: dict[int, SavedFile] = {}
     for _ in range(MAX_TRIES):
         state = store.look()
+        if state.lost:
+            raise OutputError(
+                f"{'; '.join(store.warnings)}; restore it, or start the node: it fetches the "
+                "block from another one"
+            )
         try:
             for block, saved in state.blocks.items():
                 if loaded.get(block) != saved:

@@ -370,7 +370,9 @@ class VisitAgreement:
 
     def settle(self) -> Edges:
         """Weights of the edges whose degrees are known; the others carry nothing this visit."""
-        degrees = {peer: self._degrees[peer][1] for peer in self._edges - self.unsettled()}
+        # Sorted: sums over the edges are then the same to the last bit whenever a run is repeated.
+        settled = sorted(self._edges - self.unsettled())
+        degrees = {peer: self._degrees[peer][1] for peer in settled}
         weights = metropolis_hastings(len(self._edges), degrees)
         graphs = {peer: self._graphs[peer] for peer in degrees}
         return Edges(self.visit, len(self._edges), weights, graphs)

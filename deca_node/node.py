@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -34,6 +35,7 @@ from deca_node.data import (
     read_rows,
 )
 from deca_node.discovery import Discovery, own_addresses
+from deca_node.disk import translated
 from deca_node.errors import DecaError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint
@@ -193,8 +195,7 @@ class Node:
         self._progress = checkpoint.state.progress
         self._caught_up_before = self._progress.caught_up, self._progress.passed_over
         self._seconds_before = self._progress.seconds
-        again = self._progress.finished and self._is_agreement_due()
-        if again:
+        if self._progress.finished and self._is_agreement_due():
             self._reopen()
         if self._progress.finished:
             self._log.info(
@@ -237,7 +238,7 @@ class Node:
 
         member = self._member = self._make_member(marks, called, schedule, kept)
         await self._join(stack, member, checkpoint.state.peers, called)
-        if start.visit < schedule.visits or again:
+        if start.visit < schedule.visits or settings.consensus.tolerance > 0:
             why = await member.wait_for_members(
                 settings.run.start_when, self.say_waiting, resumed=resumed
             )
@@ -281,7 +282,12 @@ class Node:
             agreement = await self._agree(member, kept, model, schedule)
             if self._stopping.is_set():
                 self._enter(Phase.STOPPING)
-                await asyncio.gather(self._leave(), asyncio.to_thread(kept.save))
+                _, saved = await asyncio.gather(
+                    self._leave(), asyncio.to_thread(kept.save), return_exceptions=True
+                )
+                if isinstance(saved, BaseException):
+                    raise saved
+                self._log.info("stopped in the agreement, state saved")
                 return False
         await self._finish(member, kept, model, test, completions, counts, agreement)
         return True
@@ -291,7 +297,8 @@ class Node:
         tolerance = self.settings.consensus.tolerance
         found = read_summary(self.settings.node.output / "summary.json").get("consensus") or {}
         done = found.get("complete") is True and found.get("tolerance", 1.0) <= tolerance
-        return tolerance > 0 and not done
+        # Who was missing can come to an agreement only with those that have one already.
+        return tolerance > 0 and not (done and not found.get("missing"))
 
     def _reopen(self) -> None:
         """Begin the agreement of a finished run: what was agreed before does not count any more."""
@@ -304,6 +311,7 @@ class Node:
     ) -> Agreement:
         """Bring all nodes to one model."""
         self._enter(Phase.AGREEING)
+        await self._wait_for_late(member)
         self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
         agreement = await Agreeing(
             schedule,
@@ -326,7 +334,10 @@ class Node:
                 "consensus.tolerance"
             )
         elif agreement.missing:
-            self._warn(f"agreed without {', '.join(agreement.missing)}")
+            self._warn(
+                f"agreed without {', '.join(agreement.missing)}; start all of them again to agree "
+                "once more"
+            )
         self._log.info(
             "agreed" if agreement.complete else "not agreed",
             rounds=agreement.rounds,
@@ -334,6 +345,28 @@ class Node:
             members=", ".join(agreement.members),
         )
         return agreement
+
+    async def _wait_for_late(self, member: Member) -> None:
+        """Give those who still train, or catch up, the time that a visit gives its neighbours.
+
+        Neighbours are waited for anyway; but a node with which a skipped one has lost touch takes
+        part only when it has caught up, and all should see one graph.
+        """
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + self.timing.visit_deadline
+        coming = (State.ALIVE, State.SUSPECT, State.BEHIND)
+        while not self._stopping.is_set() and (left := limit - loop.time()) > 0:
+            late = sorted(
+                peer.name
+                for peer in member.swarm.peers.values()
+                if peer.reached
+                and peer.state in coming
+                and peer.phase in (Phase.TRAINING, Phase.CATCHING_UP)
+            )
+            if not late:
+                break
+            self._waiting_for = f"{', '.join(late)} to end the training"
+            await happens(self._changed, min(left, 1.0))
 
     async def _finish(
         self,
@@ -363,10 +396,7 @@ class Node:
         self._progress = replace(self._progress, bytes_sent=sent)
         self._waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
-        if agreement is not None and folder.exists():
-            await asyncio.to_thread(shutil.rmtree, folder)  # of before the agreement
-        if not folder.exists():
-            await self._compute(partial(model.export, folder))
+        await self._compute(partial(_replace, folder, model.export))
         progress = replace(self._progress, finished=True, seconds=self._seconds())
         summary = {
             "run": self.settings.run.name,
@@ -865,6 +895,18 @@ class _AgreementKeeper:
         self._kept.agreed(result.block)
         await self._node.keep(self._kept.save)
         self._member.moved(self._schedule.visits + result.block + 1)
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder; one of before an agreement, or of a run killed at its end, gives way."""
+    newer = folder.with_name(folder.name + ".new")
+    if newer.exists():
+        shutil.rmtree(newer)
+    write(newer)
+    with translated(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        newer.replace(folder)
 
 
 def _nothing() -> None:

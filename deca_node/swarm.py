@@ -561,7 +561,7 @@ class Swarm:
             )
         elif not isinstance(error, PeerTimeout):
             # A node that stops, starts or goes on without us is nothing to warn about.
-            usual = error.reason in ("passed", "stopping", "starting")
+            usual = error.reason in ("passed", "ended", "stopping", "starting")
             now, key = self._now(), (peer, error.reason)
             if now - self._complained.get(key, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 if len(self._complained) >= MAX_CONTACTS:

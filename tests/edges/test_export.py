@@ -1,18 +1,23 @@
 """deca-node export: the model as it stands, while the node runs, and only if agreed."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import structlog
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from deca_node import cli
-from deca_node.checkpoint import Checkpoint
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.checkpoint import Changed, Checkpoint
 from deca_node.errors import OutputError
 from deca_node.export import export
 from deca_node.node import Node
 from tests.edges.test_node import settings
+
+SCHEDULE = Schedule(partition_layers(4, 1), 1, 2, "random", 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,28 @@ def test_a_finished_run_exports_the_model_that_it_wrote(finished, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "new")
 
 
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run's folder, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def store_of(folder):
+    """What a daemon of the run keeps its state with."""
+    mark = json.loads((folder / "out" / "run.json").read_text())
+    for key in ("format", "xxh3"):
+        mark.pop(key)
+    store = Checkpoint(folder / "out", mark, SCHEDULE)
+    assert store.claim()
+    return store
+
+
+def damage(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return path
+
+
 def test_a_running_nodes_folder_is_read_and_left_alone(finished, tmp_path):
     """Its lock does not matter, and nothing in it changes."""
 
@@ -58,63 +85,83 @@ def test_a_running_nodes_folder_is_read_and_left_alone(finished, tmp_path):
         files = sorted(path for path in (finished / "out").rglob("*") if path.is_file())
         return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
-    mark = json.loads((finished / "out" / "run.json").read_text())
-    mark.pop("format")
-    daemon = Checkpoint(finished / "out", mark)
-    assert daemon.claim()
+    daemon = store_of(finished)
     before = content()
     export(settings(finished), tmp_path / "new", consensus=False)
     assert content() == before
     daemon.release()
 
 
-def test_a_block_replaced_meanwhile_is_read_again(finished, tmp_path, monkeypatch):
+def test_a_block_replaced_meanwhile_is_read_again(copy, tmp_path, monkeypatch):
     """A file that is gone belongs to an older state: the newest one is what comes out."""
-    state = finished / "out" / "state"
-    manifest = json.loads((state / "manifest.json").read_text())
-    saved = manifest["blocks"]["1"]
-    backup = (state / saved["file"]).read_bytes()
-    newer = {name: tensor + 1 for name, tensor in load_file(state / saved["file"]).items()}
+    daemon = store_of(copy)
+    saved = daemon.state.blocks[1]
+    newer = {name: tensor + 1 for name, tensor in daemon.load(saved).items()}
     real = Checkpoint.load
     calls = []
 
     def load(self, asked):
-        if len(calls) == 1:  # the daemon ends a visit between two reads
-            save_file(newer, state / "block-0001-9.safetensors")
-            changed = {"file": "block-0001-9.safetensors", "xxh3": digest(state)}
-            tree = {**manifest, "blocks": {**manifest["blocks"], "1": {**saved, **changed}}}
-            (state / "manifest.json").write_text(json.dumps(tree))
-            (state / saved["file"]).unlink()
+        if len(calls) == 1:  # the daemon ends a visit between two reads, and then another one
+            for progress in (daemon.state.progress, replace(daemon.state.progress, seconds=9.0)):
+                daemon.save_blocks({1: Changed(4, newer)}, progress)
+            assert not (copy / "out" / "state" / saved.file).exists()
         calls.append(asked.file)
         return real(self, asked)
 
-    def digest(folder):
-        import xxhash
-
-        return xxhash.xxh3_128_hexdigest((folder / "block-0001-9.safetensors").read_bytes())
-
     monkeypatch.setattr(Checkpoint, "load", load)
-    try:
-        export(settings(finished), tmp_path / "new", consensus=False)
-    finally:
-        (state / "manifest.json").write_text(json.dumps(manifest))
-        (state / saved["file"]).write_bytes(backup)
+    said = export(settings(copy), tmp_path / "new", consensus=False)
+    daemon.release()
     found = weights(tmp_path / "new")
     assert all(torch.equal(found[name], tensor) for name, tensor in newer.items())
     assert len(calls) == len(set(calls)) == 5  # nothing was read twice
+    assert said.endswith("blocks changed")
 
 
-def test_a_damaged_block_is_named_and_nothing_written(finished, tmp_path):
-    """A file that is still the newest and does not fit its digest ends the export."""
-    path = next((finished / "out" / "state").glob("block-0002-*"))
-    good = path.read_bytes()
-    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    try:
-        with pytest.raises(OutputError, match=path.name):
-            export(settings(finished), tmp_path / "new", consensus=False)
-    finally:
-        path.write_bytes(good)
+def test_files_replaced_while_they_are_checked_are_no_damage(copy, tmp_path, monkeypatch):
+    """Commits under the reader's eyes: it looks again, and warns of nothing."""
+    daemon = store_of(copy)
+    newer = {name: tensor + 1 for name, tensor in daemon.load(daemon.state.blocks[3]).items()}
+    real = Checkpoint._trouble
+    commits = iter([1.0, 2.0])
+
+    def trouble(self, saved):
+        if self is not daemon and (seconds := next(commits, None)):
+            progress = replace(daemon.state.progress, seconds=seconds)
+            daemon.save_blocks({3: Changed(4, newer)}, progress)
+        return real(self, saved)
+
+    monkeypatch.setattr(Checkpoint, "_trouble", trouble)
+    said = export(settings(copy), tmp_path / "new", consensus=False)
+    daemon.release()
+    assert said.endswith("blocks changed")
+    found = weights(tmp_path / "new")
+    assert all(torch.equal(found[name], tensor) for name, tensor in newer.items())
+
+
+def test_a_damaged_block_is_named_and_nothing_written(copy, tmp_path):
+    """The state before has the same file: there is no model to write."""
+    path = damage(next((copy / "out" / "state").glob("block-0002-*")))
+    with pytest.raises(OutputError, match=f"{path.name}: damaged.*start the node"):
+        export(settings(copy), tmp_path / "new", consensus=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_state_before_a_damaged_one_is_written_with_a_warning(copy, tmp_path):
+    """All of its blocks, and the answer names the damaged file; an agreement it is not."""
+    daemon = store_of(copy)
+    before = daemon.load(daemon.state.blocks[2])
+    newer = {name: tensor + 1 for name, tensor in before.items()}
+    daemon.save_blocks({2: Changed(4, newer)}, daemon.state.progress)
+    path = damage(copy / "out" / "state" / daemon.state.blocks[2].file)
+    daemon.release()
+    said = export(settings(copy), tmp_path / "new", consensus=False)
+    assert f"{path.name}: damaged; the state before is used" in said
+    found = weights(tmp_path / "new")
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    agreement(copy, complete=True, members=["a", "b"], missing=[])
+    with pytest.raises(OutputError, match=f"{path.name}: damaged.*set consensus.tolerance"):
+        export(settings(copy), tmp_path / "agreed", consensus=True)
+    assert not (tmp_path / "agreed").exists()
 
 
 @pytest.mark.parametrize(
