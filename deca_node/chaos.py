@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from deca_node.errors import ConfigError, OutputError, SwarmError
 from deca_node.faults import Fault, Kind, Standing
 from deca_node.pb import node_pb2 as pb
 from deca_node.relay import Cables, Relay
-from deca_node.trail import Position, Trail, read_kept, resumed_at
+from deca_node.trail import Holding, Position, Trail, place, read_kept, resumed_at
 
 # The swarm hangs when nobody makes a step for so long.
 HANG_SECONDS = 60.0
@@ -338,7 +338,7 @@ class _Node:
     restart: Restart | None = None
     spared: bool = False
     read_log_from: int | None = None
-    kept: Position = (0, 0)
+    kept: Holding = field(default_factory=Holding)
     finished: bool = False
 
     @property
@@ -517,10 +517,12 @@ class _Arena:
             kept = read_kept(node.settings.node.output)
         except OutputError as error:
             raise SwarmError(f"{node.name} lost a state: {error}") from None
-        known = max(node.kept, node.trail.kept)
-        if kept < known:
+        gone = kept.lacks(node.kept)
+        if kept.position < node.trail.kept:
+            gone = place(node.trail.kept)
+        if gone:
             raise SwarmError(
-                f"{node.name} lost a state: it holds {_place(kept)}, but had kept {_place(known)}"
+                f"{node.name} lost a state: it holds {place(kept.position)}, but had kept {gone}"
             )
         node.kept = kept
 
@@ -530,10 +532,10 @@ class _Arena:
         if resumed is None:
             return
         node.read_log_from = None
-        if resumed < node.kept:
+        if resumed < node.kept.position:
             raise SwarmError(
-                f"{node.name} lost a state: it began again at {_place(resumed)}, but had kept"
-                f" {_place(node.kept)}; see {node.log}"
+                f"{node.name} lost a state: it began again at {place(resumed)}, but had kept"
+                f" {place(node.kept.position)}; see {node.log}"
             )
         if node.restart is not None:
             node.restart.resumed = resumed
@@ -652,7 +654,7 @@ class _Arena:
             node.process = testbed.spawn(node.settings, log)
         node.started_at = now
         if after:
-            node.restart = Restart(self._at(now), node.name, after, node.kept)
+            node.restart = Restart(self._at(now), node.name, after, node.kept.position)
             self._restarts.append(node.restart)
 
     # --- what relays ask
@@ -722,10 +724,6 @@ def _steps_done(node: _Node) -> int:
     """Where in the schedule a node is, counted in steps."""
     visit, step = node.trail.position
     return visit * node.settings.schedule.steps + step + 1
-
-
-def _place(position: Position) -> str:
-    return f"visit {position[0]} step {position[1]}"
 
 
 def _summary(report: Mapping[str, Any]) -> Table:

@@ -58,6 +58,7 @@ def test_a_late_joiner_takes_part_after_fetching_what_changed(step):
         assert visits == sorted(visits)
         assert len(visits) == 3 * (swarm.schedule.visits - visits[0])
         assert all(record.gathered.complete for _, _, record in late.story.steps)
+        assert all(record.edges.weights for _, _, record in late.story.steps)
         one = next(iter(late.disk.blocks.values()))[0].bytes
         assert late.disk.fetched <= one * (changed + 2)  # and those of the visits meanwhile
         for node in swarm.nodes[:3]:  # nobody waited in vain
@@ -92,6 +93,7 @@ def test_a_killed_node_comes_back_into_step():
         assert again[0].visit.index > gone_at
         assert again[0].step == 0
         assert all(record.gathered.complete for record in again)
+        assert all(record.edges.weights for record in again)
         assert all(node.story.finished for node in swarm.nodes)
 
     run(scenario())

@@ -76,7 +76,7 @@ def step(node, visit, step):
 def keep(node, visit):
     folder = node.settings.node.output / "state"
     folder.mkdir(exist_ok=True)
-    manifest = {"progress": {"visit": visit, "step": 0}, "active": None}
+    manifest = {"progress": {"visit": visit, "step": 0}, "active": None, "blocks": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
