@@ -107,7 +107,13 @@ def test_the_kept_state_is_the_manifests(tmp_path):
     assert read_kept(tmp_path) == Holding((6, 0), {0: 2, 1: 5})
     checkpoint.release()
     path = tmp_path / "state" / "manifest.json"
-    for text in ("", "{", "[]", '{"progress": 3, "active": null}', '{"progress": {}, "active": {}}'):
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"progress": 3, "active": null}',
+        '{"progress": {}, "active": {}}',
+    ):
         path.write_text(text)
         with pytest.raises(OutputError, match="manifest"):
             read_kept(tmp_path)
