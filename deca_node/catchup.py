@@ -117,6 +117,10 @@ class Peers(Protocol):
         """A call to the peer failed or what it sent was refused."""
         ...
 
+    def told_visit(self, peer: str, visit: int) -> None:
+        """A peer has told its visit."""
+        ...
+
     def check_sender(self, sender: pb.Sender) -> str:
         """Name of a greeted peer of this run, current session. Raises PeerRefused."""
         ...
@@ -401,6 +405,7 @@ class CatchUp:
         except PeerError as error:
             self._fault(name, error)
             return None
+        self._peers.told_visit(name, holdings.visit)
         return holdings
 
     def _fault(self, peer: str, error: PeerError) -> None:

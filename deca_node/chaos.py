@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from deca_node.errors import ConfigError, OutputError, SwarmError
 from deca_node.faults import Fault, Kind, Standing
 from deca_node.pb import node_pb2 as pb
 from deca_node.relay import Cables, Relay
-from deca_node.trail import Position, Trail, read_kept, resumed_at
+from deca_node.trail import Holding, Position, Trail, place, read_kept, resumed_at
 
 # The swarm hangs when nobody makes a step for so long.
 HANG_SECONDS = 60.0
@@ -52,9 +52,9 @@ TICK_SECONDS = 0.2
 # Rounds last this much longer than the faults at the undisturbed pace: with nodes away those that
 # are left have the machine to themselves and are faster.
 SLACK = 1.15
-# Where a disturbed run is nearly over before its time, faults end: what is healed last must still
-# have something to train.
-LAST_SHARE = 0.06
+# What is healed last must come back and train every block once more with the others: faults end
+# when a round is left, or so many seconds.
+CALM_SECONDS = 30.0
 # The pace is taken when every node has done a round, or so many steps in so many seconds.
 PACE_STEPS, PACE_SECONDS = 8, 20.0
 MANY_ROUNDS = 100_000
@@ -145,9 +145,10 @@ def _judge(
     plan: Plan, nodes: Sequence[Settings], out: Path, report: dict[str, Any], console: Console
 ) -> None:
     """The three runs, filling the report on the way."""
-    rounds = _rounds(plan, nodes, out / "pace", console)
+    rounds, calm = _rounds(plan, nodes, out / "pace", console)
     nodes = [testbed.updated(node, {"schedule": {"rounds": rounds}}) for node in nodes]
-    report |= {"rounds": rounds, "settings": nodes[0].model_dump(mode="json", exclude={"node"})}
+    report |= {"rounds": rounds, "calm_rounds": calm}
+    report |= {"settings": nodes[0].model_dump(mode="json", exclude={"node"})}
     console.print(f"undisturbed: {rounds} rounds, {len(nodes)} nodes", highlight=False)
     peace = _placed(nodes, out / "undisturbed")
     began = time.monotonic()
@@ -158,7 +159,7 @@ def _judge(
         f"disturbed: the same rounds; faults for {status.duration(plan.minutes * 60)}",
         highlight=False,
     )
-    arena = _Arena(plan, _placed(nodes, out / "disturbed"), console, patience=seconds)
+    arena = _Arena(plan, _placed(nodes, out / "disturbed"), console, seconds, calm)
     began = time.monotonic()
     try:
         if not asyncio.run(arena.run()):
@@ -231,15 +232,22 @@ def _supervise(
         raise KeyboardInterrupt
 
 
-def _rounds(plan: Plan, nodes: Sequence[Settings], folder: Path, console: Console) -> int:
-    """How many rounds take a little longer than the faults, at the pace of a short trial."""
+def _rounds(
+    plan: Plan, nodes: Sequence[Settings], folder: Path, console: Console
+) -> tuple[int, int]:
+    """How many rounds to run, and how many of them are to be left when faults end.
+
+    At the pace of a short trial the others take a little longer than the faults.
+    """
     pace = _Pace()
     trial = [testbed.updated(node, {"schedule": {"rounds": MANY_ROUNDS}}) for node in nodes]
     console.print(f"pace: some steps of {len(nodes)} nodes", highlight=False)
     _supervise(_placed(trial, folder), console, pace)
     with translated(folder):
         shutil.rmtree(folder)
-    return min(MANY_ROUNDS, max(1, math.ceil(SLACK * plan.minutes * 60 / pace.round_seconds)))
+    calm = math.ceil(CALM_SECONDS / pace.round_seconds)
+    disturbed = math.ceil(SLACK * plan.minutes * 60 / pace.round_seconds)
+    return min(MANY_ROUNDS, disturbed + calm), calm
 
 
 class _Pace:
@@ -338,7 +346,7 @@ class _Node:
     restart: Restart | None = None
     spared: bool = False
     read_log_from: int | None = None
-    kept: Position = (0, 0)
+    kept: Holding = field(default_factory=Holding)
     finished: bool = False
 
     @property
@@ -358,15 +366,22 @@ class _Arena:
         nodes: the settings of all; those after the first ``plan.nodes`` join later.
         console: where it is shown.
         patience: seconds that the undisturbed run took for all.
+        calm: rounds that are left when faults end.
     """
 
     def __init__(
-        self, plan: Plan, nodes: Sequence[Settings], console: Console, patience: float
+        self,
+        plan: Plan,
+        nodes: Sequence[Settings],
+        console: Console,
+        patience: float,
+        calm: int,
     ) -> None:
         self._plan = plan
         self._console = console
         self._draw = random.Random(plan.seed)  # noqa: S311 - faults, to be drawn again
         self._patience = 2 * patience + GRACE_SECONDS
+        self._calm = calm / nodes[0].schedule.rounds  # of all steps
         self._cables = Cables()
         self.nodes: dict[str, _Node] = {}
         for settings in nodes:
@@ -517,10 +532,12 @@ class _Arena:
             kept = read_kept(node.settings.node.output)
         except OutputError as error:
             raise SwarmError(f"{node.name} lost a state: {error}") from None
-        known = max(node.kept, node.trail.kept)
-        if kept < known:
+        gone = kept.lacks(node.kept)
+        if kept.position < node.trail.kept:
+            gone = place(node.trail.kept)
+        if gone:
             raise SwarmError(
-                f"{node.name} lost a state: it holds {_place(kept)}, but had kept {_place(known)}"
+                f"{node.name} lost a state: it holds {place(kept.position)}, but had kept {gone}"
             )
         node.kept = kept
 
@@ -530,10 +547,10 @@ class _Arena:
         if resumed is None:
             return
         node.read_log_from = None
-        if resumed < node.kept:
+        if resumed < node.kept.position:
             raise SwarmError(
-                f"{node.name} lost a state: it began again at {_place(resumed)}, but had kept"
-                f" {_place(node.kept)}; see {node.log}"
+                f"{node.name} lost a state: it began again at {place(resumed)}, but had kept"
+                f" {place(node.kept.position)}; see {node.log}"
             )
         if node.restart is not None:
             node.restart.resumed = resumed
@@ -560,8 +577,14 @@ class _Arena:
             raise SwarmError(f"not finished {self._patience:.0f} s after the last fault: {who}")
 
     def _trained(self, node: _Node) -> bool:
-        """Whether a node has done its last step."""
-        return node.finished or (0 < self._total_steps <= _steps_done(node))
+        """Whether a node has no step to make any more.
+
+        One that caught up with the end has made none of the last; that it says so itself excuses
+        it from steps only, not from finishing.
+        """
+        said = self._known.get(node.name)
+        ended = isinstance(said, pb.NodeStatus) and said.phase in _ENDED
+        return node.finished or ended or (0 < self._total_steps <= _steps_done(node))
 
     # --- faults
 
@@ -570,7 +593,7 @@ class _Arena:
         assert self._faults_began is not None  # noqa: S101 - as _tick knows
         since, end = now - self._faults_began, self._plan.minutes * 60
         done = max(map(_steps_done, self.nodes.values()))
-        if since >= end or done >= (1 - LAST_SHARE) * (self._total_steps or math.inf):
+        if since >= end or done >= (1 - self._calm) * (self._total_steps or math.inf):
             self._faults_ended = now
             self._say(now, "faults end; everything is healed")
             for name in list(self._absent):
@@ -652,7 +675,7 @@ class _Arena:
             node.process = testbed.spawn(node.settings, log)
         node.started_at = now
         if after:
-            node.restart = Restart(self._at(now), node.name, after, node.kept)
+            node.restart = Restart(self._at(now), node.name, after, node.kept.position)
             self._restarts.append(node.restart)
 
     # --- what relays ask
@@ -715,6 +738,7 @@ class _Arena:
         }
 
 
+_ENDED = (pb.PHASE_SERVING, pb.PHASE_AGREEING, pb.PHASE_DONE)
 _SIGNALS = {Kind.KILL: signal.SIGKILL, Kind.FREEZE: signal.SIGSTOP}
 
 
@@ -722,10 +746,6 @@ def _steps_done(node: _Node) -> int:
     """Where in the schedule a node is, counted in steps."""
     visit, step = node.trail.position
     return visit * node.settings.schedule.steps + step + 1
-
-
-def _place(position: Position) -> str:
-    return f"visit {position[0]} step {position[1]}"
 
 
 def _summary(report: Mapping[str, Any]) -> Table:

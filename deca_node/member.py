@@ -238,7 +238,7 @@ class Member:
         """This member is at another visit."""
         if visit != self.visit:
             self.visit = visit
-            self.swarm.rejudge()
+            self.swarm.moved()
             self.giver.moved()
 
     async def leave(self, *, finished: bool) -> None:

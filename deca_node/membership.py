@@ -115,19 +115,25 @@ def heard(
     if phase == Phase.CATCHING_UP:
         when = f"takes part from visit {entry}" if entry else "fetching blocks"
         return replace(peer, detail=f"catching up: {when}")
-    return compared(peer, own_visit, near)
+    return _placed(peer, own_visit, near)
 
 
-def compared(peer: Peer, own_visit: int, near: int) -> Peer:
-    """A peer that is there, judged by its place in the schedule and ours."""
-    if peer.state not in (State.ALIVE, State.AHEAD, State.BEHIND):
-        return peer
-    if peer.phase == Phase.CATCHING_UP:
-        return peer
+def _placed(peer: Peer, own_visit: int, near: int) -> Peer:
+    """The peer as alive, ahead or behind."""
     if abs(peer.visit - own_visit) <= near:
         return replace(peer, state=State.ALIVE, detail="")
     state = State.AHEAD if peer.visit > own_visit else State.BEHIND
     return replace(peer, state=state, detail=f"at visit {peer.visit}, we are at {own_visit}")
+
+
+def overhauled(peer: Peer, own_visit: int, near: int) -> Peer:
+    """The peer after we have moved to another visit: who was ahead may be in step with us now.
+
+    Who is in step stays so until it is heard: we know where it was, and move a moment before it.
+    """
+    if peer.state != State.AHEAD or peer.phase in FINISHED:
+        return peer
+    return _placed(peer, own_visit, near)
 
 
 # Greetings that find nobody, one after the other, before a peer counts as gone: one may hit a

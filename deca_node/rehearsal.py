@@ -28,7 +28,7 @@ SETTINGS: Mapping[str, Any] = {
     "data.template": "{text} label:",
     "data.max_tokens": WORDS_PER_ROW + 2,
     "data.batch_size": 16,
-    "schedule.steps": 48,
+    "schedule.steps": 24,
     "schedule.order": "descending",
     "optimizer.learning_rate": 2e-3,
 }

@@ -604,6 +604,19 @@ class Swarm:
         self.sweep()
         return membership.members(self.identity.node, self.peers.values(), visit)
 
+    def told_visit(self, peer: str, visit: int) -> None:
+        """A peer has told its visit beside its greetings."""
+        known = self.peers.get(peer)
+        if known is not None and visit > known.visit:
+            self._update(replace(known, visit=visit))
+
+    def moved(self) -> None:
+        """This node's visit changed, perhaps by many: see who is in step with it now."""
+        here = self._position().visit
+        near = membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
+        for peer in list(self.peers.values()):
+            self._update(membership.overhauled(peer, here, near))
+
     def sweep(self) -> None:
         """Let go of members that have been silent too long."""
         now = self._now()
@@ -670,13 +683,6 @@ class Swarm:
         known = self.peers.get(name)
         if known is not None:
             self.peers[name] = replace(known, visit=visit)
-
-    def rejudge(self) -> None:
-        """This node is at another visit: tell anew who is in step."""
-        near = membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
-        visit = self._position().visit
-        for peer in list(self.peers.values()):
-            self._update(membership.compared(peer, visit, near))
 
     def _update(self, peer: Peer) -> None:
         known = self.peers.get(peer.name)

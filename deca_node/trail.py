@@ -1,6 +1,8 @@
 """What a node's folder tells of it, as it runs or after a kill: steps made, state kept."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deca_node.errors import OutputError
@@ -9,8 +11,39 @@ Position = tuple[int, int]
 """Visit and step that come next."""
 
 
-def read_kept(folder: Path) -> Position:
-    """The position of the state that a node's folder holds; the beginning where it holds none.
+@dataclass(frozen=True)
+class Holding:
+    """The state that a node's folder holds; the base model's where it holds none.
+
+    Attributes:
+        position: where the node would begin.
+        versions: by block, the last visit that changed it.
+    """
+
+    position: Position = (0, 0)
+    versions: Mapping[int, int] = field(default_factory=dict)
+
+    def lacks(self, earlier: "Holding") -> str:
+        """What an earlier state had and this one has not; empty when nothing is lost.
+
+        A visit under way may begin anew where newer blocks came from other nodes.
+        """
+        for block, visit in sorted(earlier.versions.items()):
+            if self.versions.get(block, -1) < visit:
+                return f"block {block} of visit {visit}"
+        begun_anew = self.position[0] == earlier.position[0] and self.versions != earlier.versions
+        if self.position < earlier.position and not begun_anew:
+            return place(earlier.position)
+        return ""
+
+
+def place(position: Position) -> str:
+    """In words."""
+    return f"visit {position[0]} step {position[1]}"
+
+
+def read_kept(folder: Path) -> Holding:
+    """What a node's folder holds.
 
     Raises:
         OutputError: the manifest is damaged.
@@ -19,10 +52,11 @@ def read_kept(folder: Path) -> Position:
     try:
         tree = json.loads(path.read_bytes())
         progress = tree["progress"]
-        return int(progress["visit"]), int(progress["step"]) if tree["active"] else 0
+        position = int(progress["visit"]), int(progress["step"]) if tree["active"] else 0
+        return Holding(position, {int(b): int(s["visit"]) for b, s in tree["blocks"].items()})
     except FileNotFoundError:
-        return 0, 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Holding()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{path}: damaged: {error!r}") from None
 
 
@@ -49,10 +83,9 @@ class Trail:
         try:
             with self._path.open("rb") as file:
                 inode = self._path.stat().st_ino
-                if inode != self._inode:
-                    # Lines that are there after a start were written before it.
-                    self._inode, self._offset = inode, file.seek(0, 2)
-                    return 0
+                anew = inode != self._inode
+                if anew:
+                    self._inode, self._offset = inode, 0
                 file.seek(self._offset)
                 new = file.read()
         except FileNotFoundError:
@@ -60,6 +93,11 @@ class Trail:
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
         lines = whole.splitlines()
+        if anew:
+            # Lines that are there after a start were written before it; later ones are no more.
+            last = json.loads(lines[-1]) if lines else {"visit": 0, "step": -1}
+            self.position = int(last["visit"]), int(last["step"])
+            return 0
         for line in lines:
             row = json.loads(line)
             visit, step = int(row["visit"]), int(row["step"])

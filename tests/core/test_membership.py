@@ -17,6 +17,7 @@ from deca_node.membership import (
     heard,
     members,
     near_visits,
+    overhauled,
     ready,
 )
 
@@ -61,6 +62,31 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, near=
 def test_a_greeting_decides_the_state(known, event, state):
     """What a greeting means depends on what was known and on both places in the schedule."""
     assert greet(known, **event).state == state
+
+
+AHEAD = replace(BOB, state=State.AHEAD, visit=9, detail="at visit 9, we are at 3")
+
+
+@pytest.mark.parametrize(
+    ("peer", "own_visit", "state"),
+    [
+        (AHEAD, 7, State.AHEAD),
+        (AHEAD, 8, State.ALIVE),
+        (AHEAD, 10, State.ALIVE),
+        (AHEAD, 12, State.BEHIND),
+        (BOB, 5, State.ALIVE),  # it moves on about when we do, and is heard later
+        (replace(BOB, state=State.SUSPECT), 3, State.SUSPECT),
+        (replace(BOB, state=State.BEHIND), 3, State.BEHIND),
+        (replace(BOB, state=State.GONE), 3, State.GONE),
+    ],
+)
+def test_who_has_caught_up_is_in_step_with_those_that_were_ahead(peer, own_visit, state):
+    """At once, not when they are heard next: the visit about to begin needs its neighbours."""
+    after = overhauled(peer, own_visit, near=1)
+    assert after.state == state
+    assert after.visit == peer.visit
+    if state == State.ALIVE:
+        assert after.detail == ""
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def test_a_killed_node_comes_back_into_step():
         again = [record for _, life, record in victim.story.steps if life == 2]
         assert again[0].visit.index > gone_at
         assert again[0].step == 0
-        assert all(record.gathered.complete and record.edges.weights for record in again)
+        assert all(record.gathered.complete for record in again)
+        assert all(record.edges.weights for record in again)
         assert all(node.story.finished for node in swarm.nodes)
 
     run(scenario())
@@ -133,6 +134,7 @@ def test_all_nodes_restarted_go_on_together():
             again = [record for _, life, record in node.story.steps if life == 2]
             assert again[0].visit.index in range(max(places), max(places) + 2)
             assert all(record.gathered.complete for record in again)
+            assert all(record.edges.weights for record in again)
         assert all(node.story.finished for node in swarm.nodes)
 
     run(scenario())
@@ -204,6 +206,9 @@ def test_a_frozen_node_costs_the_others_one_deadline():
         again = [record for when, _, record in frozen.story.steps if when > at + 152]
         assert again
         assert all(record.gathered.complete for record in again[3:])
+        entered = [record for record in again if record.visit.index > again[0].visit.index + 1]
+        assert entered
+        assert all(record.edges.weights for record in entered)
 
     run(scenario())
 

@@ -52,13 +52,14 @@ def arena(tmp_path, monkeypatch):
                     "model.path=m",
                     "data.train=d",
                     f"schedule.steps={STEPS}",
+                    "schedule.rounds=4",
                     f"node.name=node-{number}",
                     f"node.output={output}",
                 ],
             )
         )
     plan = chaos.Plan(1.0, 0, 2, 1, None, (), None, None, 0, 1.0, None, tmp_path)
-    made = chaos._Arena(plan, nodes, Console(file=io.StringIO()), patience=10.0)
+    made = chaos._Arena(plan, nodes, Console(file=io.StringIO()), patience=10.0, calm=1)
     made._began = 0.0
     for name in ("node-0", "node-1"):
         made._start(made.nodes[name], 0.0)
@@ -76,7 +77,7 @@ def step(node, visit, step):
 def keep(node, visit):
     folder = node.settings.node.output / "state"
     folder.mkdir(exist_ok=True)
-    manifest = {"progress": {"visit": visit, "step": 0}, "active": None}
+    manifest = {"progress": {"visit": visit, "step": 0}, "active": None, "blocks": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

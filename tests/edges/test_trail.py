@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.checkpoint import Changed, Checkpoint, Progress
 from deca_node.errors import OutputError
-from deca_node.trail import Trail, read_kept, resumed_at
+from deca_node.trail import Holding, Trail, read_kept, resumed_at
 
 STEPS = 3
 
@@ -73,18 +76,68 @@ def test_who_goes_on_to_the_next_visit_has_kept_the_last(tmp_path, rows, kept):
     assert trail.kept == kept
 
 
-def test_the_kept_position_is_the_manifests(tmp_path):
-    """A step counts only where the open visit's tensors are there; no manifest is the beginning."""
-    assert read_kept(tmp_path) == (0, 0)
+def test_who_passes_visits_over_after_a_start_has_kept_none_of_them(tmp_path):
+    """A whole visit was done, but died before it was kept; the node goes on where others are."""
+    path = tmp_path / "history.jsonl"
+    trail = Trail(path, STEPS)
+    renew(path)
+    trail.look()
+    append(path, "".join(line(4, step) for step in range(STEPS)))
+    trail.look()
+    renew(path, "".join(line(3, step) for step in range(STEPS)))
+    trail.look()
+    assert trail.position == (3, STEPS - 1)
+    append(path, line(7, 0))
+    trail.look()
+    assert trail.kept == (4, 0)
+
+
+def test_the_kept_state_is_the_manifests(tmp_path):
+    """Read as the daemon writes it; no manifest is the base model, a damaged one is told."""
+    schedule = Schedule(partition_layers(2, 1), 3, STEPS, "ascending", 0)
+    checkpoint = Checkpoint(tmp_path, {"run": "r"}, schedule)
+    checkpoint.claim()
+    assert read_kept(tmp_path) == Holding()
+    tensors = {"w": torch.zeros(2)}
+    checkpoint.save_blocks({0: Changed(2, tensors)}, Progress(visit=3, step=0))
+    assert read_kept(tmp_path) == Holding((3, 0), {0: 2})
+    checkpoint.save_visit(tensors, Progress(visit=3, step=2))
+    assert read_kept(tmp_path) == Holding((3, 2), {0: 2})
+    checkpoint.save_blocks({1: Changed(5, tensors)}, Progress(visit=6, finished=True))
+    assert read_kept(tmp_path) == Holding((6, 0), {0: 2, 1: 5})
+    checkpoint.release()
     path = tmp_path / "state" / "manifest.json"
-    path.parent.mkdir()
-    for active, kept in ((None, (4, 0)), ({"file": "x", "xxh3": "y"}, (4, 2))):
-        path.write_text(json.dumps({"progress": {"visit": 4, "step": 2}, "active": active}))
-        assert read_kept(tmp_path) == kept
-    for text in ("", "{", "[]", '{"progress": 3, "active": null}'):
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"progress": 3, "active": null}',
+        '{"progress": {}, "active": {}}',
+    ):
         path.write_text(text)
         with pytest.raises(OutputError, match="manifest"):
             read_kept(tmp_path)
+
+
+KEPT = Holding((5, 2), {0: 4, 1: 1})
+
+
+@pytest.mark.parametrize(
+    ("later", "lost"),
+    [
+        (KEPT, ""),
+        (Holding((5, 3), {0: 4, 1: 1}), ""),
+        (Holding((6, 0), {0: 4, 1: 5}), ""),
+        (Holding((5, 0), {0: 4, 1: 3}), ""),  # begun anew with a newer block
+        (Holding((5, 1), {0: 4, 1: 1}), "visit 5 step 2"),
+        (Holding((4, 0), {0: 4, 1: 3}), "visit 5 step 2"),
+        (Holding((7, 0), {0: 4, 1: 0}), "block 1 of visit 1"),
+        (Holding((7, 0), {1: 1}), "block 0 of visit 4"),
+    ],
+)
+def test_what_was_kept_before_must_still_be_there(later, lost):
+    """No visit, no step of an open visit and no block's newest values may go."""
+    assert later.lacks(KEPT) == lost
 
 
 def test_where_a_node_begins_is_read_from_its_last_start(tmp_path):
