@@ -109,10 +109,6 @@ class Peers(Protocol):
         """Links to those that can hand out blocks."""
         ...
 
-    def located(self, name: str, visit: int) -> None:
-        """A peer told in passing at which visit it is."""
-        ...
-
     def trouble(self, peer: str, error: PeerError) -> None:
         """A call to the peer failed or what it sent was refused."""
         ...
@@ -401,7 +397,6 @@ class CatchUp:
             )
             if wrong := checked(holdings, self._schedule, self._store.most_bytes()):
                 raise PayloadError("bad_list", wrong)
-            self._peers.located(name, holdings.visit)
         except PeerError as error:
             self._fault(name, error)
             return None

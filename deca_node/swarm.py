@@ -678,12 +678,6 @@ class Swarm:
             peer = replace(peer, state=State.SUSPECT, down=True, detail=detail)
         self._update(peer)
 
-    def located(self, name: str, visit: int) -> None:
-        """A peer told in passing at which visit it is."""
-        known = self.peers.get(name)
-        if known is not None:
-            self.peers[name] = replace(known, visit=visit)
-
     def _update(self, peer: Peer) -> None:
         known = self.peers.get(peer.name)
         self.peers[peer.name] = peer
