@@ -17,7 +17,14 @@ import xxhash
 
 from deca_node.blocks import Schedule
 from deca_node.config import Timing
-from deca_node.errors import DiskFullError, OutputError, PayloadError, PeerError, PeerRefused
+from deca_node.errors import (
+    DiskFullError,
+    OutputError,
+    PayloadError,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+)
 from deca_node.limits import (
     CHUNK_BYTES,
     MAX_QUEUED_TRANSFERS,
@@ -34,6 +41,10 @@ from deca_node.wire import frame, parse
 
 # Between two tries when nothing could be fetched, or kept on a full disk.
 RETRY_SECONDS = 2.0
+# Blocks in one go that could not be kept, until the run goes on without what it missed.
+MAX_DISK_FAILURES = 5
+# Times that nobody ahead answers, a redial apart, until the run goes on alone.
+MAX_SILENT_ROUNDS = 3
 
 
 class Shelf(Protocol):
@@ -84,7 +95,7 @@ class Store(Protocol[P]):
         """By block, the largest size that a file of it can have."""
         ...
 
-    def partial(self, block: int, xxh3: str) -> P:
+    async def partial(self, block: int, xxh3: str) -> P:
         """The file that a version of a block goes to, with what an earlier try left in it."""
         ...
 
@@ -181,15 +192,20 @@ class Giver:
             if kept is None or file is None:
                 raise PeerRefused("passed", f"block {request.block} has a newer version here")
             with file:
-                # Who reads more slowly than this holds a slot that others wait for.
-                async with asyncio.timeout(transfer_seconds(kept.bytes, self._timing)):
-                    offset = request.offset
-                    while data := await self._shelf.read(file, offset, CHUNK_BYTES):
-                        clock = asyncio.get_running_loop().time()
-                        await asyncio.sleep(self._bucket.take(len(data), clock))
-                        self.bytes_sent += len(data)
-                        yield frame(kept.visit, offset, data)
-                        offset += len(data)
+                try:
+                    # Who reads more slowly than this holds a slot that others wait for.
+                    async with asyncio.timeout(transfer_seconds(kept.bytes, self._timing)):
+                        offset = request.offset
+                        while data := await self._shelf.read(file, offset, CHUNK_BYTES):
+                            clock = asyncio.get_running_loop().time()
+                            await asyncio.sleep(self._bucket.take(len(data), clock))
+                            self.bytes_sent += len(data)
+                            yield frame(kept.visit, offset, data)
+                            offset += len(data)
+                except TimeoutError:
+                    raise PeerRefused("too_slow", "the transfer took too long") from None
+                except OSError as error:
+                    raise PeerRefused("passed", f"cannot be read here: {error.strerror}") from None
 
     @asynccontextmanager
     async def _slot(self, peer: str) -> AsyncGenerator[None]:
@@ -198,11 +214,28 @@ class Giver:
             raise PeerRefused("too_many_transfers", "ask again later")
         self._asked[peer] += 1
         try:
-            async with self._slots:
+            # Whoever asks gives up when nothing comes for a step_deadline: refused before that, it
+            # knows why.
+            try:
+                async with asyncio.timeout(self._timing.step_deadline / 2):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise PeerRefused("too_many_transfers", "ask again later") from None
+            try:
                 yield
+            finally:
+                self._slots.release()
         finally:
             self._asked[peer] -= 1
             self._asked += Counter()  # forgets the zeros
+            self.moved()
+
+    async def drain(self) -> None:
+        """Let transfers under way end, for a step_deadline at most: this node is leaving."""
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + self._timing.step_deadline
+        while self._asked and loop.time() < limit:
+            await happens(self._moved, limit - loop.time())
 
 
 def transfer_seconds(nbytes: int, timing: Timing) -> float:
@@ -249,6 +282,7 @@ class CatchUp:
         schedule: the run's.
         timing: deadlines.
         behind: tells whether this node, about to begin a visit, is out of step.
+        reachable: those that this node exchanges with, if only through others.
         changed: called when ``gain`` changes in a way that others should hear of.
         stopping: ends it.
         log: a structlog logger.
@@ -261,6 +295,7 @@ class CatchUp:
         schedule: Schedule,
         timing: Timing,
         behind: Callable[[int], bool],
+        reachable: Callable[[int], frozenset[str]],
         changed: Callable[[], None],
         stopping: asyncio.Event,
         log: Any,
@@ -270,12 +305,15 @@ class CatchUp:
         self._schedule = schedule
         self._timing = timing
         self._behind = behind
+        self._reachable = reachable
+        self._visit = 0
+        self._disk_failures = 0
         self._changed = changed
         self._stopping = stopping
         self._log = log
         self.gain = Gain()
 
-    async def __call__(self, visit: int, *, overtaken: bool) -> int:
+    async def __call__(self, visit: int, *, overtaken: bool) -> tuple[int, bool]:
         """Catch up if need be.
 
         Args:
@@ -283,13 +321,15 @@ class CatchUp:
             overtaken: its neighbours have begun or ended this visit without it.
 
         Returns:
-            The visit at which it goes on: its own when it is in step, or when nobody can give it
-            anything.
+            The visit at which it goes on, its own when it is in step or when nobody can give it
+            anything; and whether blocks have changed, so that a visit under way begins anew.
         """
+        self._visit = visit
         if not overtaken and not self._behind(visit):
-            return visit
+            return visit, False
         gain = self.gain
         gain.active, gain.entry, gain.fetched, gain.total = True, 0, 0, 0
+        self._disk_failures = 0
         gain.unusable.clear()
         self._log.info("catching up", visit=visit)
         self._changed()
@@ -306,24 +346,33 @@ class CatchUp:
             seconds=round(time.monotonic() - begin, 1),
         )
         self._changed()
-        return entry
+        return entry, gain.fetched > 0
 
     async def _catch_up(self, visit: int, overtaken: bool) -> int:
         waited: int | None = None  # the visit whose end the last listing waited for
-        silent = 0
-        while not self._stopping.is_set():
+        clock = asyncio.get_running_loop().time
+        since = clock()  # when that wait began
+        promised = missed = silent = 0
+        while not self._stopping.is_set() and self._disk_failures < MAX_DISK_FAILURES:
             others = await self._unless_stopped(self._holdings(after=waited), {})
             if not others:
                 silent += 1
-                if silent > 1 or not self._givers():
+                if silent > MAX_SILENT_ROUNDS:
                     return visit
                 await self._pause(self._timing.redial)
                 continue
             silent = 0
+            if not overtaken and not self._behind(visit):
+                return visit  # those ahead have turned out to be of no use
             step = next_step(
                 visit, self._store.versions(), others, self._schedule, overtaken=overtaken
             )
             if step.done:
+                return step.entry
+            if promised and step.entry > promised:
+                missed, promised = missed + 1, 0
+            if missed and step.wait is None and step.entry == promised:
+                # It takes longer to fetch a visit's block than the others wait: the mix mends it.
                 return step.entry
             if step.fetch:
                 waited = None
@@ -334,11 +383,21 @@ class CatchUp:
                 if self.gain.bytes == before:
                     await self._pause(RETRY_SECONDS)
             else:
-                if waited == step.wait:  # an answer that should have been held back was not
+                if waited != step.wait:
+                    waited, since = step.wait, clock()
+                else:  # an answer that should have been held back may not have been
                     await self._pause(RETRY_SECONDS / 10)
-                waited = step.wait
+                if clock() - since > self._schedule.steps * self._timing.step_deadline:
+                    self._give_up_front(others, visit=step.entry - 1)
+                promised = step.entry
                 self._announce(step.entry)
         return visit
+
+    def _give_up_front(self, others: Mapping[str, Holdings], visit: int) -> None:
+        """No visit takes so long: who says that it is at this one is followed no more."""
+        stuck = sorted(name for name, each in others.items() if each.visit == visit)
+        self._log.warning("stuck and ahead: not followed any more", peers=stuck, visit=visit)
+        self.gain.unusable.update(stuck)
 
     def _announce(self, entry: int) -> None:
         self.gain.waiting_for = f"visit {entry} to begin"
@@ -350,7 +409,7 @@ class CatchUp:
         return {
             name: link
             for name, link in self._peers.givers().items()
-            if name not in self.gain.unusable
+            if name not in self.gain.unusable and name in self._reachable(self._visit)
         }
 
     async def _pause(self, seconds: float) -> None:
@@ -438,6 +497,7 @@ class CatchUp:
                 self._fault(name, error)
                 return
             except (DiskFullError, OutputError) as error:
+                self._disk_failures += 1
                 self._log.warning("cannot keep what is fetched", reason=str(error))
                 await self._pause(RETRY_SECONDS)
                 return
@@ -446,12 +506,17 @@ class CatchUp:
                 raise
 
     async def _fetch(self, name: str, link: Link, block: int, kept: Kept) -> None:
-        partial = self._store.partial(block, kept.xxh3)
+        partial = await self._store.partial(block, kept.xxh3)
+        before = partial.size
         try:
-            self.gain.fetched += partial.size
-            if partial.size < kept.bytes:
+            self.gain.fetched += before
+            if before < kept.bytes:
                 await self._receive(link, block, kept, partial)
             await self._store.install(block, partial, kept.visit)
+        except PayloadError as error:
+            if before and error.reason == "digest":  # what an earlier try left may have been torn
+                raise PeerTimeout("the part of an earlier transfer was damaged") from None
+            raise
         finally:
             partial.close()
         self._log.info("fetched", block=block, visit=kept.visit, peer=name, bytes=kept.bytes)
@@ -462,7 +527,7 @@ class CatchUp:
         )
         limit = transfer_seconds(kept.bytes, self._timing)
         async with aclosing(link.fetch_block(request, limit)) as stream:
-            async for message in stream:
+            while message := await self._next(stream):
                 chunk = parse(message)
                 if chunk.serial != kept.visit:
                     raise PayloadError("wrong_step", f"visit {chunk.serial} of block {block}")
@@ -480,3 +545,11 @@ class CatchUp:
                 if partial.size == kept.bytes:
                     return
         raise PayloadError("incomplete", "the stream ended early")
+
+    async def _next(self, stream: AsyncGenerator[bytes]) -> bytes:
+        """The next message, empty at the end; a giver that pauses too long is given up."""
+        try:
+            async with asyncio.timeout(self._timing.step_deadline):
+                return await anext(stream, b"")
+        except TimeoutError:
+            raise PeerTimeout("nothing came for too long") from None

@@ -99,7 +99,7 @@ REASONS = frozenset(
         *("too_many_pulls", "too_many_watchers", "stopping", "starting", "stranger", "bad_degree"),
         *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
         *("settings_differ", "name_taken", "full", "unmet"),
-        *("bad_list", "digest", "too_many_transfers"),
+        *("bad_list", "digest", "too_many_transfers", "too_slow"),
     }
 )
 

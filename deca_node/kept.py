@@ -79,15 +79,17 @@ class KeptBlocks:
             DiskFullError, OutputError: the state on disk is the previous one; what could not be
                 kept is kept with the next.
         """
+        opened = self._schedule.visit(self._progress().visit).block if within else None
         blocks = {
             block: Changed(visit, self._model.block_tensors(self._schedule.blocks[block]))
             for block, visit in self._unsaved.items()
+            if block != opened  # its values are those of no visit's end
         }
         if within:
             self._checkpoint.save_visit(open_visit, self._progress(), blocks, self._addresses())
         else:
             self._checkpoint.save_blocks(blocks, self._progress(), self._addresses())
-        self._unsaved.clear()
+        self._unsaved = {block: v for block, v in self._unsaved.items() if block not in blocks}
 
     # --- for others (catchup.Shelf)
 
@@ -129,14 +131,13 @@ class KeptBlocks:
             for block, layers in enumerate(self._schedule.blocks)
         }
 
-    def partial(self, block: int, xxh3: str) -> Incoming:
-        """See Store."""
-        return self._checkpoint.incoming(block, xxh3)
+    async def partial(self, block: int, xxh3: str) -> Incoming:
+        """See Store. It reads what is there already."""
+        return await asyncio.to_thread(self._checkpoint.incoming, block, xxh3)
 
     async def install(self, block: int, partial: Incoming, visit: int) -> None:
         """See Store."""
         await self._worker(functools.partial(self._install, block, partial, visit))
-        self._unsaved.pop(block, None)
 
     def _install(self, block: int, incoming: Incoming, visit: int) -> None:
         layers = self._schedule.blocks[block]
@@ -150,6 +151,7 @@ class KeptBlocks:
         progress = replace(self._progress(), step=0)
         self._checkpoint.adopt({block: (incoming, visit)}, progress, self._addresses())
         self._model.load_block(layers, tensors)
+        self._unsaved.pop(block, None)
 
 
 def fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -41,8 +41,9 @@ MAX_STREAMS_PER_CONNECTION = 32
 MAX_WATCHERS = 64
 # Network names seen by discovery that are kept at once.
 MAX_SIGHTINGS = MAX_CONTACTS
-# Blocks streamed at once to nodes that catch up, over all of them: two fill a link.
-MAX_TRANSFERS = 2
+# Blocks streamed at once to nodes that catch up, over all of them: two fill a link, and one node
+# that reads slowly must not keep the others waiting.
+MAX_TRANSFERS = 4
 # Asked for by one node at once: it fetches one block at a time from each peer; one more may still
 # be closing.
 MAX_TRANSFERS_PER_PEER = 2

@@ -87,6 +87,7 @@ class Member:
         self._log = log
         self.phase = Phase.STARTING
         self.visit = 0
+        self._lost_asked = False
         schedule, timing = run.schedule, run.timing
         self.swarm = Swarm(
             identity, transport, timing, self.position, schedule.steps, self.wake, log
@@ -105,6 +106,7 @@ class Member:
             schedule,
             timing,
             self._is_behind,
+            self._reachable,
             self.swarm.nudge,
             stopping,
             log,
@@ -145,15 +147,18 @@ class Member:
         given in parts go on each at its own pace.
         """
         swarm = self.swarm
-        if self._blocks.lost() and swarm.givers():
+        if self._blocks.lost() and swarm.givers() and not self._lost_asked:
             return True
         near = membership.near_visits(len(swarm.peers) + 1, self._run.schedule.steps)
+        unusable = self.catch_up.gain.unusable
         ahead = {name for name in swarm.givers() if swarm.peers[name].visit - visit > near}
-        if not ahead:
-            return False
-        name = swarm.identity.node
-        graph = topology.graph(swarm.members(visit) | ahead, self._run.topology)
-        return not ahead.isdisjoint(topology.component(graph, name))
+        return not self._reachable(visit).isdisjoint(ahead - unusable)
+
+    def _reachable(self, visit: int) -> frozenset[str]:
+        """Those that this member exchanges with, if only through others."""
+        everybody = self.swarm.members(visit) | self.swarm.givers().keys()
+        graph = topology.graph(everybody, self._run.topology)
+        return topology.component(graph, self.swarm.identity.node)
 
     # --- life
 
@@ -190,7 +195,8 @@ class Member:
             begun = (begun if begun is not None else now) if training else None
             if begun is not None and now - begun > 2 * self._run.timing.heartbeat:
                 return f"the others have begun: {who}"
-            if resumed and now - begin > REJOIN_SECONDS:
+            # Without its lost blocks it would train the base model's.
+            if resumed and now - begin > REJOIN_SECONDS and not self._blocks.lost():
                 return f"going on after a restart: {who}"
             if now >= reminded:
                 self._log.info("waiting", who=who)
@@ -229,10 +235,11 @@ class Member:
         self.moved(visit)
         return Start(visit, step), rounds.is_open
 
-    async def _in_step(self, visit: int, *, overtaken: bool) -> int:
-        entry = await self.catch_up(visit, overtaken=overtaken)
+    async def _in_step(self, visit: int, *, overtaken: bool) -> tuple[int, bool]:
+        entry, anew = await self.catch_up(visit, overtaken=overtaken)
+        self._lost_asked = self._lost_asked or bool(self.swarm.givers())
         self.moved(entry)
-        return entry
+        return entry, anew
 
     def moved(self, visit: int) -> None:
         """This member is at another visit."""

@@ -36,11 +36,11 @@ from deca_node.data import (
 )
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
-from deca_node.errors import DecaError, ListenError, OutputError, PeerRefused
+from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint
 from deca_node.kept import KeptBlocks
-from deca_node.limits import MAX_WATCHERS
+from deca_node.limits import MAX_MEMBERS, MAX_WATCHERS
 from deca_node.member import Member, Run
 from deca_node.membership import Edges, Phase, State
 from deca_node.methods import Method
@@ -62,6 +62,8 @@ WATCH_INTERVAL_SECONDS = (0.1, 3600.0)
 # Calls under way when the node ends.
 CLOSE_GRACE_SECONDS = 0.5
 MAX_WARNINGS = 20
+# Between two tries to write the finished model to a full disk.
+ROOM_SECONDS = 5.0
 
 
 class Node:
@@ -111,6 +113,7 @@ class Node:
         self._kept: KeptBlocks | None = None
         self._saved_at = self._started
         self._sent_before_step = 0
+        self._met_before: dict[str, str] = {}
         self._caught_up_before = 0, 0
         self._device = torch.device("cpu")
         self._model_name = settings.model.path.name
@@ -193,6 +196,7 @@ class Node:
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         self._progress = checkpoint.state.progress
+        self._met_before = checkpoint.state.peers
         self._caught_up_before = self._progress.caught_up, self._progress.passed_over
         self._seconds_before = self._progress.seconds
         if self._progress.finished and self._is_agreement_due():
@@ -265,11 +269,11 @@ class Node:
             # At the same time as the goodbyes, each of which may take a second.
             _, saved = await asyncio.gather(
                 self._leave(),
-                asyncio.to_thread(
-                    _nothing
-                    if untouched
-                    else partial(kept.save, method.state() if is_open else None, within=is_open)
-                ),
+                # A gradient that was abandoned may keep the training thread; outside of a visit
+                # that is at most putting a fetched block in its place, which must come first.
+                asyncio.to_thread(partial(kept.save, method.state(), within=True))
+                if is_open
+                else self._worker(_nothing if untouched else kept.save),
                 return_exceptions=True,
             )
             if isinstance(saved, BaseException):
@@ -391,12 +395,14 @@ class Node:
         if late := await unserved:
             self._warn(f"did not fetch our last block: {', '.join(sorted(late))}")
         exchange.release()
+        self._waiting_for = "nodes that catch up to have their blocks"
+        await unless_stopped(member.giver.drain(), self._stopping)
         # Neighbours fetch the last block after our last step.
         sent = self._progress.bytes_sent + exchange.bytes_sent - self._sent_before_step
         self._progress = replace(self._progress, bytes_sent=sent)
         self._waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
-        await self._compute(partial(_replace, folder, model.export))
+        await self._until_there_is_room(partial(_replace, folder, model.export))
         progress = replace(self._progress, finished=True, seconds=self._seconds())
         summary = {
             "run": self.settings.run.name,
@@ -422,9 +428,26 @@ class Node:
         }
         write_summary(self.settings.node.output / "summary.json", summary)
         self._progress = progress
-        await self._compute(kept.save)
+        await self._until_there_is_room(kept.save)
         self._waiting_for = ""
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1))
+
+    async def _until_there_is_room(self, write: Callable[[], None]) -> None:
+        """Write what the run was for; a full disk is waited for, as nothing else is left to do.
+
+        Raises:
+            Stopped: told to end meanwhile.
+            OutputError: it cannot be written for another reason.
+        """
+        while True:
+            try:
+                await self._compute(write)
+            except DiskFullError as error:
+                self._warn(f"waiting for room to finish: {error}")
+                if await happens(self._stopping, ROOM_SECONDS):
+                    raise
+            else:
+                return
 
     # --- parts of starting
 
@@ -497,7 +520,7 @@ class Node:
         for address in settings.network.static_peers:
             member.swarm.propose(address, lasting=True)
         for address in met_before.values():
-            member.swarm.propose(address)
+            member.swarm.propose(address, lasting=True)
         if settings.network.zeroconf:
             await self._discover(member, port)
 
@@ -572,8 +595,10 @@ class Node:
         """Where peers were last met, for the state on disk."""
         if self._member is None:
             return {}
-        peers = self._member.swarm.peers.values()
-        return {peer.name: peer.address for peer in peers if peer.state != State.REFUSED}
+        # Asked on the training thread while the event loop meets others.
+        peers = list(self._member.swarm.peers.values())
+        met = {peer.name: peer.address for peer in peers if peer.state != State.REFUSED}
+        return dict(list(({**self._met_before, **met}).items())[-MAX_MEMBERS:])
 
     def _at(self, visit: int, step: int, data_position: int) -> Progress:
         return replace(

@@ -76,8 +76,10 @@ class Observer(Protocol):
 class CatchUp(Protocol):
     """The way back into step with the others; catchup.CatchUp is one."""
 
-    async def __call__(self, visit: int, *, overtaken: bool) -> int:
+    async def __call__(self, visit: int, *, overtaken: bool) -> tuple[int, bool]:
         """The visit to go on with, the given one when there is nothing to catch up with.
+
+        And whether blocks have changed: then a visit is begun anew, whatever was saved of it.
 
         Args:
             visit: about to begin.
@@ -132,15 +134,17 @@ class Rounds:
         """
         here = start
         while here.visit < self.schedule.visits:
-            entry = await self.catch_up(here.visit, overtaken=False)
+            entry, anew = await self.catch_up(here.visit, overtaken=False)
             if entry == here.visit:
+                here = Start(here.visit) if anew else here
                 wanted = self.neighbours(here.visit)
                 serial = self.schedule.serial(here.visit, here.step)
                 edges = await self.exchange.open_visit(
                     here.visit, self.schedule.steps, wanted, serial
                 )
                 if self.exchange.overtaken and not self.stopping.is_set():
-                    entry = await self.catch_up(here.visit, overtaken=True)
+                    entry, anew = await self.catch_up(here.visit, overtaken=True)
+                    here = Start(here.visit) if anew and entry == here.visit else here
             if entry != here.visit:
                 # What was trained of a visit that is passed over is in the neighbours' blocks.
                 here = Start(entry)

@@ -5,8 +5,8 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, Protocol
 
 import grpc
@@ -188,6 +188,7 @@ class GrpcLink:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._closed = False
         self._channel = grpc.aio.insecure_channel(address, options=_CLIENT)
         self._unary: dict[str, Callable[..., Awaitable[Any]]] = {}
         for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers"})):
@@ -213,10 +214,8 @@ class GrpcLink:
         )
 
     async def _call(self, name: str, request: Any, timeout: float) -> Any:
-        try:
+        with self._translated():
             reply = await self._unary[name](request, timeout=timeout)
-        except grpc.aio.AioRpcError as error:
-            raise _translate(error, self.address) from None
         if reply is None:  # what grpc gives for bytes that it cannot decode
             raise PeerRefused("malformed", f"{self.address}: not an answer to {name}")
         return reply
@@ -248,20 +247,33 @@ class GrpcLink:
 
     def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
         """See Link."""
-        return self._messages(self._pull(request, timeout=timeout))
+        return self._messages(lambda: self._pull(request, timeout=timeout))
 
     def fetch_block(self, request: pb.FetchBlockRequest, timeout: float) -> AsyncGenerator[bytes]:
         """See Link."""
-        return self._messages(self._fetch(request, timeout=timeout))
+        return self._messages(lambda: self._fetch(request, timeout=timeout))
 
-    async def _messages(self, call: Any) -> AsyncGenerator[bytes]:
+    async def _messages(self, begin: Callable[[], Any]) -> AsyncGenerator[bytes]:
+        with self._translated():
+            call = begin()
+            try:
+                async for message in call:
+                    yield message
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Errors of grpc as ours; what it raises when we have closed the channel as well."""
         try:
-            async for message in call:
-                yield message
+            yield
         except grpc.aio.AioRpcError as error:
             raise _translate(error, self.address) from None
-        finally:
-            call.cancel()
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise PeerUnavailable(f"{self.address}: given up") from None
 
     async def get_status(self, timeout: float) -> pb.NodeStatus:
         """The node's status."""
@@ -281,6 +293,7 @@ class GrpcLink:
 
     async def close(self) -> None:
         """See Link."""
+        self._closed = True
         await self._channel.close()
 
 

@@ -131,7 +131,7 @@ class Keeping:
     def most_bytes(self):
         return dict.fromkeys(range(len(self.schedule.blocks)), 10_000)
 
-    def partial(self, block, xxh3):
+    async def partial(self, block, xxh3):
         return self.disk.parts.setdefault((block, xxh3), Part(xxh3))
 
     async def install(self, block, partial, visit):
