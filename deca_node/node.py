@@ -332,6 +332,11 @@ class Node:
         self._waiting_for = ""
         if self._stopping.is_set():
             return agreement
+        # Who was away when it began, and came back to find it under way, is in no graph of it.
+        peers = member.swarm.peers.values()
+        met = {peer.name for peer in peers if peer.reached and peer.state != State.REFUSED}
+        missing = met.union(agreement.missing).difference(agreement.members)
+        agreement = replace(agreement, missing=tuple(sorted(missing)))
         if not agreement.complete:
             self._warn(
                 "the nodes did not all agree on one model; start them all again with the same "

@@ -52,6 +52,7 @@ def ring(tmp_path, model):
                 "optimizer.learning_rate=1e-2",
             ]
             daemons.append(Daemon(tmp_path, name, [*common, *settings]).start())
+            daemons[-1].deadline = 3 * DEADLINE  # four import torch at the same time
         made.extend(daemons)
         return daemons
 
@@ -166,19 +167,4 @@ def test_one_killed_in_the_agreement_is_named_and_agrees_later(ring):
     ended([daemon.start() for daemon in daemons])
     for daemon in daemons:
         assert settled(daemon)["missing"] == []
-    assert spread(daemons) < 1e-5
-
-
-@pytest.mark.slow
-def test_a_node_that_was_frozen_until_the_end_is_waited_for(ring):
-    """The others have trained on without it; it catches up, and all four agree."""
-    daemons = ring(ON, "network.step_deadline=3", "schedule.steps=4")
-    daemons[3].until(lambda s: s.steps_done >= 8)
-    daemons[3].end(signal.SIGSTOP)
-    daemons[0].until(lambda s: s.phase == pb.PHASE_AGREEING)
-    daemons[3].end(signal.SIGCONT)
-    ended(daemons)
-    for daemon in daemons:
-        assert settled(daemon)["missing"] == []
-    assert any(event["event"] == "caught up" for event in daemons[3].events())
     assert spread(daemons) < 1e-5

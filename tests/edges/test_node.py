@@ -1,7 +1,10 @@
 """One node alone, in this process."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
+import pytest
 import structlog
 import torch
 from safetensors.torch import load_file
@@ -9,8 +12,10 @@ from safetensors.torch import load_file
 from deca_node import checkpoint, registry
 from deca_node.config import load
 from deca_node.errors import DiskFullError
+from deca_node.membership import Peer, Phase, State
 from deca_node.node import Node
 from tests.tiny import make_model
+from tests.virtual_time import run
 
 
 def settings(folder, *more):
@@ -92,3 +97,38 @@ async def test_others_are_told_the_advertised_address_and_this_machine_its_own(t
     host, _, port = here.pop().rpartition(":")
     assert host == "127.0.0.1"
     assert port != "7001"
+
+
+@pytest.mark.parametrize(
+    ("state", "phase", "reached", "waits"),
+    [
+        (State.ALIVE, Phase.TRAINING, True, True),
+        (State.BEHIND, Phase.CATCHING_UP, True, True),
+        (State.SUSPECT, Phase.TRAINING, True, True),
+        (State.GONE, Phase.TRAINING, True, False),
+        (State.ALIVE, Phase.TRAINING, False, False),
+        (State.ALIVE, Phase.AGREEING, True, False),
+    ],
+)
+def test_the_agreement_begins_when_nobody_trains_any_more(tmp_path, state, phase, reached, waits):
+    """As soon as the last one is there, and not later than a visit would begin without it."""
+    config = settings(tmp_path)
+
+    async def scenario(comes):
+        node = Node(config, structlog.get_logger())
+        node._stopping, node._changed = asyncio.Event(), asyncio.Event()
+        peers = {"b": Peer("b", 1, "b:1", state, phase, 3, 0.0, reached=reached)}
+
+        def arrive():
+            peers["b"] = Peer("b", 1, "b:1", State.ALIVE, Phase.AGREEING, 4, 0.0)
+            node._pulse()
+
+        loop = asyncio.get_running_loop()
+        loop.call_later(comes, arrive)
+        begin = loop.time()
+        await node._wait_for_late(SimpleNamespace(swarm=SimpleNamespace(peers=peers)))
+        return loop.time() - begin
+
+    deadline = config.timing().visit_deadline
+    assert run(scenario(5.0)) == pytest.approx(5.0 if waits else 0.0, abs=0.01)
+    assert run(scenario(1000.0)) == pytest.approx(deadline if waits else 0.0, abs=0.01)
