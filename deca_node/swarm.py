@@ -366,6 +366,8 @@ class Swarm:
             return reply
         reply.fingerprint.extend(self._fields())
         reply.known.extend(self._known())
+        if address in self._vain and self._is_back(request.sender):
+            self._vain[address] = self._now()  # before, there was nobody to answer
         self._heard(request, address)
         self._note(request.sender, address, request)
         reply.unreached = self._cannot_call(request.sender.node, address)
@@ -476,6 +478,15 @@ class Swarm:
         """Peers that have greeted us, and whose address we have called for a while in vain."""
         return frozenset(
             peer.name for peer in self.peers.values() if self._cannot_call(peer.name, peer.address)
+        )
+
+    def _is_back(self, sender: pb.Sender) -> bool:
+        """Whether a caller has not called for a while: it was down, or cut off from us."""
+        known = self.peers.get(sender.node)
+        return (
+            known is None
+            or known.session != sender.session
+            or self._now() - known.last_seen > self._timing.redial_max + self._timing.rpc
         )
 
     def _cannot_call(self, name: str, address: str) -> bool:

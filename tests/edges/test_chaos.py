@@ -212,6 +212,21 @@ def test_a_frozen_node_is_thawed_and_a_restarted_one_started_once_it_has_ended(a
     assert arena._standing().absent == ("node-2",)
 
 
+def test_a_node_that_was_still_starting_dies_of_sigterm(arena):
+    """It had begun nothing; of any other signal it has not ended as it was asked to."""
+    both_step(arena, 1.0)
+    node = arena.nodes["node-0"]
+    arena._hurt(Fault(Kind.RESTART, "node-0", 0.0), 2.0)
+    process = node.process
+    process.code = -15
+    arena._tick(2.2)
+    assert node.process not in (None, process)
+    arena._hurt(Fault(Kind.RESTART, "node-0", 0.0), 3.0)
+    node.process.code = -11
+    with pytest.raises(SwarmError, match="node-0 failed"):
+        arena._tick(3.2)
+
+
 def test_a_node_that_ignores_sigterm_fails_the_run(arena):
     both_step(arena, 1.0)
     arena._hurt(Fault(Kind.RESTART, "node-0", 0.0), 2.0)

@@ -69,6 +69,31 @@ def test_a_peer_that_cannot_be_called_is_told_so():
     run(scenario())
 
 
+def test_a_peer_that_comes_back_is_not_yet_one_that_cannot_be_called():
+    """While it was down it could not answer; what counts is since it calls again."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        member = Member(network, 0)
+        await member.listen()
+        request = greeting(session=1)
+        assert not (await member.hello(request, "10.0.0.77")).unreached  # and is called in vain
+        await asyncio.sleep(60)
+        assert not (await member.hello(request, "10.0.0.77")).unreached  # after a cut
+        await asyncio.sleep(UNREACHED_SECONDS - 1)
+        request.sender.session = 2
+        assert not (await member.hello(request, "10.0.0.77")).unreached  # after a restart
+        assert member.swarm.uncallable() == frozenset()
+        for _ in range(10):
+            await asyncio.sleep(1)
+            reply = await member.hello(request, "10.0.0.77")
+        assert reply.unreached
+        assert member.swarm.uncallable() == {"x"}
+        await member.swarm.close()
+
+    run(scenario())
+
+
 def test_a_static_peer_has_never_answered_until_it_once_did():
     """One that has finished and left is no cause for alarm."""
 
