@@ -5,7 +5,7 @@ is killed (SIGKILL) in the middle of a visit, and started again. Printed as
 JSON:
 
 - the giver's seconds per gradient before and while it hands out its blocks, and their ratio;
-- bytes that the joiner fetched, against the bytes of the blocks that had changed;
+- blocks that the joiner fetched, against those that changed before and while it did;
 - for each restart, seconds from the start of the killed node's process to what it logs, and to the
   end of its next step.
 """
@@ -103,18 +103,21 @@ def run(folder, runs):
         "schedule.layers_per_block=6",
         "optimizer.learning_rate=1e-4",
     ]
-    giver, joiner = (Daemon(name, folder, settings) for name in ("giver", "joiner"))
+    giver = Daemon("giver", folder, settings)
+    joiner = Daemon("joiner", folder, [*settings, "run.start_when=2"])
     giver.start()
     try:
         giver.until(lambda: len(giver.rows()) >= 5 * 4 + 9)
-        changed = sum(path.stat().st_size for path in giver.out.glob("state/block-*"))
         before = giver.rows()[-8:]  # nothing runs but the giver
         joiner.start()
         joiner.until(lambda: since(joiner, "catching up"))
         begun = len(giver.rows())
         joiner.until(lambda: since(joiner, "caught up"))
         during = giver.rows()[begun:]
-        fetched = sum(event["bytes"] for event in since(joiner, "fetched"))
+        fetched = [event["bytes"] for event in since(joiner, "fetched")]
+        # Every block, and once more each that a visit changed meanwhile.
+        visits = {row["visit"] for row in giver.rows()[begun:]}
+        changed = 5 + len(visits) - 1
         seconds = moment(since(joiner, "caught up")[0]) - moment(since(joiner, "catching up")[0])
         joiner.until(lambda: len(joiner.rows()) >= 2)
         return {
@@ -122,9 +125,9 @@ def run(folder, runs):
             "giver_seconds_per_gradient": {"before": median(before), "during": median(during)},
             "giver_slower_by": median(during) / median(before) - 1,
             "catching_up_seconds": seconds,
-            "bytes_changed": changed,
-            "bytes_fetched": fetched,
-            "fetched_over_changed": fetched / changed,
+            "megabytes_fetched": sum(fetched) / 1e6,
+            "blocks_changed": changed,
+            "blocks_fetched": len(fetched),
             "restarts": [restart(giver, joiner) for _ in range(runs)],
         }
     finally:

@@ -136,6 +136,7 @@ def in_the_middle(status):
     return status.phase == pb.PHASE_AGREEING and found and 3 <= int(found[1]) <= 30
 
 
+@pytest.mark.slow
 def test_stopped_in_the_agreement_all_agree_when_started_again(ring):
     """SIGTERM while blocks are agreed on: the state is kept, and a second start finishes."""
     daemons = ring(ON)
@@ -154,6 +155,7 @@ def test_stopped_in_the_agreement_all_agree_when_started_again(ring):
     assert spread(daemons) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_killed_in_the_agreement_is_named_and_agrees_later(ring):
     """SIGKILL: the others agree and say who is missing; started again, all four agree."""
     daemons = ring(ON)

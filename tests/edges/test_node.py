@@ -13,6 +13,7 @@ from deca_node import checkpoint, registry
 from deca_node.config import load
 from deca_node.errors import DiskFullError
 from deca_node.membership import Peer, Phase, State
+from deca_node.models import LanguageModel
 from deca_node.node import Node
 from tests.tiny import make_model
 from tests.virtual_time import run
@@ -132,3 +133,41 @@ def test_the_agreement_begins_when_nobody_trains_any_more(tmp_path, state, phase
     deadline = config.timing().visit_deadline
     assert run(scenario(5.0)) == pytest.approx(5.0 if waits else 0.0, abs=0.01)
     assert run(scenario(1000.0)) == pytest.approx(deadline if waits else 0.0, abs=0.01)
+
+
+async def test_a_full_disk_at_the_end_is_waited_for(tmp_path, monkeypatch):
+    """The finished model is written when there is room, and the wait is said."""
+    monkeypatch.setattr("deca_node.node.ROOM_SECONDS", 0.01)
+    failures = iter([True, True])
+    real = LanguageModel.export
+
+    def export(self, folder):
+        if next(failures, False):
+            raise DiskFullError("disk: no space left")
+        real(self, folder)
+
+    monkeypatch.setattr(LanguageModel, "export", export)
+    node = Node(settings(tmp_path), structlog.get_logger())
+    assert await node.run()
+    assert any("waiting for room" in warning for warning in node.status().warnings)
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path):
+    """A restart that meets nobody keeps the addresses that it knew."""
+    node = Node(settings(tmp_path, "schedule.rounds=30"), structlog.get_logger())
+    node._report = lambda status: node.stop() if status.steps_done == 5 else None
+    assert not await node.run()
+    path = tmp_path / "out" / "state" / "manifest.json"
+    assert json.loads(path.read_text())["peers"] == {}
+    node = Node(settings(tmp_path, "schedule.rounds=30"), structlog.get_logger())
+    node._report = lambda status: node.stop() if status.steps_done == 12 else None
+    judge = node._judge
+
+    def know(checkpoint):
+        judge(checkpoint)
+        checkpoint.state.peers["bob"] = "192.0.2.1:7430"
+
+    node._judge = know
+    assert not await node.run()
+    assert json.loads(path.read_text())["peers"] == {"bob": "192.0.2.1:7430"}

@@ -155,6 +155,33 @@ async def test_leaving_a_stream_ends_it_at_the_server(make):
         await asyncio.wait_for(handler.cancelled.wait(), 5)
 
 
+async def test_a_link_that_we_close_is_unavailable_to_whoever_uses_it():
+    """Calls under way and later ones fail as PeerUnavailable, not as a cancelled task."""
+    transport = GrpcTransport("127.0.0.1", 0)
+    port = await transport.listen(Answers(), None)
+    link = transport.link(f"127.0.0.1:{port}")
+
+    async def read():
+        async for _ in link.pull(pb.PullRequest(sender=sender("hold"), serial=1), 30):
+            begun.set()
+
+    begun = asyncio.Event()
+    calls = [
+        asyncio.create_task(read()),
+        asyncio.create_task(link.open_visit(pb.VisitOffer(), 30)),
+    ]
+    await asyncio.wait_for(begun.wait(), 5)
+    await link.close()
+    for call in calls:
+        with pytest.raises(PeerUnavailable):
+            await asyncio.wait_for(call, 5)
+    with pytest.raises(PeerUnavailable):
+        await link.hello(pb.HelloRequest(sender=sender()), 5)
+    with pytest.raises(PeerUnavailable):
+        await read()
+    await transport.close(0)
+
+
 async def test_nobody_there_is_unavailable(make):
     """Calling an address where nobody listens fails at once, as PeerUnavailable."""
     link = make().link("127.0.0.1:9")
