@@ -9,9 +9,9 @@ import pytest
 
 from deca_node.chaos import HANG_SECONDS, MAX_LOSS
 
-MINUTES = 1
+MINUTES = 0.75
 # Three starts of five nodes, the pace, and twice the minutes and what is left of the run when
-# faults end: 5 minutes on a machine with 2 cores. A bound on failure.
+# faults end: 4 to 5 minutes on a machine with 2 cores. A bound on failure.
 LIMIT = 1800.0
 
 
@@ -32,7 +32,7 @@ def test_a_swarm_lives_through_a_minute_of_faults(tmp_path):
     report = json.loads((out / "chaos.json").read_text())
     assert report["verdict"] == "passed"
     counts = report["counts"]
-    assert counts["all"] == len(report["faults"]) >= 4 * MINUTES  # far more where nobody else runs
+    assert counts["all"] == len(report["faults"]) >= 3  # far more where nobody else runs
     assert counts["join"] == 1
     assert len(report["restarts"]) == counts["kill"] + counts["restart"]
     for restart in report["restarts"]:
