@@ -156,7 +156,7 @@ class Swarm:
         self._complained: dict[tuple[str, str], float] = {}
         self._vain: dict[str, float] = {}  # since when greetings to an address find nobody
         self._answered: set[str] = set()  # contacts that did answer once
-        self._nudged = asyncio.Event()
+        self._wakers: dict[str, asyncio.Event] = {}  # by contact: greet it now
         self._jitter = random.Random(identity.session)  # noqa: S311 - spreads redials, no secret
 
     # --- contacts
@@ -212,6 +212,7 @@ class Swarm:
 
     def _dropped(self, address: str, by: str) -> None:
         self._contacts.pop(address, None)
+        self._wakers.pop(address, None)
         self._failing.discard(address)
         self._answered.discard(address)
         if by:
@@ -223,7 +224,8 @@ class Swarm:
         failures = 0
         try:
             while lasting or failures < MAX_VAIN_GREETINGS or self._was_met(address):
-                nudged = self._nudged  # before the greeting: what changes meanwhile is told next
+                # Before the greeting: what changes meanwhile is told with the next.
+                woken = self._wakers[address] = asyncio.Event()
                 try:
                     reply = await link.hello(self.greeting(), self._timing.rpc)
                     outcome = self._take_reply(reply, address, link)
@@ -245,15 +247,15 @@ class Swarm:
                     self._failing.discard(address)
                     slow = REFUSED_HEARTBEATS if outcome in ("refused", "duplicate") else 1
                     pause = self._timing.heartbeat * slow
-                await happens(nudged, pause * self._jitter.uniform(0.75, 1.25))
+                await happens(woken, pause * self._jitter.uniform(0.75, 1.25))
         finally:
             self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
             await link.close()
 
     def nudge(self) -> None:
         """Greet everybody now: this node's phase changed."""
-        self._nudged.set()
-        self._nudged = asyncio.Event()
+        for waker in self._wakers.values():
+            waker.set()
 
     def greeting(self) -> pb.HelloRequest:
         """What this node says of itself."""
@@ -366,8 +368,8 @@ class Swarm:
             return reply
         reply.fingerprint.extend(self._fields())
         reply.known.extend(self._known())
-        if address in self._vain and self._is_back(request.sender):
-            self._vain[address] = self._now()  # before, there was nobody to answer
+        if self._is_back(request.sender):
+            self._welcome(address)
         self._heard(request, address)
         self._note(request.sender, address, request)
         reply.unreached = self._cannot_call(request.sender.node, address)
@@ -479,6 +481,13 @@ class Swarm:
         return frozenset(
             peer.name for peer in self.peers.values() if self._cannot_call(peer.name, peer.address)
         )
+
+    def _welcome(self, address: str) -> None:
+        """Somebody calls from there again: do not wait for the next try to call back."""
+        if address in self._vain:
+            self._vain[address] = self._now()  # before, there was nobody to answer
+        if address in self._failing and address in self._wakers:
+            self._wakers[address].set()
 
     def _is_back(self, sender: pb.Sender) -> bool:
         """Whether a caller has not called for a while: it was down, or cut off from us."""

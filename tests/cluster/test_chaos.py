@@ -1,4 +1,4 @@
-"""`deca-node chaos` as CI runs it: some five minutes, most of them under faults or in peace."""
+"""`deca-node chaos` as CI runs it: at most five minutes, some of them under faults."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import pytest
 
 from deca_node.chaos import HANG_SECONDS, MAX_LOSS
 
-MINUTES = 1
+MINUTES = 0.75
 # Three starts of five nodes, the pace, and twice the minutes and what is left of the run when
-# faults end: 5 minutes on a machine with 2 cores. A bound on failure.
+# faults end: 4 to 5 minutes on a machine with 2 cores. A bound on failure.
 LIMIT = 1800.0
 
 
 @pytest.mark.slow
-def test_a_swarm_lives_through_a_minute_of_faults(tmp_path):
+def test_a_swarm_lives_under_faults(tmp_path):
     """No hang, no lost state, every model there, and at most 2 points of accuracy lost."""
     out = tmp_path / "chaos"
     command = [sys.executable, "-m", "deca_node", "chaos", "--minutes", str(MINUTES)]
@@ -32,7 +32,7 @@ def test_a_swarm_lives_through_a_minute_of_faults(tmp_path):
     report = json.loads((out / "chaos.json").read_text())
     assert report["verdict"] == "passed"
     counts = report["counts"]
-    assert counts["all"] == len(report["faults"]) >= 4 * MINUTES  # far more where nobody else runs
+    assert counts["all"] == len(report["faults"]) >= 3  # far more where nobody else runs
     assert counts["join"] == 1
     assert len(report["restarts"]) == counts["kill"] + counts["restart"]
     for restart in report["restarts"]:

@@ -94,6 +94,29 @@ def test_a_peer_that_comes_back_is_not_yet_one_that_cannot_be_called():
     run(scenario())
 
 
+def test_a_peer_that_comes_back_is_called_back_at_once():
+    """Not at the next try of a contact that has long been tried in vain: visits begin meanwhile."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        member, other = Member(network, 0), Member(network, 1)
+        await member.listen()
+        member.swarm.propose(other.transport.address, lasting=True)
+        for pause in (31.3, 33.7, 36.1):  # wherever in its backoff it is
+            await asyncio.sleep(pause)
+            await other.listen()
+            other.swarm.propose(member.transport.address)
+            await asyncio.sleep(0.3)
+            assert member.swarm.members(0) == {"n0", "n1"}
+            await other.swarm.close()
+            network.kill(other.transport.address)
+            other = Member(network, 1)
+            other.swarm.identity.session += 1000
+        await member.swarm.close()
+
+    run(scenario())
+
+
 def test_a_static_peer_has_never_answered_until_it_once_did():
     """One that has finished and left is no cause for alarm."""
 
