@@ -285,8 +285,8 @@ def test_logs_are_json_lines_with_what_is_bound(capsys: pytest.CaptureFixture[st
     logs.bind(round=1, block=3)
     structlog.get_logger().info("visit", weight=0.5, step=7)
     structlog.get_logger().debug("unseen")
-    logging.getLogger("zeroconf").warning("odd packet from %s", "bob")
-    logging.getLogger("zeroconf").info("small talk")
+    logging.getLogger("a.library").warning("odd packet from %s", "bob")
+    logging.getLogger("a.library").info("small talk")
     own, foreign = map(json.loads, capsys.readouterr().err.splitlines())
     bound = {"node": "alice", "run": "bbc", "round": 1, "block": 3}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", own.pop("time"))
