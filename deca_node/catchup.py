@@ -13,8 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-import xxhash
-
+from deca_node import wire
 from deca_node.blocks import Schedule
 from deca_node.config import Timing
 from deca_node.errors import (
@@ -37,7 +36,6 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_step
 from deca_node.transport import Link
 from deca_node.waiting import happens
-from deca_node.wire import frame, parse
 
 # Between two tries when nothing could be fetched, or kept on a full disk.
 RETRY_SECONDS = 2.0
@@ -200,7 +198,7 @@ class Giver:
                             clock = asyncio.get_running_loop().time()
                             await asyncio.sleep(self._bucket.take(len(data), clock))
                             self.bytes_sent += len(data)
-                            yield frame(kept.visit, offset, data)
+                            yield wire.frame(kept.visit, offset, data)
                             offset += len(data)
                 except TimeoutError:
                     raise PeerRefused("too_slow", "the transfer took too long") from None
@@ -406,11 +404,8 @@ class CatchUp:
             self._changed()
 
     def _givers(self) -> dict[str, Link]:
-        return {
-            name: link
-            for name, link in self._peers.givers().items()
-            if name not in self.gain.unusable and name in self._reachable(self._visit)
-        }
+        usable = self._reachable(self._visit) - self.gain.unusable
+        return {name: link for name, link in self._peers.givers().items() if name in usable}
 
     async def _pause(self, seconds: float) -> None:
         await happens(self._stopping, seconds)
@@ -528,15 +523,7 @@ class CatchUp:
         limit = transfer_seconds(kept.bytes, self._timing)
         async with aclosing(link.fetch_block(request, limit)) as stream:
             while message := await self._next(stream):
-                chunk = parse(message)
-                if chunk.serial != kept.visit:
-                    raise PayloadError("wrong_step", f"visit {chunk.serial} of block {block}")
-                if chunk.offset != partial.size:
-                    raise PayloadError("gap", f"offset {chunk.offset}, expected {partial.size}")
-                if not chunk.data:
-                    raise PayloadError("malformed", "empty message")
-                if xxhash.xxh3_64_intdigest(chunk.data) != chunk.xxh3:
-                    raise PayloadError("checksum", f"at offset {chunk.offset}")
+                chunk = wire.checked(message, kept.visit, partial.size)
                 if partial.size + len(chunk.data) > kept.bytes:
                     raise PayloadError("too_long", f"more than {kept.bytes} bytes")
                 partial.write(chunk.data)

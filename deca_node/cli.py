@@ -83,6 +83,16 @@ ConcentrationOption = Annotated[
 ]
 
 
+TestOption = Annotated[Path | None, typer.Option("--test", help="Held-out data.")]
+TestPerLabelOption = Annotated[
+    int,
+    typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
+]
+LabelFieldOption = Annotated[
+    str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
+]
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a verb and exit: 0, the error's own code, 1 for a defect, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -363,16 +373,11 @@ def run_testbed(
         Path | None,
         typer.Option("--shards", help="Folder with node-0.jsonl and so on, in place of --train."),
     ] = None,
-    test: Annotated[Path | None, typer.Option("--test", help="Held-out data.")] = None,
-    test_per_label: Annotated[
-        int,
-        typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
-    ] = 0,
+    test: TestOption = None,
+    test_per_label: TestPerLabelOption = 0,
     concentration: ConcentrationOption = 0.25,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0,
-    label_field: Annotated[
-        str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
-    ] = None,
+    label_field: LabelFieldOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything.")] = Path(
         "out/testbed"
     ),
@@ -427,15 +432,10 @@ def run_chaos(
     train: Annotated[
         Path | None, typer.Option("--train", help="Labelled data to split among all of them.")
     ] = None,
-    test: Annotated[Path | None, typer.Option("--test", help="Held-out data.")] = None,
-    test_per_label: Annotated[
-        int,
-        typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
-    ] = 0,
+    test: TestOption = None,
+    test_per_label: TestPerLabelOption = 0,
     concentration: ConcentrationOption = 0.25,
-    label_field: Annotated[
-        str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
-    ] = None,
+    label_field: LabelFieldOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="An empty folder.")] = Path("out/chaos"),
 ) -> None:
     """Kill, freeze, cut off, restart and join nodes of a testbed, and see whether it lives.

@@ -24,12 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_node import __version__, estimate, health, registry, status
-from deca_node.blocks import Schedule, partition_layers
+from deca_node.blocks import Schedule
 from deca_node.config import Settings, Timing
 from deca_node.data import Example, examples, label_counts, label_token_ids, label_words, read_rows
 from deca_node.discovery import Discovery, loops_back, multicast_addresses, own_addresses
 from deca_node.errors import DecaError, ListenError, PeerError, PeerRefused
-from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint
+from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint, schedule_for
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel, Outline, outline, pick_device, pick_dtype
 from deca_node.pb import node_pb2 as pb
@@ -94,10 +94,7 @@ class Facts:
         """Blocks, rounds and steps."""
         if self.model is None:
             return None
-        chosen = self.settings.schedule
-        layers = len(self.model.shape.layers)
-        blocks = partition_layers(layers, chosen.layers_per_block)
-        return Schedule(blocks, chosen.rounds, chosen.steps, chosen.order, self.settings.run.seed)
+        return schedule_for(self.settings, len(self.model.shape.layers))
 
     def work(self) -> tuple[estimate.Shape, estimate.Work] | None:
         """What a step does, for the estimates; None where the model cannot be read."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from deca_node.blocks import Schedule, partition_layers
+from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint, SavedFile, State, read_mark
 from deca_node.config import Settings
 from deca_node.disk import translated
 from deca_node.errors import OutputError
-from deca_node.fingerprint import fingerprint
+from deca_node.fingerprint import fingerprint, schedule_for
 from deca_node.models import DTYPES, LanguageModel
 
 # A daemon replaces one block in seconds at least, and only what it replaced is read again.
@@ -54,13 +54,7 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     if dtype in DTYPES:  # which "auto" was on the device that trains
         base = base.model_copy(update={"dtype": dtype})
     model = LanguageModel.load(base, torch.device("cpu"))
-    schedule = Schedule(
-        partition_layers(model.n_layers, settings.schedule.layers_per_block),
-        settings.schedule.rounds,
-        settings.schedule.steps,
-        settings.schedule.order,
-        settings.run.seed,
-    )
+    schedule = schedule_for(settings, model.n_layers)
     marks = fingerprint(
         settings, schedule, model.config_digest(), model.weights_digest(), model.dtype
     )

@@ -3,11 +3,18 @@
 import json
 from collections.abc import Mapping
 
-from deca_node.blocks import Schedule
+from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import Settings
 from deca_node.wire import DTYPE
 
 PROTOCOL_VERSION = 1
+
+
+def schedule_for(settings: Settings, n_layers: int) -> Schedule:
+    """The run's schedule over a model with so many layers."""
+    chosen = settings.schedule
+    blocks = partition_layers(n_layers, chosen.layers_per_block)
+    return Schedule(blocks, chosen.rounds, chosen.steps, chosen.order, settings.run.seed)
 
 
 def fingerprint(

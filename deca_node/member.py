@@ -149,10 +149,10 @@ class Member:
         swarm = self.swarm
         if self._blocks.lost() and swarm.givers() and not self._lost_asked:
             return True
-        near = membership.near_visits(len(swarm.peers) + 1, self._run.schedule.steps)
-        unusable = self.catch_up.gain.unusable
-        ahead = {name for name in swarm.givers() if swarm.peers[name].visit - visit > near}
-        return not self._reachable(visit).isdisjoint(ahead - unusable)
+        ahead = {
+            name for name in swarm.givers() if swarm.peers[name].visit - visit > swarm.near_visits
+        }
+        return not self._reachable(visit).isdisjoint(ahead - self.catch_up.gain.unusable)
 
     def _reachable(self, visit: int) -> frozenset[str]:
         """Those that this member exchanges with, if only through others."""

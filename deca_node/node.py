@@ -20,7 +20,7 @@ import torch
 
 from deca_node import __version__, health, logs, registry
 from deca_node.agreement import Agreeing, Agreement, BlockAgreement
-from deca_node.blocks import Schedule, Visit, partition_layers
+from deca_node.blocks import Schedule, Visit
 from deca_node.catchup import Gain
 from deca_node.checkpoint import Checkpoint, Progress
 from deca_node.config import Settings
@@ -38,7 +38,7 @@ from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
-from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint
+from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
 from deca_node.kept import KeptBlocks
 from deca_node.limits import MAX_MEMBERS, MAX_WATCHERS
 from deca_node.member import Member, Run
@@ -172,13 +172,7 @@ class Node:
 
         model = await self._compute(partial(LanguageModel.load, settings.model, self._device))
         self._model_name = model.name
-        self._schedule = schedule = Schedule(
-            partition_layers(model.n_layers, settings.schedule.layers_per_block),
-            settings.schedule.rounds,
-            settings.schedule.steps,
-            settings.schedule.order,
-            settings.run.seed,
-        )
+        self._schedule = schedule = schedule_for(settings, model.n_layers)
         marks = fingerprint(
             settings,
             schedule,

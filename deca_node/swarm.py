@@ -619,6 +619,11 @@ class Swarm:
             raise PeerRefused("stranger", "say Hello first")
         return sender.node
 
+    @property
+    def near_visits(self) -> int:
+        """How many visits from ours a peer in step can be."""
+        return membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
+
     def members(self, visit: int) -> frozenset[str]:
         """The set that a visit's topology is made from."""
         self.sweep()
@@ -633,9 +638,8 @@ class Swarm:
     def moved(self) -> None:
         """This node's visit changed, perhaps by many: see who is in step with it now."""
         here = self._position().visit
-        near = membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
         for peer in list(self.peers.values()):
-            self._update(membership.overhauled(peer, here, near))
+            self._update(membership.overhauled(peer, here, self.near_visits))
 
     def sweep(self) -> None:
         """Let go of members that have been silent too long."""
@@ -687,7 +691,7 @@ class Swarm:
             phase=Phase(greeting.phase),
             visit=greeting.visit,
             own_visit=self._position().visit,
-            near=membership.near_visits(len(self.peers) + 1, self._steps_per_visit),
+            near=self.near_visits,
             now=self._now(),
             reached=reached,
             entry=greeting.entry,

@@ -200,6 +200,24 @@ def parse(message: bytes) -> Parsed:
     return Parsed(chunk.serial, chunk.offset, chunk.xxh3, memoryview(chunk.data))
 
 
+def checked(message: bytes, serial: int, offset: int) -> Parsed:
+    """Decode a message and check that it is the next of its stream, and whole.
+
+    Raises:
+        PayloadError: ``too_long``, ``malformed``, ``wrong_step``, ``gap`` or ``checksum``.
+    """
+    chunk = parse(message)
+    if chunk.serial != serial:
+        raise PayloadError("wrong_step", f"serial {chunk.serial}, asked for {serial}")
+    if chunk.offset != offset:
+        raise PayloadError("gap", f"offset {chunk.offset}, expected {offset}")
+    if not chunk.data:
+        raise PayloadError("malformed", "empty message")
+    if xxhash.xxh3_64_intdigest(chunk.data) != chunk.xxh3:
+        raise PayloadError("checksum", f"at offset {chunk.offset}")
+    return chunk
+
+
 class Receiver:
     """Checks one neighbour's stream message by message; only checked values leave it.
 
@@ -242,15 +260,7 @@ class Receiver:
             PayloadError: with the failed check as its reason: ``too_long``, ``malformed``,
                 ``wrong_step``, ``gap``, ``checksum``, ``header``, ``shape``, ``not_finite``.
         """
-        chunk = parse(message)
-        if chunk.serial != self._serial:
-            raise PayloadError("wrong_step", f"step {chunk.serial}, asked for {self._serial}")
-        if chunk.offset != self._offset:
-            raise PayloadError("gap", f"offset {chunk.offset}, expected {self._offset}")
-        if not chunk.data:
-            raise PayloadError("malformed", "empty message")
-        if xxhash.xxh3_64_intdigest(chunk.data) != chunk.xxh3:
-            raise PayloadError("checksum", f"at offset {chunk.offset}")
+        chunk = checked(message, self._serial, self._offset)
         self._offset += len(chunk.data)
         if self._header is not None:
             self._feed_header(chunk.data)
