@@ -20,6 +20,7 @@ from deca_node.models import LanguageModel
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Layout, TensorSpec, metadata, snapshot
+from tests.answers import Answers
 from tests.tiny import make_model
 from tests.virtual_time import run
 
@@ -41,7 +42,7 @@ class PlainBlock:
         pass
 
 
-class Member:
+class Member(Answers):
     """A node after its last round: two blocks of its own random values about a common mean."""
 
     def __init__(self, network, index, kind="ring", blocks=2, session=0, **settings):
@@ -72,20 +73,6 @@ class Member:
         )
         self.exchange = Exchange(self.swarm, TIMING, "run", self.stopping)
         self.settings = ConsensusSettings(**{"tolerance": TOLERANCE, **settings})
-
-    # transport.Handler
-
-    async def hello(self, request, source):
-        return await self.swarm.answer_hello(request, source)
-
-    async def open_visit(self, request):
-        return self.exchange.answer_offer(request)
-
-    async def settle_visit(self, request):
-        return self.exchange.answer_degree(request)
-
-    def pull(self, request):
-        return self.exchange.answer_pull(request)
 
     # agreement.Model and Observer
 

@@ -19,6 +19,7 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Layout, TensorSpec, frame, metadata, parse, snapshot
+from tests.answers import Answers
 from tests.virtual_time import run
 
 LAYOUT = Layout((TensorSpec("w", (600, 1000)),))  # three messages of values
@@ -26,7 +27,7 @@ TIMING = Timing.lan()
 STEPS = 4
 
 
-class Member:
+class Member(Answers):
     """A node without training: its block is a constant, its mix the real one."""
 
     def __init__(self, network, index, marks=None):
@@ -47,21 +48,6 @@ class Member:
         )
         self.exchange = Exchange(self.swarm, TIMING, "run", self.stopping)
         self.values = torch.full((LAYOUT.numel,), float(index))
-
-    async def hello(self, request, source):
-        return await self.swarm.answer_hello(request, source)
-
-    async def open_visit(self, request):
-        return self.exchange.answer_offer(request)
-
-    async def settle_visit(self, request):
-        return self.exchange.answer_degree(request)
-
-    def pull(self, request):
-        return self.exchange.answer_pull(request)
-
-    async def goodbye(self, request):
-        self.swarm.answer_goodbye(request)
 
     async def listen(self):
         await self.transport.listen(self, None)
