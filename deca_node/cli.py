@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_node import __version__, logs, registry, status, template
+from deca_node import __version__, cli_lab, logs, registry, status, template
 from deca_node.config import checked_address, load
 from deca_node.errors import (
     CheckError,
@@ -91,6 +91,10 @@ TestPerLabelOption = Annotated[
 LabelFieldOption = Annotated[
     str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
 ]
+
+
+app.command()(cli_lab.profile)
+app.command()(cli_lab.answer)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
