@@ -15,8 +15,8 @@ PROTO = "deca/v1/node.proto"
 HEAD = """# The gRPC services of a node
 
 Made by `make protos` from the comments of [node.proto](../protos/{proto}), which is the
-contract: fields are appended, never renumbered. A node answers all of them on one port, along with the standard
-[health service](https://grpc.io/docs/guides/health-checking/) and
+contract: fields are appended, never renumbered. A node answers all of them on one port, along
+with the standard [health service](https://grpc.io/docs/guides/health-checking/) and
 [server reflection](https://grpc.io/docs/guides/reflection/), so that `grpcurl` needs no file:
 
 ```console
