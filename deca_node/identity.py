@@ -1,11 +1,12 @@
 """Keys, certificates and signatures: the only file that imports cryptography.
 
-All keys are of the curve P-256: gRPC's TLS takes no Ed25519 certificates. Everything that is kept or
-sent is PEM, as bytes.
+All keys are of the curve P-256: gRPC's TLS takes no Ed25519 certificates. Everything that is kept
+or sent is PEM, as bytes.
 """
 
 import datetime as dt
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -200,7 +201,7 @@ class Authority:
             TrustError: the request is none.
         """
         run = self.run
-        names = [
+        names: list[x509.GeneralName] = [
             x509.DNSName(common_name(run)),
             x509.DNSName(node_name(run, node)),
             x509.UniformResourceIdentifier(node_uri(run, node)),
@@ -225,7 +226,7 @@ class Authority:
         self,
         request: bytes,
         subject: str,
-        names: list[x509.GeneralName],
+        names: Sequence[x509.GeneralName],
         now: float,
         days: float,
         *,

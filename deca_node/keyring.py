@@ -62,10 +62,25 @@ class Keyring:
         self.folder = folder
         self.authority = _read(
             folder / AUTHORITY,
-            "make the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN)",
+            "make the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN); on "
+            "a network whose every machine is trusted, trust.insecure = true does without",
         )
         with _at(folder / AUTHORITY):
             self.run = identity.run_of(self.authority)
+
+    @classmethod
+    def of_run(cls, folder: Path, run: str) -> "Keyring":
+        """The folder of a run that is known by its name.
+
+        Raises:
+            TrustError: there is none, or it is another run's.
+        """
+        keyring = cls(folder)
+        if keyring.run != run:
+            raise TrustError(
+                f"{folder} is of run {keyring.run!r}, not {run!r}; set trust.folder or run.name"
+            )
+        return keyring
 
     @classmethod
     def made(cls, folder: Path, authority: bytes) -> "Keyring":

@@ -77,3 +77,10 @@ HANDSHAKE_SECONDS = 10
 # Connections that a node accepts at once: each member has two (one by the run's name, one by ours)
 # and may be reconnecting, and people look at status.
 MAX_CONNECTIONS = 4 * MAX_MEMBERS
+# What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
+MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
+# Callers that an inviter hears at once.
+MAX_JOINERS = 16
+# Wrong secrets until an invitation ends. None of them could have been right by chance (128 bits),
+# but a person who waits should know.
+MAX_JOIN_ATTEMPTS = 16
