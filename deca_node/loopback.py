@@ -139,6 +139,7 @@ class LoopbackLink:
 
     async def renew(self, request: bytes, timeout: float) -> bytes:
         """See Link: nobody has certificates here."""
+        del request, timeout
         raise PeerRefused("no_authority", f"{self._target}: there are no certificates here")
 
     def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:

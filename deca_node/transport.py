@@ -6,7 +6,7 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -797,12 +797,22 @@ async def ask_status(
         await link.close()
 
 
-async def ask_all(addresses: Sequence[str], timeout: float) -> list[pb.NodeStatus | PeerError]:
-    """Status of several nodes at once; a node that does not answer gives its error."""
+async def ask_all(
+    addresses: Sequence[str],
+    timeout: float,
+    credentials: Mapping[str, Credentials] | None = None,
+) -> list[pb.NodeStatus | PeerError]:
+    """Status of several nodes at once; a node that does not answer gives its error.
+
+    Args:
+        addresses: HOST:PORT each.
+        timeout: seconds.
+        credentials: by address, what to show; all others are asked in plain text.
+    """
 
     async def one(address: str) -> pb.NodeStatus | PeerError:
         try:
-            return await ask_status(address, timeout)
+            return await ask_status(address, timeout, (credentials or {}).get(address))
         except PeerError as error:
             return error
 

@@ -1,4 +1,4 @@
-"""Keeps a running node's trust up to date: who was revoked, when its certificate must be renewed."""
+"""Keeps a running node's trust up to date: who is out, when to renew its certificate."""
 
 import asyncio
 import datetime as dt
