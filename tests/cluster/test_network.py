@@ -242,9 +242,9 @@ sys.stdin.read()
 
 
 def test_a_swarm_found_by_multicast_trains_and_finishes(swarm):
-    """Four hosts that know nothing of each other but the run's name."""
+    """Four hosts that know nothing of each other but the run's name and authority."""
     common = ["run.start_when=4", "schedule.rounds=2", "schedule.steps=40"]
-    daemons = [swarm(name, *common).start(anew=True) for name in RING]
+    daemons = [swarm(name, *common, secure=True).start(anew=True) for name in RING]
     finish(daemons)
     for daemon, expected in zip(daemons, RING.values(), strict=True):
         history = daemon.history()
@@ -356,7 +356,7 @@ def test_one_static_peer_introduces_everybody_where_multicast_is_blocked(lab, sw
 def test_a_node_whose_address_changes_is_met_again(lab, swarm):
     """The others find its new address and exchange with it there; it never stopped."""
     common = ["run.start_when=3", "schedule.rounds=1000", "schedule.steps=25"]
-    daemons = {name: swarm(name, *common).start() for name in "abc"}
+    daemons = {name: swarm(name, *common, secure=True).start() for name in "abc"}
     for name, each in daemons.items():
         each.until(trains_with(*daemons.keys() - {name}))
     lab.move("c")
