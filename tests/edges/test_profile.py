@@ -52,7 +52,16 @@ def test_the_meter_counts_what_lives_and_remembers_the_most():
         assert meter.peak() == 400 + 4
 
 
-@pytest.mark.parametrize("name", ["qwen2-1.5b", "qwen2.5-3b", "llama-2-7b", "llama-3.1-8b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-3.1-8b",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen2-1.5b", "qwen2.5-3b", "llama-2-7b")
+        ),
+    ],
+)
 def test_a_deca_step_keeps_to_the_memory_that_is_promised(name):
     """M + 8M/B without activations, 8 billion parameters in 24 GB with them.
 
