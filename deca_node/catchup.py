@@ -8,7 +8,7 @@ is decided in recovery.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -33,7 +33,7 @@ from deca_node.limits import (
 )
 from deca_node.pacing import SendRates, TokenBucket, WorkBudget
 from deca_node.pb import node_pb2 as pb
-from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_step
+from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_block, next_step
 from deca_node.transport import Link
 from deca_node.waiting import happens
 
@@ -98,6 +98,10 @@ class Store(Protocol[P]):
 
     def most_bytes(self) -> Mapping[int, int]:
         """By block, the largest size that a file of it can have."""
+        ...
+
+    def begun(self) -> Collection[str]:
+        """Digests of the files of which an earlier try left a part."""
         ...
 
     async def partial(self, block: int, xxh3: str) -> P:
@@ -513,10 +517,11 @@ class CatchUp:
     async def _fetch_all(self, step: Step) -> None:
         """Fetch blocks, one at a time from each giver, until all are there or nobody is left."""
         missing = dict(step.fetch)
+        begun = frozenset(self._store.begun())
         links = self._givers()
         sources = {name for need in missing.values() for name in need.sources}
         tasks = [
-            asyncio.create_task(self._fetch_from(name, link, missing))
+            asyncio.create_task(self._fetch_from(name, link, missing, begun))
             for name, link in links.items()
             if name in sources
         ]
@@ -525,11 +530,10 @@ class CatchUp:
         finally:
             await _end(tasks)
 
-    async def _fetch_from(self, name: str, link: Link, missing: dict[int, Need]) -> None:
-        while True:
-            block = next((b for b, need in missing.items() if name in need.sources), None)
-            if block is None:
-                return
+    async def _fetch_from(
+        self, name: str, link: Link, missing: dict[int, Need], begun: Collection[str]
+    ) -> None:
+        while (block := next_block(missing, name, begun)) is not None:
             need = missing.pop(block)
             try:
                 await self._fetch(name, link, block, need.sources[name])

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -132,6 +132,10 @@ class KeptBlocks:
             + sum(t.numel() * t.element_size() for t in self._model.block_tensors(layers).values())
             for block, layers in enumerate(self._schedule.blocks)
         }
+
+    def begun(self) -> Collection[str]:
+        """See Store."""
+        return self._checkpoint.begun()
 
     async def partial(self, block: int, xxh3: str) -> Incoming:
         """See Store. It reads what is there already."""
