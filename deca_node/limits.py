@@ -31,6 +31,10 @@ MAX_FINGERPRINT_BYTES = 512
 MAX_REASON_BYTES = 300
 # Longest program version that is shown.
 MAX_VERSION_BYTES = 32
+# Neighbours' whole blocks kept at once where the mix is clipped or trimmed (robust.py): 4 bytes a
+# value each, so that a crowd of neighbours does not fill the memory. Who comes on top counts for
+# nothing in that step. A graph on which every node has so many needs no more to be robust.
+MAX_KEPT_ARRIVALS = 32
 # Latest time of a clock that is believed to be one, in seconds since 1970: the year 4147.
 MAX_TIME = 1 << 36
 # Pulls served to one peer at once: the one under way and the next, asked for early.
