@@ -65,3 +65,9 @@ MAX_TRANSFERS_PER_PEER = 2
 MAX_QUEUED_TRANSFERS = 64
 # Bytes per second below which a transfer is given up: a block of 100 MB would take two hours.
 MIN_TRANSFER_RATE = 16_384
+# Revoked nodes of a run that are remembered: each is a name and a signature of 72 bytes.
+MAX_REVOKED = 4 * MAX_MEMBERS
+# Longest invitation: a fingerprint, a secret, a run's name and a few addresses, in base64.
+MAX_TOKEN_BYTES = 2048
+# Addresses of the inviter that an invitation names.
+MAX_TOKEN_ADDRESSES = 4

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import math
-import os
 import secrets
 import shutil
 import signal
@@ -15,14 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
-from deca_node import __version__, health, logs, memory, registry
+from deca_node import __version__, logs, memory, registry
 from deca_node.agreement import Agreeing, Agreement, BlockAgreement
 from deca_node.blocks import Schedule, Visit
-from deca_node.catchup import Gain
-from deca_node.checkpoint import Checkpoint, Progress
+from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings
 from deca_node.consensus import Plan
@@ -42,6 +39,7 @@ from deca_node.evaluation import evaluate
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
 from deca_node.kept import KeptBlocks
 from deca_node.limits import MAX_MEMBERS, MAX_WATCHERS
+from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
 from deca_node.membership import Edges, Phase, State
 from deca_node.methods import Method
@@ -50,7 +48,8 @@ from deca_node.models import LanguageModel, pick_device
 from deca_node.pb import node_pb2 as pb
 from deca_node.record import History, history_line, read_summary, write_summary
 from deca_node.rounds import Start, StepRecord
-from deca_node.swarm import Identity, Swarm
+from deca_node.standing import Standing
+from deca_node.swarm import Identity
 from deca_node.topology import TopologySpec
 from deca_node.transport import GrpcTransport, Transport
 from deca_node.waiting import happens
@@ -61,7 +60,6 @@ T = TypeVar("T")
 WATCH_INTERVAL_SECONDS = (0.1, 3600.0)
 # Calls under way when the node ends.
 CLOSE_GRACE_SECONDS = 0.5
-MAX_WARNINGS = 20
 # Between two tries to write the finished model to a full disk.
 ROOM_SECONDS = 5.0
 
@@ -92,33 +90,18 @@ class Node:
             settings.node.host, settings.node.port, patience=self.timing.step_deadline
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
-        self._started = time.monotonic()
-        self._phase = Phase.STARTING
-        self._waiting_for = "the model"
-        self._warnings: list[str] = []
-        self._findings: list[health.Finding] = []
-        self._most_members = 1
+        self._standing = Standing(settings, log)
+        self._lookout = Lookout(settings, log)
         self._watchers = 0
-        self._progress = Progress()
-        self._seconds_before = 0.0
-        self._run_began: float | None = None
-        self._steps_here = 0
-        self._last: StepRecord | None = None
-        self._visit: Visit | None = None
-        self._edges = Edges(-1)
-        self._address = ""
-        self._schedule: Schedule | None = None
         self._member: Member | None = None
         self._discovery: Discovery | None = None
         self._left = False
         self._history: History | None = None
         self._kept: KeptBlocks | None = None
-        self._saved_at = self._started
+        self._saved_at = time.monotonic()
         self._sent_before_step = 0
         self._met_before: dict[str, str] = {}
         self._caught_up_before = 0, 0
-        self._device = torch.device("cpu")
-        self._model_name = settings.model.path.name
 
     # --- life
 
@@ -148,7 +131,7 @@ class Node:
             except Stopped:
                 return False
             finally:
-                self._enter(Phase.DONE if self._phase == Phase.SERVING else Phase.STOPPING)
+                self._enter(Phase.DONE if self._standing.phase == Phase.SERVING else Phase.STOPPING)
 
     def stop(self) -> None:
         """End the run soon, its state saved (SIGTERM, SIGINT)."""
@@ -160,22 +143,22 @@ class Node:
             self._pulse()
 
     async def _live(self, stack: contextlib.AsyncExitStack) -> bool:
-        settings = self.settings
-        self._device = pick_device(settings.node.device)
+        settings, standing = self.settings, self._standing
+        standing.device = pick_device(settings.node.device)
         if settings.node.threads:
             torch.set_num_threads(settings.node.threads)
         port = await self._transport.listen(self, self)
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
         here = _reachable(settings.node.host)
         called = settings.node.advertise_port or port  # by others
-        self._address = _joined(settings.node.advertise or here, called)
+        standing.address = _joined(settings.node.advertise or here, called)
         entry = _joined(here, port), settings.run.name, settings.node.name
         stack.enter_context(registry.announce(*entry))
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
 
-        model = await self._compute(partial(LanguageModel.load, settings.model, self._device))
-        self._model_name = model.name
-        self._schedule = schedule = schedule_for(settings, model.n_layers)
+        model = await self._compute(partial(LanguageModel.load, settings.model, standing.device))
+        standing.model = model.name
+        standing.schedule = schedule = schedule_for(settings, model.n_layers)
         marks = fingerprint(
             settings,
             schedule,
@@ -189,17 +172,16 @@ class Node:
         )
         stack.callback(checkpoint.release)
         # The data first: what is wrong with it must not mark the folder as this run's.
-        self._waiting_for = "the data"
+        standing.waiting_for = "the data"
         train, test, counts, completions = await self._compute(partial(self._read_data, model))
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
-        self._progress = checkpoint.state.progress
+        standing.resume(checkpoint.state.progress)
         self._met_before = checkpoint.state.peers
-        self._caught_up_before = self._progress.caught_up, self._progress.passed_over
-        self._seconds_before = self._progress.seconds
-        if self._progress.finished and self._is_agreement_due():
+        self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
+        if standing.progress.finished and self._is_agreement_due():
             self._reopen()
-        if self._progress.finished:
+        if standing.progress.finished:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
                 model=str(settings.node.output / "model"),
@@ -209,9 +191,9 @@ class Node:
         batches = BatchStream(
             train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
         )
-        batches.position = self._progress.data_position
+        batches.position = standing.progress.data_position
         self._kept = kept = KeptBlocks(
-            checkpoint, model, schedule, self._worker, lambda: self._progress, self._addresses
+            checkpoint, model, schedule, self._worker, lambda: standing.progress, self._addresses
         )
         start = await self._compute(partial(self._restore, checkpoint, kept))
         self._history = History(
@@ -223,7 +205,7 @@ class Node:
         self._log.info(
             "resuming" if resumed else "ready",
             model=model.name,
-            device=str(self._device),
+            device=str(standing.device),
             blocks=len(schedule.blocks),
             steps=schedule.total_steps,
             examples=len(train),
@@ -231,11 +213,11 @@ class Node:
             visit=start.visit,
             step=start.step,
         )
-        before = self._progress.before
+        before = standing.progress.before
         if before is None and test:
-            self._waiting_for = "the evaluation before training"
+            standing.waiting_for = "the evaluation before training"
             before = await self._evaluate(model, test, completions)
-            self._progress = replace(self._progress, before=before)
+            standing.progress = replace(standing.progress, before=before)
             self._log.info("before training", **before)
 
         member = self._member = self._make_member(marks, called, schedule, kept)
@@ -247,18 +229,18 @@ class Node:
             if self._stopping.is_set():
                 raise Stopped
             if why:
-                self._warn(why)
+                standing.warn(why)
         method = build(settings, model, settings.node.name)
-        self._waiting_for = ""
+        standing.waiting_for = ""
         self._enter(Phase.TRAINING)
-        self._run_began = self._saved_at = time.monotonic()
+        standing.began = self._saved_at = time.monotonic()
         end, is_open = await member.train(
             start, method, batches, _Keeper(self, kept, method, batches), self._worker
         )
         if end.visit < schedule.visits:
             self._enter(Phase.STOPPING)
             untouched = not is_open and (end.visit, end.step) == (start.visit, start.step)
-            self._progress = self._at(end.visit, end.step, batches.position)
+            standing.at(end.visit, end.step, batches.position)
             # At the same time as the goodbyes, each of which may take a second.
             _, saved = await asyncio.gather(
                 self._leave(),
@@ -273,7 +255,7 @@ class Node:
                 raise saved
             self._log.info("stopped, state saved", visit=end.visit, step=end.step)
             return False
-        self._progress = self._at(end.visit, 0, batches.position)
+        standing.at(end.visit, 0, batches.position)
         agreement = None
         if settings.consensus.tolerance > 0:
             agreement = await self._agree(member, kept, model, schedule)
@@ -301,7 +283,7 @@ class Node:
         """Begin the agreement of a finished run: what was agreed before does not count any more."""
         path = self.settings.node.output / "summary.json"
         write_summary(path, {**read_summary(path), "consensus": None})
-        self._progress = replace(self._progress, finished=False)
+        self._standing.progress = replace(self._standing.progress, finished=False)
 
     async def _agree(
         self, member: Member, kept: KeptBlocks, model: LanguageModel, schedule: Schedule
@@ -322,7 +304,7 @@ class Node:
             self._worker,
             self._stopping,
         ).run()
-        self._waiting_for = ""
+        self._standing.waiting_for = ""
         if self._stopping.is_set():
             return agreement
         # Who was away when it began, and came back to find it under way, is in no graph of it.
@@ -331,12 +313,12 @@ class Node:
         missing = met.union(agreement.missing).difference(agreement.members)
         agreement = replace(agreement, missing=tuple(sorted(missing)))
         if not agreement.complete:
-            self._warn(
+            self._standing.warn(
                 "the nodes did not all agree on one model; start them all again with the same "
                 "consensus.tolerance"
             )
         elif agreement.missing:
-            self._warn(
+            self._standing.warn(
                 f"agreed without {', '.join(agreement.missing)}; start all of them again to agree "
                 "once more"
             )
@@ -367,7 +349,7 @@ class Node:
             )
             if not late:
                 break
-            self._waiting_for = f"{', '.join(late)} to end the training"
+            self._standing.waiting_for = f"{', '.join(late)} to end the training"
             await happens(self._changed, min(left, 1.0))
 
     async def _finish(
@@ -381,27 +363,27 @@ class Node:
         agreement: Agreement | None,
     ) -> None:
         """Serve neighbours, evaluate, write the model and the record."""
-        exchange = member.exchange
+        exchange, standing = member.exchange, self._standing
         self._enter(Phase.SERVING)
         unserved = asyncio.create_task(exchange.drain())
         after = None
         if test:
-            self._waiting_for = "the evaluation after training"
+            standing.waiting_for = "the evaluation after training"
             after = await self._evaluate(model, test, completions)
             self._log.info("after training", **after)
-        self._waiting_for = "neighbours to fetch the last block"
+        standing.waiting_for = "neighbours to fetch the last block"
         if late := await unserved:
-            self._warn(f"did not fetch our last block: {', '.join(sorted(late))}")
+            standing.warn(f"did not fetch our last block: {', '.join(sorted(late))}")
         exchange.release()
-        self._waiting_for = "nodes that catch up to have their blocks"
+        standing.waiting_for = "nodes that catch up to have their blocks"
         await unless_stopped(member.giver.drain(), self._stopping)
         # Neighbours fetch the last block after our last step.
-        sent = self._progress.bytes_sent + exchange.bytes_sent - self._sent_before_step
-        self._progress = replace(self._progress, bytes_sent=sent)
-        self._waiting_for = "the model to be written"
+        sent = standing.progress.bytes_sent + exchange.bytes_sent - self._sent_before_step
+        standing.progress = replace(standing.progress, bytes_sent=sent)
+        standing.waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
         await self._until_there_is_room(partial(_replace, folder, model.export))
-        progress = replace(self._progress, finished=True, seconds=self._seconds())
+        progress = replace(standing.progress, finished=True, seconds=standing.seconds())
         summary = {
             "run": self.settings.run.name,
             "node": self.settings.node.name,
@@ -411,7 +393,7 @@ class Node:
             "after": after,
             "bytes_sent": progress.bytes_sent,
             "bytes_received": progress.bytes_received,
-            "steps": self._schedule.total_steps if self._schedule else 0,
+            "steps": standing.schedule.total_steps if standing.schedule else 0,
             "seconds": round(progress.seconds, 3),
             "incomplete_mixes": progress.incomplete,
             "visits_passed_over": progress.passed_over,
@@ -420,14 +402,14 @@ class Node:
             if agreement is not None
             else None,
             "model": str(folder),
-            "device": str(self._device),
+            "device": str(standing.device),
             "version": __version__,
             "settings": self.settings.model_dump(mode="json"),
         }
         write_summary(self.settings.node.output / "summary.json", summary)
-        self._progress = progress
+        standing.progress = progress
         await self._until_there_is_room(kept.save)
-        self._waiting_for = ""
+        standing.waiting_for = ""
         note = {"note": model.note} if model.note else {}
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1), **note)
 
@@ -442,7 +424,7 @@ class Node:
             try:
                 await self._compute(write)
             except DiskFullError as error:
-                self._warn(f"waiting for room to finish: {error}")
+                self._standing.warn(f"waiting for room to finish: {error}")
                 if await happens(self._stopping, ROOM_SECONDS):
                     raise
             else:
@@ -471,7 +453,7 @@ class Node:
         for line in checkpoint.warnings:
             if checkpoint.lost and self.settings.run.start_when == 1:
                 raise OutputError(f"{line}; restore it, or set node.output to a new folder")
-            self._warn(line)
+            self._standing.warn(line)
 
     def _restore(self, checkpoint: Checkpoint, kept: KeptBlocks) -> Start:
         kept.saved_blocks()
@@ -504,7 +486,7 @@ class Node:
         member = Member(
             run, identity, self._transport, kept, self._stopping, self._pulse, self._log
         )
-        member.visit = self._progress.visit
+        member.visit = self._standing.progress.visit
         return member
 
     async def _join(
@@ -517,7 +499,7 @@ class Node:
         """Begin to meet the others."""
         settings = self.settings
         stack.push_async_callback(self._leave)
-        self._joined = asyncio.get_running_loop().time()
+        self._lookout.begin()
         self._enter(Phase.WAITING)
         for address in settings.network.static_peers:
             member.swarm.propose(address, lasting=True)
@@ -545,7 +527,7 @@ class Node:
         except ListenError as error:
             if not settings.network.static_peers:
                 raise
-            self._warn(str(error))
+            self._standing.warn(str(error))
             return
         self._discovery = discovery
 
@@ -556,7 +538,7 @@ class Node:
         if member is None or self._left:
             return
         self._left = True
-        ends = [member.leave(finished=self._progress.finished)]
+        ends = [member.leave(finished=self._standing.progress.finished)]
         if discovery is not None:
             ends.append(discovery.stop())
         await asyncio.gather(*ends, return_exceptions=True)
@@ -585,13 +567,13 @@ class Node:
     # --- during the run
 
     def _enter(self, phase: Phase) -> None:
-        self._phase = phase
+        self._standing.phase = phase
         if self._member is not None:
             self._member.enter(phase)
 
     def say_waiting(self, what: str) -> None:
         """For whom or what this node waits, in words."""
-        self._waiting_for = what
+        self._standing.waiting_for = what
 
     def _addresses(self) -> dict[str, str]:
         """Where peers were last met, for the state on disk."""
@@ -602,32 +584,14 @@ class Node:
         met = {peer.name: peer.address for peer in peers if peer.state != State.REFUSED}
         return dict(list(({**self._met_before, **met}).items())[-MAX_MEMBERS:])
 
-    def _at(self, visit: int, step: int, data_position: int) -> Progress:
-        return replace(
-            self._progress,
-            visit=visit,
-            step=step,
-            data_position=data_position,
-            seconds=self._seconds(),
-        )
-
-    def _seconds(self) -> float:
-        began = self._run_began
-        return self._seconds_before + (time.monotonic() - began if began is not None else 0.0)
-
     def _save(self, write: Callable[[], None]) -> bool:
         """Write; trouble with the disk is said and costs what was to be written, not the run."""
         try:
             write()
         except DecaError as error:
-            self._warn(f"not saved: {error}")
+            self._standing.warn(f"not saved: {error}")
             return False
         return True
-
-    def _warn(self, text: str) -> None:
-        self._log.warning(text)
-        if text not in self._warnings:
-            self._warnings = [*self._warnings[-MAX_WARNINGS + 1 :], text]
 
     def _pulse(self) -> None:
         self._changed.set()
@@ -637,48 +601,11 @@ class Node:
         while True:
             if self._member is not None and not self._left:
                 self._member.swarm.sweep()
-                self._look_around(self._member)
+                standing = self._standing
+                met = frozenset(standing.edges.weights) if standing.visit is not None else None
+                self._lookout.look(self._member, self._discovery, met)
             self._report(self.status())
             await happens(self._changed, 1.0)
-
-    def _look_around(self, member: Member) -> None:
-        """Say once what is wrong with the swarm as it is seen from here, and when it is mended."""
-        settings, discovery = self.settings, self._discovery
-        name, chosen, swarm = settings.node.name, settings.topology, member.swarm
-        self._most_members = max(self._most_members, len(swarm.members(member.visit)))
-        now = asyncio.get_running_loop().time()
-        found = health.diagnose(
-            health.View(
-                name=name,
-                run=settings.run.name,
-                port=swarm.identity.port,
-                phase=member.position().phase,
-                wanted=settings.run.start_when,
-                now=now,
-                looking=now - self._joined,
-                peers=list(swarm.peers.values()),
-                told=swarm.told,
-                version=__version__,
-                neighbours=frozenset(self._edges.weights) if self._visit is not None else None,
-                isolated=chosen.kind == "explicit"
-                and not any(name in edge for edge in chosen.edges),
-                most=self._most_members,
-                zeroconf=discovery is not None,
-                heard_itself=discovery is not None and discovery.heard_itself,
-                heard_others=discovery is not None and discovery.heard_others,
-                static=settings.network.static_peers,
-                silent=swarm.never_answered(settings.network.static_peers),
-                uncallable=swarm.uncallable(),
-                refusals=swarm.refusals,
-            )
-        )
-        before = {finding.key for finding in self._findings}
-        for finding in found:
-            if finding.key not in before:
-                self._log.warning(finding.text, finding=finding.key)
-        for mended in before - {finding.key for finding in found}:
-            self._log.info("mended", finding=mended)
-        self._findings = found
 
     # --- answers to peers (transport.Handler), before and after there is a member
 
@@ -737,98 +664,19 @@ class Node:
 
     def status(self) -> pb.NodeStatus:
         """Everything there is to know about this node now."""
-        settings, now = self.settings, time.monotonic()
-        status = pb.NodeStatus(
-            run=settings.run.name,
-            node=settings.node.name,
-            version=__version__,
-            phase=pb.Phase.Name(self._member.position().phase if self._member else self._phase),
-            uptime_seconds=now - self._started,
-            device=str(self._device),
-            memory_bytes=psutil.Process().memory_info().rss,
-            bytes_sent=self._progress.bytes_sent,
-            bytes_received=self._progress.bytes_received,
-            incomplete_mixes=self._progress.incomplete,
-            address=self._address,
-            model=self._model_name,
-            waiting_for=self._waiting_for,
-            warnings=[*(finding.text for finding in self._findings), *self._warnings],
-            pid=os.getpid(),
-            members_wanted=settings.run.start_when,
-        )
-        if self._device.type == "cuda":
-            status.device_memory_bytes = torch.cuda.memory_allocated(self._device)
-        if self._schedule is not None:
-            self._add_position(status, self._schedule, now)
-        if self._last is not None:
-            status.loss = self._last.local.loss
-            status.gradient_norm = self._last.local.gradient_norm
-            status.disagreement = self._last.settled.disagreement
-        if self._member is not None:
-            self._add_peers(status, self._member.swarm)
-            self._add_catch_up(status, self._member.catch_up.gain)
-        return status
-
-    def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
-        visit, step = self._progress.visit, self._progress.step
-        done = min(schedule.serial(visit, step), schedule.total_steps)
-        status.rounds, status.blocks = schedule.rounds, len(schedule.blocks)
-        status.steps_per_visit, status.steps_total = schedule.steps, schedule.total_steps
-        cursor = schedule.cursor(visit, step)
-        status.round, status.position, status.step = cursor.round, cursor.position, cursor.step
-        status.block = schedule.visit(min(visit, schedule.visits - 1)).block
-        status.steps_done = done
-        if self._run_began is not None and self._steps_here:
-            pace = (now - self._run_began) / self._steps_here
-            status.eta_seconds = pace * (schedule.total_steps - done)
-        status.degree = len(self._edges.weights)
-        status.own_weight = self._edges.own_weight
-
-    def _add_peers(self, status: pb.NodeStatus, swarm: Swarm) -> None:
-        clock = asyncio.get_running_loop().time()
-        status.send_rate = swarm.send_meter.rate(clock)
-        status.receive_rate = swarm.receive_meter.rate(clock)
-        for reason, count in swarm.strangers.items():
-            status.refusals[reason] += count
-        for name, peer in sorted(swarm.peers.items()):
-            traffic = swarm.traffic.get(name)
-            row = status.peers.add(
-                node=name,
-                address=peer.address,
-                state=str(peer.state),
-                phase=pb.Phase.Name(peer.phase),
-                visit=peer.visit,
-                neighbour=name in self._edges.weights,
-                weight=self._edges.weights.get(name, 0.0),
-                last_seen_seconds=max(0.0, clock - peer.last_seen),
-                detail=peer.detail,
-            )
-            if traffic is not None:
-                row.bytes_sent, row.bytes_received = traffic.sent, traffic.received
-                row.send_rate = traffic.send_meter.rate(clock)
-                row.receive_rate = traffic.receive_meter.rate(clock)
-                row.waited_seconds, row.retries = traffic.waited, traffic.retries
-                for reason, count in traffic.refusals.items():
-                    row.refusals[reason] = count
-                    status.refusals[reason] += count
-
-    @staticmethod
-    def _add_catch_up(status: pb.NodeStatus, gain: Gain) -> None:
-        if gain.active:
-            status.catch_up_bytes, status.catch_up_total = gain.fetched, gain.total
-            status.waiting_for = gain.waiting_for
+        return self._standing.status(self._member, self._lookout.findings)
 
     # --- what the rounds tell (through _Keeper)
 
     def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
         """The visit's edges are settled."""
-        self._visit, self._edges = visit, edges
+        self._standing.visit, self._standing.edges = visit, edges
         logs.bind(round=visit.round, block=visit.block, step=0)
         weights = {peer: round(weight, 4) for peer, weight in sorted(edges.weights.items())}
         if self._stopping.is_set():
             return
         if missing := sorted(wanted - set(edges.weights)):
-            self._warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
+            self._standing.warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
         self._log.info("visit", visit=visit.index, layers=str(visit.layers)[5:], weights=weights)
 
     def step_done(self, record: StepRecord, data_position: int) -> None:
@@ -836,22 +684,23 @@ class Node:
         assert self._member is not None  # noqa: S101
         assert self._history is not None  # noqa: S101
         logs.bind(step=record.step)
-        self._last = record
-        self._steps_here += 1
+        self._standing.step_done(record)
         exchange, gain = self._member.exchange, self._member.catch_up.gain
         sent = exchange.bytes_sent - self._sent_before_step
         self._sent_before_step = exchange.bytes_sent
         lost = not record.gathered.complete or record.edges.degree != len(record.edges.weights)
-        self._progress = replace(
-            self._at(record.visit.index, record.step + 1, data_position),
-            bytes_sent=self._progress.bytes_sent + sent,
-            bytes_received=self._progress.bytes_received + record.gathered.received,
-            incomplete=self._progress.incomplete + lost,
+        standing = self._standing
+        standing.at(record.visit.index, record.step + 1, data_position)
+        standing.progress = replace(
+            standing.progress,
+            bytes_sent=standing.progress.bytes_sent + sent,
+            bytes_received=standing.progress.bytes_received + record.gathered.received,
+            incomplete=standing.progress.incomplete + lost,
             caught_up=self._caught_up_before[0] + gain.bytes,
             passed_over=self._caught_up_before[1] + gain.visits,
         )
         if not math.isfinite(record.local.gradient_norm):
-            self._warn(f"gradient not finite at step {record.step}: counted as zero")
+            self._standing.warn(f"gradient not finite at step {record.step}: counted as zero")
         row = history_line(record, sent)
         history = self._history
         self._save(lambda: history.append(row))
@@ -860,7 +709,7 @@ class Node:
 
     def agreeing(self, block: int, edges: Edges, plan: str) -> None:
         """The agreement on a block begins."""
-        self._edges = edges
+        self._standing.edges = edges
         self._log.info("agreeing on a block", block=block, neighbours=len(edges.weights), plan=plan)
 
     def is_save_due(self) -> bool:
@@ -878,7 +727,7 @@ class Node:
 
     def visit_closed(self, visit: Visit, data_position: int) -> None:
         """The block is final for this visit."""
-        self._progress = self._at(visit.index + 1, 0, data_position)
+        self._standing.at(visit.index + 1, 0, data_position)
 
 
 class _Keeper:

@@ -32,6 +32,22 @@ from deca_node.limits import (
     STREAM_WINDOW_BYTES,
 )
 from deca_node.pb import node_pb2 as pb
+from deca_node.trust import holder
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a call, as far as the connection proves it.
+
+    Attributes:
+        node: the node that the caller's certificate names; None in plain text, and for operators.
+        operator: it showed an operator's certificate of this run.
+        local: it came through this machine's own socket file, which its owner alone can open.
+    """
+
+    node: str | None = None
+    operator: bool = False
+    local: bool = False
 
 
 class Handler(Protocol):
@@ -413,6 +429,16 @@ def _host_of(peer: str) -> str:
     kind, _, rest = peer.partition(":")
     host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
     return host if kind in ("ipv4", "ipv6") else "127.0.0.1"
+
+
+def caller_of(context: grpc.aio.ServicerContext) -> Caller:
+    """Who makes a call. TLS has checked the certificate when the connection was made."""
+    names = context.auth_context().get("x509_subject_alternative_name", ())
+    shown = holder(name.decode(errors="replace") for name in names)
+    local = context.peer().startswith("unix:")
+    if shown is None:
+        return Caller(local=local)
+    return Caller(shown.node, shown.operator, local)
 
 
 async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:

@@ -1,0 +1,79 @@
+"""Looks around from a running node: what is wrong with the swarm as it is seen from here."""
+
+import asyncio
+from typing import Any
+
+from deca_node import __version__, health
+from deca_node.config import Settings
+from deca_node.discovery import Discovery
+from deca_node.member import Member
+
+
+class Lookout:
+    """Gathers what health.diagnose judges, and logs what it finds.
+
+    Args:
+        settings: of the node.
+        log: a structlog logger.
+
+    Attributes:
+        findings: what is wrong now.
+    """
+
+    def __init__(self, settings: Settings, log: Any) -> None:
+        self._settings = settings
+        self._log = log
+        self._most_members = 1
+        self._began = 0.0
+        self.findings: list[health.Finding] = []
+
+    def begin(self) -> None:
+        """The node looks for others from now on."""
+        self._began = asyncio.get_running_loop().time()
+
+    def look(
+        self, member: Member, discovery: Discovery | None, neighbours: frozenset[str] | None
+    ) -> None:
+        """Say once what is wrong, and once when it is mended.
+
+        Args:
+            member: of the run.
+            discovery: None where zeroconf is off, or failed.
+            neighbours: those of the open visit; None before the first one.
+        """
+        settings, swarm = self._settings, member.swarm
+        name, chosen = settings.node.name, settings.topology
+        self._most_members = max(self._most_members, len(swarm.members(member.visit)))
+        now = asyncio.get_running_loop().time()
+        found = health.diagnose(
+            health.View(
+                name=name,
+                run=settings.run.name,
+                port=swarm.identity.port,
+                phase=member.position().phase,
+                wanted=settings.run.start_when,
+                now=now,
+                looking=now - self._began,
+                peers=list(swarm.peers.values()),
+                told=swarm.told,
+                version=__version__,
+                neighbours=neighbours,
+                isolated=chosen.kind == "explicit"
+                and not any(name in edge for edge in chosen.edges),
+                most=self._most_members,
+                zeroconf=discovery is not None,
+                heard_itself=discovery is not None and discovery.heard_itself,
+                heard_others=discovery is not None and discovery.heard_others,
+                static=settings.network.static_peers,
+                silent=swarm.never_answered(settings.network.static_peers),
+                uncallable=swarm.uncallable(),
+                refusals=swarm.refusals,
+            )
+        )
+        before = {finding.key for finding in self.findings}
+        for finding in found:
+            if finding.key not in before:
+                self._log.warning(finding.text, finding=finding.key)
+        for mended in before - {finding.key for finding in found}:
+            self._log.info("mended", finding=mended)
+        self.findings = found

@@ -1,0 +1,186 @@
+"""Where a node stands in its run, and the status that tells of it."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+
+from deca_node import __version__
+from deca_node.blocks import Schedule, Visit
+from deca_node.catchup import Gain
+from deca_node.checkpoint import Progress
+from deca_node.config import Settings
+from deca_node.health import Finding
+from deca_node.member import Member
+from deca_node.membership import Edges, Phase
+from deca_node.pb import node_pb2 as pb
+from deca_node.rounds import StepRecord
+from deca_node.swarm import Swarm
+
+MAX_WARNINGS = 20
+
+
+class Standing:
+    """What a node is doing, how far it is, what it has to say.
+
+    Args:
+        settings: of the node.
+        log: a structlog logger.
+
+    Attributes:
+        phase: of the node while it has no member, which knows it better.
+        waiting_for: who or what, in words; empty when nothing is waited for.
+        progress: position and totals, as they are kept on disk.
+        last: the last step.
+        visit: the open visit, or the last one.
+        edges: of that visit, or of the agreement under way.
+        address: where others call.
+        schedule: None until the model is read.
+        device: where tensors are.
+        model: its name.
+        began: when training began in this process, by the monotonic clock.
+        warnings: said once, the latest last.
+    """
+
+    def __init__(self, settings: Settings, log: Any) -> None:
+        self._settings = settings
+        self._log = log
+        self._started = time.monotonic()
+        self._steps_here = 0
+        self._seconds_before = 0.0
+        self.phase = Phase.STARTING
+        self.waiting_for = "the model"
+        self.progress = Progress()
+        self.last: StepRecord | None = None
+        self.visit: Visit | None = None
+        self.edges = Edges(-1)
+        self.address = ""
+        self.schedule: Schedule | None = None
+        self.device = torch.device("cpu")
+        self.model = settings.model.path.name
+        self.began: float | None = None
+        self.warnings: list[str] = []
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from what an earlier process kept."""
+        self.progress = progress
+        self._seconds_before = progress.seconds
+
+    def at(self, visit: int, step: int, data_position: int) -> None:
+        """Move to a position."""
+        self.progress = replace(
+            self.progress,
+            visit=visit,
+            step=step,
+            data_position=data_position,
+            seconds=self.seconds(),
+        )
+
+    def seconds(self) -> float:
+        """Trained in all, in earlier processes as well."""
+        here = time.monotonic() - self.began if self.began is not None else 0.0
+        return self._seconds_before + here
+
+    def step_done(self, record: StepRecord) -> None:
+        """A step is complete."""
+        self.last = record
+        self._steps_here += 1
+
+    def warn(self, text: str) -> None:
+        """Log something that people should see, and keep it for the status."""
+        self._log.warning(text)
+        if text not in self.warnings:
+            self.warnings = [*self.warnings[-MAX_WARNINGS + 1 :], text]
+
+    def status(self, member: Member | None, findings: Iterable[Finding]) -> pb.NodeStatus:
+        """Everything there is to know about the node now; asked on its event loop.
+
+        Args:
+            member: None before there is one.
+            findings: what is wrong with its surroundings.
+        """
+        settings, now = self._settings, time.monotonic()
+        status = pb.NodeStatus(
+            run=settings.run.name,
+            node=settings.node.name,
+            version=__version__,
+            phase=pb.Phase.Name(member.position().phase if member else self.phase),
+            uptime_seconds=now - self._started,
+            device=str(self.device),
+            memory_bytes=psutil.Process().memory_info().rss,
+            bytes_sent=self.progress.bytes_sent,
+            bytes_received=self.progress.bytes_received,
+            incomplete_mixes=self.progress.incomplete,
+            address=self.address,
+            model=self.model,
+            waiting_for=self.waiting_for,
+            warnings=[*(finding.text for finding in findings), *self.warnings],
+            pid=os.getpid(),
+            members_wanted=settings.run.start_when,
+        )
+        if self.device.type == "cuda":
+            status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
+        if self.schedule is not None:
+            self._add_position(status, self.schedule, now)
+        if self.last is not None:
+            status.loss = self.last.local.loss
+            status.gradient_norm = self.last.local.gradient_norm
+            status.disagreement = self.last.settled.disagreement
+        if member is not None:
+            self._add_peers(status, member.swarm)
+            _add_catch_up(status, member.catch_up.gain)
+        return status
+
+    def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
+        visit, step = self.progress.visit, self.progress.step
+        done = min(schedule.serial(visit, step), schedule.total_steps)
+        status.rounds, status.blocks = schedule.rounds, len(schedule.blocks)
+        status.steps_per_visit, status.steps_total = schedule.steps, schedule.total_steps
+        cursor = schedule.cursor(visit, step)
+        status.round, status.position, status.step = cursor.round, cursor.position, cursor.step
+        status.block = schedule.visit(min(visit, schedule.visits - 1)).block
+        status.steps_done = done
+        if self.began is not None and self._steps_here:
+            pace = (now - self.began) / self._steps_here
+            status.eta_seconds = pace * (schedule.total_steps - done)
+        status.degree = len(self.edges.weights)
+        status.own_weight = self.edges.own_weight
+
+    def _add_peers(self, status: pb.NodeStatus, swarm: Swarm) -> None:
+        clock = asyncio.get_running_loop().time()
+        status.send_rate = swarm.send_meter.rate(clock)
+        status.receive_rate = swarm.receive_meter.rate(clock)
+        for reason, count in swarm.strangers.items():
+            status.refusals[reason] += count
+        for name, peer in sorted(swarm.peers.items()):
+            traffic = swarm.traffic.get(name)
+            row = status.peers.add(
+                node=name,
+                address=peer.address,
+                state=str(peer.state),
+                phase=pb.Phase.Name(peer.phase),
+                visit=peer.visit,
+                neighbour=name in self.edges.weights,
+                weight=self.edges.weights.get(name, 0.0),
+                last_seen_seconds=max(0.0, clock - peer.last_seen),
+                detail=peer.detail,
+            )
+            if traffic is not None:
+                row.bytes_sent, row.bytes_received = traffic.sent, traffic.received
+                row.send_rate = traffic.send_meter.rate(clock)
+                row.receive_rate = traffic.receive_meter.rate(clock)
+                row.waited_seconds, row.retries = traffic.waited, traffic.retries
+                for reason, count in traffic.refusals.items():
+                    row.refusals[reason] = count
+                    status.refusals[reason] += count
+
+
+def _add_catch_up(status: pb.NodeStatus, gain: Gain) -> None:
+    if gain.active:
+        status.catch_up_bytes, status.catch_up_total = gain.fetched, gain.total
+        status.waiting_for = gain.waiting_for
