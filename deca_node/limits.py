@@ -7,6 +7,12 @@ CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = CHUNK_BYTES + 1024
 # A block of a model holds at most some thousand tensors of a line each.
 MAX_HEADER_BYTES = 4 << 20
+# Of that, what a stream's header may have for each tensor that the reader knows, beside its name:
+# dtype, shape, two offsets, and another writer's spaces. JSON can take thirty times its size once
+# it is read, so that a header of 4 MB would cost 100 MB.
+MAX_HEADER_BYTES_PER_TENSOR = 512
+# And for what it says of itself beside the tensors and the note: four short fields.
+MAX_ABOUT_BYTES = 4 << 10
 # HTTP/2 metadata: we use none of our own.
 MAX_METADATA_BYTES = 16 << 10
 # Members of a run. Everybody greets everybody; beyond this the greetings alone are a load.
