@@ -101,6 +101,7 @@ REASONS = frozenset(
         *("settings_differ", "name_taken", "full", "unmet"),
         *("bad_list", "digest", "too_many_transfers", "too_slow"),
         *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
+        *("too_many_greetings", "busy"),
     }
 )
 

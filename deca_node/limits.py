@@ -55,6 +55,34 @@ STREAM_WINDOW_BYTES = 8 << 20
 # What a caller may send in one call: a greeting with its fingerprint and 256 known members has
 # 120 kB. With MAX_STREAMS_PER_CONNECTION it bounds what a connection can make us hold.
 MAX_REQUEST_BYTES = 256 << 10
+# Calls that are open at once over all connections: of each member the pulls and transfers that it
+# may have, a greeting and a handshake, and the watchers. With MAX_REQUEST_BYTES this is what
+# callers can make a node hold that send the first bytes of calls and no more: 400 MB, for as long
+# as REQUEST_SECONDS.
+MAX_CALLS = 6 * MAX_MEMBERS + 64
+# Of those, from one address: half, so that one machine cannot shut out all others, and the whole
+# swarm can still be on one.
+MAX_CALLS_PER_ADDRESS = MAX_CALLS // 2
+# A request must be there so many seconds after its call was opened. The largest takes less on a
+# line of 64 kB/s; who sends it byte by byte keeps a place that others wait for.
+REQUEST_SECONDS = 10.0
+# Connections. Members need one each way, watchers one each; the rest is for the times when nodes
+# restart and their old connections are not known to be dead yet.
+MAX_CONNECTIONS = 4 * MAX_MEMBERS
+# One on which nothing was called for so long is closed: members greet at least every minute.
+IDLE_SECONDS = 300
+# What a new connection has for the first exchange of HTTP/2 and TLS.
+HANDSHAKE_SECONDS = 10
+# Greetings per second of callers that are not known, from one address: 256 nodes of another run on
+# one machine make 52 of them, for as long as they are refused.
+STRANGER_GREETINGS = 64.0
+# And at once: the whole swarm starts again on one machine, each with two addresses.
+STRANGER_GREETINGS_BURST = 2 * MAX_MEMBERS
+# Greetings of one peer for each heartbeat, in the long run and at once: it greets anew whenever its
+# phase changes, which is a few times in a run, and when it catches up. A greeting is answered with
+# all that we know, up to 80 kB.
+PEER_GREETINGS = 5.0
+PEER_GREETINGS_BURST = 60
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
 # Watchers of WatchStatus over all connections.

@@ -107,8 +107,8 @@ def add_trimmed(
             for row in range(count - hostile - 1, bottom, -1):
                 _order(rows, row - 1, row)
         mean = torch.zeros_like(own)
-        for row in rows[hostile : count - hostile]:
-            mean.add_(row, alpha=share / left)
+        for middle in rows[hostile : count - hostile]:
+            mean.add_(middle, alpha=share / left)
         x[part].add_(mean.to(x.device))
 
 

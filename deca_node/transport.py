@@ -5,16 +5,29 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+import os
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+# gRPC's core writes a line for each malformed header to the standard error, so that a caller could
+# fill a disk; it reads this when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deca_node.admission import Places, network
 from deca_node.errors import (
     ListenError,
     PeerError,
@@ -24,11 +37,17 @@ from deca_node.errors import (
     known_reason,
 )
 from deca_node.limits import (
+    HANDSHAKE_SECONDS,
+    IDLE_SECONDS,
+    MAX_CALLS,
+    MAX_CALLS_PER_ADDRESS,
+    MAX_CONNECTIONS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
     MAX_REASON_BYTES,
     MAX_REQUEST_BYTES,
     MAX_STREAMS_PER_CONNECTION,
+    REQUEST_SECONDS,
     STREAM_WINDOW_BYTES,
 )
 from deca_node.pb import node_pb2 as pb
@@ -159,6 +178,8 @@ STATUS = pb.DESCRIPTOR.services_by_name["Status"]
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    # Else that is where gRPC begins to refuse some of them, and all only from twice as much.
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # Bandwidth probing and small frames halve the rate of long streams (docs/protocol.md).
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.max_frame_size", 16_777_215),
@@ -174,6 +195,10 @@ _SERVER = [
     ("grpc.so_reuseport", 0),  # two nodes on one port would share its callers
     ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # under the client's keepalive
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+    ("grpc.http2.settings_timeout", HANDSHAKE_SECONDS * 1000),
 ]
 _CLIENT = [
     *_COMMON,
@@ -217,6 +242,10 @@ class Credentials:
         return int(server.add_secure_port(address, ours))
 
 
+# What a caller is told for whom there is no place.
+BUSY = "too many calls are open"
+
+
 def _path(service: Any, method: str) -> str:
     return f"/{service.full_name}/{method}"
 
@@ -228,6 +257,8 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
         return PeerTimeout(f"{address}: no answer in time")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return PeerUnavailable(f"{address}: {details}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details == BUSY:
+        return PeerRefused("busy", f"{address}: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return PeerRefused("too_long", f"{address}: {details}")
     if code is not grpc.StatusCode.FAILED_PRECONDITION:
@@ -385,7 +416,8 @@ class GrpcTransport:
 
     async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
         """See Transport."""
-        server = grpc.aio.server(options=_SERVER)
+        gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
+        server = grpc.aio.server(options=_SERVER, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience)])
         names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if status is not None:
@@ -439,6 +471,82 @@ def caller_of(context: grpc.aio.ServicerContext) -> Caller:
     if shown is None:
         return Caller(local=local)
     return Caller(shown.node, shown.operator, local)
+
+
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
+    """Counts the calls that are open, and gives each a time by which its request must be there.
+
+    gRPC itself would wait for ever for the rest of a request, of which it has the first bytes, and
+    count a call only when it is all there.
+    """
+
+    def __init__(self, places: Places, seconds: float) -> None:
+        self._places, self._seconds = places, seconds
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Put the gate in front of a handler, whatever its kind: as one that reads by itself."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        several = handler.request_streaming
+        if handler.response_streaming:
+            inner = handler.stream_stream if several else handler.unary_stream
+            made = grpc.stream_stream_rpc_method_handler
+            outer: Any = self._streaming(inner, several=several)
+        else:
+            inner = handler.stream_unary if several else handler.unary_unary
+            made = grpc.stream_unary_rpc_method_handler
+            outer = self._unary(inner, several=several)
+        return made(outer, handler.request_deserializer, handler.response_serializer)
+
+    def _unary(self, inner: Callable[..., Awaitable[Any]], *, several: bool) -> Any:
+        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+            async with self._place(context):
+                asked = self._timely(requests, context)
+                return await inner(asked if several else await anext(asked), context)
+
+        return call
+
+    def _streaming(self, inner: Callable[..., Any], *, several: bool) -> Any:
+        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+            async with self._place(context):
+                asked = self._timely(requests, context)
+                answers = inner(asked if several else await anext(asked), context)
+                if hasattr(answers, "__aiter__"):
+                    async for answer in answers:
+                        await context.write(answer)
+                else:
+                    await answers  # it writes by itself
+
+        return call
+
+    @asynccontextmanager
+    async def _place(self, context: grpc.aio.ServicerContext) -> AsyncGenerator[None]:
+        caller = network(_host_of(context.peer()))
+        if not self._places.enter(caller):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, BUSY)
+        try:
+            yield
+        finally:
+            self._places.leave(caller)
+
+    async def _timely(
+        self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        while True:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    request = await anext(requests, grpc.aio.EOF)
+            except TimeoutError:
+                text = f"no request within {self._seconds:g} s"
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            if request is grpc.aio.EOF:
+                return
+            yield request
 
 
 async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:

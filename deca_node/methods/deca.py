@@ -50,7 +50,7 @@ class Deca:
         self._stale = stale
         self._late = torch.empty(0)  # Σ w_ij (x½_j − x½_i) of the last step, when stale
         self._aggregation = aggregation
-        self._arrivals: Arrivals | None = None  # where the mix is not the mean
+        self._kept: Arrivals | None = None  # where the mix is not the mean
         self._clipped: Mapping[str, float] = {}
         self._overlap = overlap
         self._exact: set[int] = set()  # depths at which a resumed pass was held against a whole one
@@ -86,7 +86,7 @@ class Deca:
         # On the CPU, where arrivals are: a copy to a busy GPU would hold up the event loop.
         robust = self._aggregation.rule != "mean"
         self._late = torch.zeros(block.layout.numel if self._stale and not robust else 0)
-        self._arrivals = Arrivals(block.layout.numel, self._aggregation) if robust else None
+        self._kept = Arrivals(block.layout.numel, self._aggregation) if robust else None
         self._begin()
         if saved is not None:
             for name, tensor in self.state().items():
@@ -176,17 +176,17 @@ class Deca:
 
     def intake(self, peer: str) -> Mix:
         """See Method. Equation (7) needs no more of a neighbour than its weight."""
-        return self.mix if self._arrivals is None else partial(self._keep, self._arrivals, peer)
+        return self.mix if self._kept is None else partial(self._keep, self._kept, peer)
 
     def _take_kept(self) -> None:
         """Mix what was kept in place of being mixed as it came."""
-        if self._arrivals is not None and not self._stale:
-            self._clipped = self._arrivals.mix_into(self._active.master)
+        if self._kept is not None and not self._stale:
+            self._clipped = self._kept.mix_into(self._active.master)
 
     def _take_late(self) -> None:
         master = self._active.master
-        if self._arrivals is not None and self._stale:
-            self._clipped = self._arrivals.mix_into(master, STALE_STEP)
+        if self._kept is not None and self._stale:
+            self._clipped = self._kept.mix_into(master, STALE_STEP)
         for part in slices(self._late):
             master[part].add_(self._late[part].to(master.device), alpha=STALE_STEP)
             self._late[part].zero_()
@@ -257,4 +257,4 @@ class Deca:
         self._model.release()
         self._block = self._prefix = self._own = None
         self._m = self._v = self._late = torch.empty(0)
-        self._arrivals = None
+        self._kept = None

@@ -9,11 +9,31 @@ from deca_node.wire import frame, parse
 NUMBERS = [0, 1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1]
 NUMBERS += [2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 FLOATS = [0.0, -1.0, 1e-300, 1e38, 1.7e308, float("inf"), float("-inf"), float("nan")]
-WORDS = ["", "\0", "é", "\u202e", "\n", "%s%n", "../..", "x" * 63, "x" * 65, "y" * 600, "::1", "[::1"]
+WORDS = [
+    "",
+    "\0",
+    "é",
+    "\u202e",
+    "\n",
+    "%s%n",
+    "../..",
+    "x" * 63,
+    "x" * 65,
+    "y" * 600,
+    "::1",
+    "[::1",
+]
 # What stands in a header or a note, or would be there if somebody meant harm.
 TOKENS = [b"[" * 2000, b"{" * 500, b'{"a":' * 300, b"9" * 5000, b"1e999", b"NaN", b"-Infinity"]
 TOKENS += [b"null", b'"\\ud800"', b'"__metadata__":', b'"wire_format":"int8"', b'"base":"0"', b"-0"]
-TOKENS += [b'"__scales__":', b'"note":', b"18446744073709551616", b'"data_offsets":[0,-1]', b",", b"}"]
+TOKENS += [
+    b'"__scales__":',
+    b'"note":',
+    b"18446744073709551616",
+    b'"data_offsets":[0,-1]',
+    b",",
+    b"}",
+]
 
 
 class Mutator:

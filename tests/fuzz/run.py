@@ -60,9 +60,9 @@ def attack(target, frames, seed, *, keeping=False):
             signal.alarm(HANG_SECONDS)
             try:
                 word = target.run(data)
-            except BaseException:
+            except BaseException as error:
+                error.add_note(f"{target.name}: input {index} of seed {seed!r}, kept in {CORPUS}")
                 keep(target, data, "defect")
-                print(f"{target.name}: input {index} of seed {seed!r} is kept in {CORPUS}")
                 raise
             if word not in outcomes and len(pool) < POOL and len(data) < 1 << 13:
                 pool.append(data)
@@ -104,7 +104,7 @@ def main():
     begin = time.monotonic()
 
     def tell(text):
-        print(text, flush=True)
+        print(text, flush=True)  # noqa: T201 - what it is run for
 
     sockets = round(options.frames * LIVE_SHARE)
     done = in_process(options.frames - sockets, options.seed, keeping=options.keep, tell=tell)

@@ -71,7 +71,10 @@ class Chunks:
 
     def seeds(self):
         foreign = pb_chunk(3, 0, b"abc")
-        return [*snapshot(VALUES, LAYOUT, SERIAL, metadata("toy", "evil", SERIAL)).messages, foreign]
+        return [
+            *snapshot(VALUES, LAYOUT, SERIAL, metadata("toy", "evil", SERIAL)).messages,
+            foreign,
+        ]
 
     def vary(self, mutator, data):
         return mutator.data(data)
@@ -109,7 +112,9 @@ class Streams:
             size = LAYOUT.numel * self.wire.value_bytes
             scales = b"\x00\x3c" * 2 if self.wire is Format.INT8 else b""
             values = [b"\x11" * size]
-            found.append(packed(difference(scales, values, LAYOUT, self.wire, SERIAL, about).messages))
+            found.append(
+                packed(difference(scales, values, LAYOUT, self.wire, SERIAL, about).messages)
+            )
             about = reference_metadata("toy", "evil", SERIAL, self.wire, None)
             found.append(packed(snapshot(VALUES, LAYOUT, SERIAL, about).messages))
         return found
@@ -171,13 +176,13 @@ def recut(messages, pieces):
     ]
 
 
+GRAPH = {name: frozenset({"good", "evil", "n2"} - {name}) for name in ("good", "evil", "n2")}
+
+
 class Notes:
     """What stands beside a block in final agreement, up to a round's end."""
 
     name = "note"
-    GRAPH = {"good": frozenset({"evil", "n2"}), "evil": frozenset({"good", "n2"}),
-             "n2": frozenset({"good", "evil"})}  # fmt: skip
-
     PLAN = plan(GRAPH, 1e-3, 50)
     OWN = snapshot(VALUES, LAYOUT, SERIAL, metadata("toy", "good", SERIAL))
 
@@ -188,7 +193,7 @@ class Notes:
     @staticmethod
     def tally():
         return Tally(
-            "good", Notes.GRAPH, frozenset({"evil", "n2"}), same=True,
+            "good", GRAPH, frozenset({"evil", "n2"}), same=True,
             chosen=Notes.PLAN, tolerance=1e-3, norm=1.0,
         )  # fmt: skip
 
@@ -203,8 +208,18 @@ class Notes:
             tree = json.loads(data)
             for name in list(tree) if isinstance(tree, dict) else []:
                 if mutator.chance(0.3):
-                    tree[name] = mutator.draw.choice([*NUMBERS, *FLOATS, True, False, None, "x",
-                                                      [["evil", "n2"]], [["evil", "good"]] * 9])
+                    tree[name] = mutator.draw.choice(
+                        [
+                            *NUMBERS,
+                            *FLOATS,
+                            True,
+                            False,
+                            None,
+                            "x",
+                            [["evil", "n2"]],
+                            [["evil", "good"]] * 9,
+                        ]
+                    )
             return json.dumps(tree).encode()
         return data
 
@@ -263,6 +278,9 @@ REPLIES = {
 }  # fmt: skip
 
 
+EVIL = {"run": "toy", "node": "evil", "session": 666}
+
+
 class Swarm:
     """Two members that train in virtual time, and a peer that calls them and answers nonsense.
 
@@ -271,7 +289,6 @@ class Swarm:
     """
 
     name = "member"
-    SENDER = {"run": "toy", "node": "evil", "session": 666}
     METHODS = tuple(sorted(REQUESTS))
 
     def __init__(self, seed="0"):
@@ -297,7 +314,7 @@ class Swarm:
 
     def _valid(self, method):
         kind = REQUESTS[method]
-        request = kind(sender=pb.Sender(**self.SENDER))
+        request = kind(sender=pb.Sender(**EVIL))
         if method == "Hello":
             request.protocol, request.port, request.phase = 1, 7430, pb.PHASE_TRAINING
             request.fingerprint.add(name="seed", value="0")
@@ -323,7 +340,7 @@ class Swarm:
             request = self._valid(self.METHODS[number])
             with suppress(DecodeError):
                 request.MergeFromString(body)
-            request.sender.CopyFrom(pb.Sender(**self.SENDER))
+            request.sender.CopyFrom(pb.Sender(**EVIL))
             for name in ("visit", "serial"):  # near to where the members are
                 if name in request.DESCRIPTOR.fields_by_name and mutator.chance(0.5):
                     visit = self._swarm.nodes[0].member.visit + mutator.draw.randrange(-1, 2)
@@ -398,7 +415,7 @@ class Swarm:
         return reply
 
     async def hello(self, request, source):
-        sender, marks = pb.Sender(**self.SENDER), request.fingerprint
+        sender, marks = pb.Sender(**EVIL), request.fingerprint
         reply = pb.HelloReply(sender=sender, protocol=1, fingerprint=marks, visit=request.visit)
         reply.phase = pb.PHASE_TRAINING
         return self._reply("Hello", reply)
@@ -406,14 +423,14 @@ class Swarm:
     async def open_visit(self, request):
         member = self._swarm.nodes[0].member
         with suppress(PeerError):  # an edge needs both ends' offers
-            offer = pb.VisitOffer(sender=pb.Sender(**self.SENDER), visit=request.visit)
+            offer = pb.VisitOffer(sender=pb.Sender(**EVIL), visit=request.visit)
             await member.open_visit(offer)
         accepted = pb.VisitAnswer(verdict=pb.VisitAnswer.VERDICT_ACCEPTED, visit=request.visit)
         return self._reply("OpenVisit", accepted)
 
     async def settle_visit(self, request):
         with suppress(PeerError):
-            degree = pb.VisitDegree(sender=pb.Sender(**self.SENDER), visit=request.visit, degree=2)
+            degree = pb.VisitDegree(sender=pb.Sender(**EVIL), visit=request.visit, degree=2)
             await self._swarm.nodes[0].member.settle_visit(degree)
         return self._reply("SettleVisit", pb.VisitAnswer(verdict=pb.VisitAnswer.VERDICT_ACCEPTED))
 
@@ -426,7 +443,7 @@ class Swarm:
             yield message
 
     async def list_blocks(self, request):
-        return self._reply("ListBlocks", pb.BlockList(sender=pb.Sender(**self.SENDER), visit=3))
+        return self._reply("ListBlocks", pb.BlockList(sender=pb.Sender(**EVIL), visit=3))
 
     async def fetch_block(self, request):
         self.answered += 1
@@ -454,7 +471,7 @@ class Replies:
         self._node = self._live._swarm.nodes[1]
 
     def seeds(self):
-        hello = pb.HelloReply(sender=pb.Sender(**Swarm.SENDER), protocol=1, phase=3, visit=3)
+        hello = pb.HelloReply(sender=pb.Sender(**EVIL), protocol=1, phase=3, visit=3)
         hello.fingerprint.add(name="seed", value="0")
         hello.known.add(node="n7", address="10.0.0.7:7430")
         state = pb.BlockState(block=1, visit=1, bytes=100, xxh3="0" * 32)
