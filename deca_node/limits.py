@@ -83,6 +83,10 @@ STRANGER_GREETINGS_BURST = 2 * MAX_MEMBERS
 # all that we know, up to 80 kB.
 PEER_GREETINGS = 5.0
 PEER_GREETINGS_BURST = 60
+# Lines of the log about callers that were refused, a second in the long run and at once: whoever
+# gives another address each time must not fill a disk. All are counted.
+REFUSAL_LINES = 0.2
+REFUSAL_LINES_BURST = 50
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
 # Watchers of WatchStatus over all connections.

@@ -32,6 +32,8 @@ from deca_node.limits import (
     MAX_VERSION_BYTES,
     PEER_GREETINGS,
     PEER_GREETINGS_BURST,
+    REFUSAL_LINES,
+    REFUSAL_LINES_BURST,
     STRANGER_GREETINGS,
     STRANGER_GREETINGS_BURST,
 )
@@ -164,6 +166,7 @@ class Swarm:
         self._peer_turns = Turns(
             PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS
         )
+        self._lines = Turns(REFUSAL_LINES, REFUSAL_LINES_BURST, 1)
         self._stranger_turns = Turns(STRANGER_GREETINGS, STRANGER_GREETINGS_BURST, MAX_CONTACTS)
         self._transport = transport
         self._timing = timing
@@ -505,7 +508,8 @@ class Swarm:
             self._said[address] = reason
             # Other runs on the same network are normal; anything else wants a look.
             level = self._log.info if reason == "other_run" else self._log.warning
-            level("peer refused", peer=name, address=address, reason=reason, detail=text)
+            if self._lines.take("", self._now()):
+                level("peer refused", peer=name, address=address, reason=reason, detail=text)
 
     # --- what is known of the peers' surroundings (health)
 

@@ -14,7 +14,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -476,8 +477,8 @@ def caller_of(context: grpc.aio.ServicerContext) -> Caller:
 class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
     """Counts the calls that are open, and gives each a time by which its request must be there.
 
-    gRPC itself would wait for ever for the rest of a request, of which it has the first bytes, and
-    count a call only when it is all there.
+    gRPC itself would wait for ever for the rest of a request of which it has the first bytes, and
+    write a traceback where it cannot tell a caller that has gone what was wrong with its call.
     """
 
     def __init__(self, places: Places, seconds: float) -> None:
@@ -487,52 +488,35 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no typ
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
+    ) -> grpc.RpcMethodHandler:
         """Put the gate in front of a handler, whatever its kind: as one that reads by itself."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return None
+            return grpc.stream_stream_rpc_method_handler(self._gated(_unimplemented))
         several = handler.request_streaming
         if handler.response_streaming:
             inner = handler.stream_stream if several else handler.unary_stream
-            made = grpc.stream_stream_rpc_method_handler
-            outer: Any = self._streaming(inner, several=several)
+            made, answer = grpc.stream_stream_rpc_method_handler, _stream_answers(inner)
         else:
-            inner = handler.stream_unary if several else handler.unary_unary
+            answer = handler.stream_unary if several else handler.unary_unary
             made = grpc.stream_unary_rpc_method_handler
-            outer = self._unary(inner, several=several)
+        outer = self._gated(answer if several else _with_first(answer))
         return made(outer, handler.request_deserializer, handler.response_serializer)
 
-    def _unary(self, inner: Callable[..., Awaitable[Any]], *, several: bool) -> Any:
+    def _gated(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
-            async with self._place(context):
-                asked = self._timely(requests, context)
-                return await inner(asked if several else await anext(asked), context)
+            caller = network(_host_of(context.peer()))
+            try:
+                if not self._places.enter(caller):
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, BUSY)
+                try:
+                    return await answer(self._timely(requests, context), context)
+                finally:
+                    self._places.leave(caller)
+            except grpc.aio.InternalError:  # nobody is there any more to be told
+                raise asyncio.CancelledError from None
 
         return call
-
-    def _streaming(self, inner: Callable[..., Any], *, several: bool) -> Any:
-        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-            async with self._place(context):
-                asked = self._timely(requests, context)
-                answers = inner(asked if several else await anext(asked), context)
-                if hasattr(answers, "__aiter__"):
-                    async for answer in answers:
-                        await context.write(answer)
-                else:
-                    await answers  # it writes by itself
-
-        return call
-
-    @asynccontextmanager
-    async def _place(self, context: grpc.aio.ServicerContext) -> AsyncGenerator[None]:
-        caller = network(_host_of(context.peer()))
-        if not self._places.enter(caller):
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, BUSY)
-        try:
-            yield
-        finally:
-            self._places.leave(caller)
 
     async def _timely(
         self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
@@ -544,9 +528,42 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no typ
             except TimeoutError:
                 text = f"no request within {self._seconds:g} s"
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a request")
             if request is grpc.aio.EOF:
                 return
             yield request
+
+
+async def _unimplemented(_: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such call")
+
+
+def _with_first(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A handler of one request as one that is given an iterator."""
+
+    async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+        request = await anext(requests, None)
+        if request is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a call without a request")
+        return await answer(request, context)
+
+    return call
+
+
+def _stream_answers(inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+    """A handler that yields its answers, or writes them itself, as one that writes them."""
+
+    async def call(asked: Any, context: grpc.aio.ServicerContext) -> None:
+        answers = inner(asked, context)
+        if hasattr(answers, "__aiter__"):
+            async with aclosing(answers):
+                async for answer in answers:
+                    await context.write(answer)
+        else:
+            await answers
+
+    return call
 
 
 async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:

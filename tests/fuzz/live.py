@@ -201,6 +201,8 @@ class Fuzzer:
                 for _ in range(BATCHES):
                     streams = set()
                     for _ in range(min(BATCH, frames - done)):
+                        if connection.over:
+                            break
                         mutator = Mutator(f"{self.seed}/live/{number}/{done}")
                         writer.write(b"".join(self.one(mutator, stream)))
                         streams.add(stream)
