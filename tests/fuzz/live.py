@@ -30,9 +30,9 @@ from tests.tiny import make_model
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
-CONNECTIONS, BATCH, BATCHES = 4, 24, 12
+CONNECTIONS, BATCH, BATCHES = 8, 24, 12
 # Calls that are held back, as they should be, are given up after this.
-PATIENCE_SECONDS = 0.5
+PATIENCE_SECONDS = 0.15
 # What a daemon may grow by beside what it trains: its callers' bounds (docs/robust.md).
 GROWTH_BYTES = 192 << 20
 
