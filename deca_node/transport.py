@@ -172,6 +172,10 @@ class Transport(Protocol):
 # A reader that turns away within a stream is logged there as an error with a traceback; what it
 # means for the run is in our own report.
 logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+_log = logging.getLogger(__name__)
+
+# Between two tries to listen again where grpc's server has ended.
+RELISTEN_SECONDS = 0.1
 
 PEER = pb.DESCRIPTOR.services_by_name["Peer"]
 STATUS = pb.DESCRIPTOR.services_by_name["Status"]
@@ -413,10 +417,16 @@ class GrpcTransport:
         self._credentials = credentials
         self._patience = patience
         self._server: grpc.aio.Server | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
 
     async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
         """See Transport."""
+        port = await self._serve(handler, status, self._port)
+        self._keeper = asyncio.create_task(self._keep_serving(handler, status, port))
+        return port
+
+    async def _serve(self, handler: Handler, status: StatusHandler | None, port: int) -> int:
         gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
         server = grpc.aio.server(options=_SERVER, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience)])
@@ -428,23 +438,43 @@ class GrpcTransport:
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            address = f"{host}:{self._port}"
+            address = f"{host}:{port}"
             if self._credentials is None:
-                port = server.add_insecure_port(address)
+                found = server.add_insecure_port(address)
             else:
-                port = self._credentials.listen(server, address)
+                found = self._credentials.listen(server, address)
         except RuntimeError:
-            port = 0
-        if port == 0:
+            found = 0
+        if found == 0:
             raise ListenError(
-                f"cannot listen on {host}:{self._port}: the port is taken or the address is not "
+                f"cannot listen on {host}:{port}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
         await server.start()
         self._server = server
         for name in ("", PEER.full_name, STATUS.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return int(port)
+        return int(found)
+
+    async def _keep_serving(
+        self, handler: Handler, status: StatusHandler | None, port: int
+    ) -> None:
+        """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
+        while self._server is not None:
+            try:
+                await self._server.wait_for_termination()
+            except UnicodeDecodeError as error:
+                _log.warning(
+                    "a caller's path ended the server, which begins anew: %s", error.reason
+                )
+            else:
+                return
+            while True:
+                try:
+                    await self._serve(handler, status, port)
+                    break
+                except ListenError:  # the one that has ended may not have let go of it yet
+                    await asyncio.sleep(RELISTEN_SECONDS)
 
     def link(self, address: str) -> GrpcLink:
         """See Transport."""
@@ -453,6 +483,9 @@ class GrpcTransport:
     async def close(self, grace: float) -> None:
         """See Transport."""
         await self._health.enter_graceful_shutdown()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(grace)
 

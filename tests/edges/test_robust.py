@@ -161,10 +161,10 @@ def accuracies(tmp_path, factor, nodes=6, seeds=(0,)):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [-1.0, 1e6])
-def test_one_liar_spoils_the_mean_and_not_the_clipped_mix(tmp_path, factor):
+@pytest.mark.parametrize(("factor", "seeds"), [(-1.0, (0, 1, 2)), (1e6, (0,))])
+def test_one_liar_spoils_the_mean_and_not_the_clipped_mix(tmp_path, factor, seeds):
     """Signs turned or huge: chance with the mean, else as good as where it is honest."""
-    found = accuracies(tmp_path, factor, seeds=(0, 1, 2))
+    found = accuracies(tmp_path, factor, seeds=seeds)
     honest = found["mean", False]
     assert honest > 0.6, found
     assert found["mean", True] < 0.35, found  # four labels: chance is 0.25
