@@ -651,12 +651,13 @@ class GrpcTransport:
     async def close(self, grace: float) -> None:
         """See Transport."""
         await self._health.enter_graceful_shutdown()
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._server is not None:
-            with suppress(UnicodeDecodeError):  # what ended it, once more
-                await self._server.stop(grace)
+        if self._server is None or self._keeper is None:
+            return
+        with suppress(UnicodeDecodeError):  # what ended it, once more
+            await self._server.stop(grace)
+        # Only now: who is cancelled while it waits for a server's end takes that end with it.
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
 
 
 def _host_of(peer: str) -> str:
