@@ -762,7 +762,7 @@ def _read_model(folder: Path, path: Path, **options: Any) -> Any:
     transformers = _transformers()
     again = "copy or download the model again"
     try:
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -788,7 +788,7 @@ def _read_model(folder: Path, path: Path, **options: Any) -> Any:
 def _read_tokenizer(folder: Path, path: Path, **options: Any) -> Any:
     transformers = _transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(  # nosec B615
             folder, local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # noqa: BLE001 - as above
