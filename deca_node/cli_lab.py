@@ -92,18 +92,12 @@ def profile(
         checkpointing=checkpointing,
         overrides=tuple(settings or ()),
     )
-    console = status.make_console()
-    with console.status("") as shown:  # draws on a terminal only
+    with status.make_console().status("") as shown:  # draws on a terminal only
         parts = room.measure_depths(plan, lambda what: shown.update(f"measuring {what}"))
     tree = room.as_json(plan, parts)
     if to is not None:
         room.write(to, tree, room.markdown(parts))
-    if as_json:
-        typer.echo(json.dumps(tree))
-        return
-    for title, costs in parts.items():
-        console.print(title, style="dim")
-        console.print(room.render(costs))
+    typer.echo(json.dumps(tree) if as_json else room.markdown(parts), nl=as_json)
 
 
 def answer(

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import RenderableType
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -412,26 +410,19 @@ def _now(device: torch.device) -> float:
 # What is shown
 
 
-def render(costs: Sequence[Cost]) -> RenderableType:
-    """A table of them; ``ratio`` is the first method's step over this one's."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    headings, rows = _cells(costs)
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def markdown(parts: Mapping[str, Sequence[Cost]]) -> str:
-    """Tables of them, by title, in Markdown."""
+    """Tables of them, by title, in Markdown; a ratio is the first method's step over this one's."""
     return "\n".join(f"{title}:\n\n{_markdown(costs)}" for title, costs in parts.items())
 
 
 def _markdown(costs: Sequence[Cost]) -> str:
     headings, rows = _cells(costs)
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (headings, rule, *rows))
+    lines = [headings, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "".join(
+        f"| {' | '.join(map(str.rjust, line, widths))} |\n" for line in (headings, rule, *rows)
+    )
 
 
 def as_json(plan: Plan, parts: Mapping[str, Sequence[Cost]]) -> dict[str, Any]:
