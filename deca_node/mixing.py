@@ -81,7 +81,7 @@ def _differences(own: Tensor, received: Tensor) -> Iterator[tuple[slice, NDArray
 
 
 def _add(x: Tensor, difference: NDArray[Any], weight: float) -> None:
-    """x += weight · difference; the difference is scratch afterwards."""
+    """Add weight · difference to x; the difference is scratch afterwards."""
     np.multiply(difference, difference.dtype.type(weight), out=difference)
     if x.device.type == "cpu":
         values = x.numpy()

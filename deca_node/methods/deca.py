@@ -15,7 +15,7 @@ from deca_node.methods import Local, Settled
 from deca_node.mixing import STALE_STEP, mix_arrival
 from deca_node.models import ActiveBlock, LanguageModel, Prefix
 from deca_node.moments import Rule, discrepancy_norm, fold, half_step, scale, slices
-from deca_node.wire import CHUNK_ELEMENTS, Layout, Pieces, Snapshot, metadata, snapshot
+from deca_node.wire import CHUNK_ELEMENTS, Layout, Pieces, Snapshot, metadata, promised, snapshot
 
 _log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class Deca:
         self._model = model
         self._stale = stale
         self._late = torch.empty(0)  # Σ w_ij (x½_j − x½_i) of the last step, when stale
-        self._overlap = overlap
+        self._overlap = self._overlap_wished = overlap  # the first is given up where it fails
         self._exact: set[int] = set()  # depths at which a resumed pass was held against a whole one
         self._below = 0
         self._prefix: Prefix | None = None
@@ -54,6 +54,7 @@ class Deca:
         self._block: ActiveBlock | None = None
         self._m = self._v = torch.empty(0)
         self._own: Snapshot | None = None
+        self._growing: Snapshot | None = None  # promised, of the update that comes next
         self._finite = True
 
     @property
@@ -137,10 +138,13 @@ class Deca:
         neighbours.
         """
         block = self._active
+        growing, self._growing = self._growing, None
         with torch.no_grad():
             for part, gradient in block.gradients():
                 usable = gradient if self._finite else torch.zeros_like(gradient)
                 self._update(part, usable, step)
+                if growing is not None:
+                    growing.grow(block.master, part.stop)
         block.drop_gradients()
 
     def _update(self, part: slice, gradient: Tensor, step: int) -> None:
@@ -151,6 +155,15 @@ class Deca:
     def exchanges(self, step: int) -> bool:  # noqa: ARG002
         """See Method. Always."""
         return True
+
+    def promise(self, serial: int) -> Snapshot | None:
+        """See Method. When stale the snapshot before is mixed against until ``outgoing``."""
+        if not self._overlap_wished or self._stale:
+            return None
+        self._own = self._growing = promised(
+            self.layout, serial, metadata(self._run, self._node, serial)
+        )
+        return self._own
 
     def outgoing(self, serial: int) -> Snapshot:
         """See Method. The snapshot is x½, the only further copy of the block."""
@@ -220,5 +233,5 @@ class Deca:
     def close(self) -> None:
         """See Method."""
         self._model.release()
-        self._block = self._prefix = self._own = None
+        self._block = self._prefix = self._own = self._growing = None
         self._m = self._v = self._late = torch.empty(0)
