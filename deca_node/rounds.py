@@ -286,13 +286,13 @@ class Rounds:
 
         Where the edges allow it what is updated is on its way before the rest of the block is.
         """
-        room, promised, first = 0.0, None, None
-        if self.exchange.early:
+        first: Callable[[], None] | None = update
+        promised = self.method.promise(serial) if self.exchange.early else None
+        if promised is not None:
             room = await self.exchange.make_room()
-            promised, first = self.method.promise(serial), update
-        if promised is None:
+        else:
             await self.worker(update)
-            room += await self.exchange.make_room()
+            room = await self.exchange.make_room()
             promised, first = await self.worker(partial(self._outgoing, serial)), None
         self.exchange.publish(promised)
         began = time.perf_counter()

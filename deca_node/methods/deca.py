@@ -142,9 +142,14 @@ class Deca:
         with torch.no_grad():
             for part, gradient in block.gradients():
                 usable = gradient if self._finite else torch.zeros_like(gradient)
-                self._update(part, usable, step)
-                if growing is not None:
-                    growing.grow(block.master, part.stop)
+                if growing is None:
+                    self._update(part, usable, step)
+                    continue
+                for few in _messages(part, block.master):
+                    self._update(
+                        few, usable[few.start - part.start :][: few.stop - few.start], step
+                    )
+                    growing.grow(block.master, few.stop)
         block.drop_gradients()
 
     def _update(self, part: slice, gradient: Tensor, step: int) -> None:
@@ -235,3 +240,9 @@ class Deca:
         self._model.release()
         self._block = self._prefix = self._own = self._growing = None
         self._m = self._v = self._late = torch.empty(0)
+
+
+def _messages(part: slice, master: Tensor) -> Iterator[slice]:
+    """A part of the master as messages take it; on a GPU whole, since slices cost launches."""
+    size = CHUNK_ELEMENTS if master.device.type == "cpu" else part.stop - part.start
+    return (slice(low, min(low + size, part.stop)) for low in range(part.start, part.stop, size))

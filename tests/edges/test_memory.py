@@ -1,4 +1,4 @@
-"""What an exchange takes of real memory: a process of its own, and its neighbours in another one."""
+"""What an exchange takes of real memory: in a process of its own, neighbours in another one."""
 
 import asyncio
 import functools
