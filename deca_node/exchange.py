@@ -5,6 +5,7 @@ and collects theirs. A peer's failure is an entry in a report here, never an exc
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
@@ -219,6 +220,7 @@ class Exchange:
         self._pulls: Counter[str] = Counter()
         self._sent = 0
         self._changed = asyncio.Event()
+        self._grown = asyncio.Event()
 
     # --- agreeing on the edges of a visit
 
@@ -389,7 +391,17 @@ class Exchange:
         self._have, self._gave, self._failed = set(), set(), set()
         self._served = frozenset(self.edges.weights)
         self._formats, self._encoded = self.edges.formats, snapshot.encoded
+        loop = asyncio.get_running_loop()
+        snapshot.grown = lambda: _soon(loop, self._has_grown)
         self._pulse()
+
+    @property
+    def early(self) -> bool:
+        """Whether all edges take a snapshot that is still being made.
+
+        A compressed stream begins with scales, or is of a difference: these need all values.
+        """
+        return not self.edges.formats
 
     async def make_room(self, *, patient: bool = False) -> float:
         """Let the last step's snapshot go before memory is taken for the next one.
@@ -439,6 +451,7 @@ class Exchange:
         if self._held is not None:
             self._held.release()
             self._held = None
+            self._has_grown()
 
     def give_up(self, peers: Collection[str]) -> None:
         """Use the edges to these neighbours no more in this visit: neither take nor serve."""
@@ -592,6 +605,7 @@ class Exchange:
         sink: Sink | None = mix
         if mix is not None and wire is not Format.FP32:
             sink = partial(mix, own=self._encoded[wire])
+        own = self._held  # None when every neighbour has it already, so that it is made
         mixed = 0
         started = loop.time()
         edge = report.edges[peer] = EdgeUse()
@@ -613,6 +627,12 @@ class Exchange:
                     self._peers.received(peer, len(message))
                     begin = loop.time()
                     arrived = receiver.feed(message)
+                    if arrived is not None and own is not None:
+                        end = arrived[0] + len(arrived[1])
+                        while not own.covers(end):  # the block is still being updated there
+                            report.mix += loop.time() - begin
+                            await self._grown.wait()
+                            begin = loop.time()
                     if arrived is not None and wire is not Format.FP32:
                         values = followed.take(*arrived, is_difference=receiver.is_difference)
                         arrived = arrived[0], values
@@ -756,6 +776,8 @@ class Exchange:
 
     async def _next_message(self, peer: str, snapshot: Snapshot, index: int) -> bytes:
         """A message when it is its turn."""
+        while not snapshot.has(index) and snapshot.messages:
+            await self._grown.wait()
         message = snapshot.message(index)
         now = asyncio.get_running_loop().time()
         if pause := self._rates.take(peer, len(message), now):
@@ -824,5 +846,15 @@ class Exchange:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def _has_grown(self) -> None:
+        self._grown.set()
+        self._grown = asyncio.Event()
+
     async def _wait_change(self, seconds: float) -> None:
         await happens(self._changed, seconds)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Call on the loop's thread, if there is somebody left to be told."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(call)

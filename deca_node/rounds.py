@@ -31,7 +31,7 @@ class Seconds:
 
     Attributes:
         gradient: the gradient, without what was computed ahead in the step before.
-        swap: waiting for neighbours' blocks and mixing them.
+        swap: waiting for neighbours' blocks and mixing them, without what an update took meanwhile.
         ahead: of that, computing for the next step's gradient.
         step: all of it; the rest is the local update, publishing and what follows the mix.
     """
@@ -260,15 +260,17 @@ class Rounds:
             self._reader.position = position
             return None
         seconds = Seconds(time.perf_counter() - begin)
-        await self.worker(partial(self.method.advance, step))
+        update = partial(self.method.advance, step)
         serial = self.schedule.serial(visit.index, step)
         last = step + 1 == self.schedule.steps
         gathered = Gathered()
-        if edges.weights and self.method.exchanges(step):
-            if self.method.stale:
-                gathered = await self._swap_late(serial, seconds)
-            else:
-                gathered = await self._swap(serial, seconds, last=last)
+        if not (edges.weights and self.method.exchanges(step)):
+            await self.worker(update)
+        elif self.method.stale:
+            await self.worker(update)
+            gathered = await self._swap_late(serial, seconds)
+        else:
+            gathered = await self._swap(serial, seconds, update, last=last)
         settled = await self.worker(partial(self.method.settle, step))
         if last:
             began = time.perf_counter()
@@ -277,25 +279,50 @@ class Rounds:
         seconds.step = time.perf_counter() - begin
         return StepRecord(visit, step, local, settled, gathered, edges, seconds)
 
-    async def _swap(self, serial: int, seconds: Seconds, *, last: bool) -> Gathered:
-        """Publish, and mix what comes, while the visit's next batch is worked ahead."""
-        room = await self.exchange.make_room()
-        self.exchange.publish(await self.worker(partial(self._outgoing, serial)))
+    async def _swap(
+        self, serial: int, seconds: Seconds, update: Callable[[], None], *, last: bool
+    ) -> Gathered:
+        """Update and publish, and mix what comes, while the visit's next batch is worked ahead.
+
+        Where the edges allow it what is updated is on its way before the rest of the block is.
+        """
+        first: Callable[[], None] | None = update
+        promised = self.method.promise(serial) if self.exchange.early else None
+        if promised is not None:
+            room = await self.exchange.make_room()
+        else:
+            await self.worker(update)
+            room = await self.exchange.make_room()
+            promised, first = await self.worker(partial(self._outgoing, serial)), None
+        self.exchange.publish(promised)
         began = time.perf_counter()
         following = None if last else self._reader.peek()
-        ahead = asyncio.ensure_future(self.worker(partial(self._ahead, following)))
-        gathered = await self._gather(serial, ahead)
-        seconds.ahead = await ahead
-        seconds.swap = room + time.perf_counter() - began
+        busy = asyncio.ensure_future(self.worker(partial(self._meanwhile, first, following)))
+        travelling = asyncio.ensure_future(self._gather(serial, busy))
+        try:
+            updating, seconds.ahead = await busy
+            gathered = await travelling
+        finally:
+            travelling.cancel()  # the update failed
+        seconds.swap = room + time.perf_counter() - began - updating
         gathered.waited(room)
         return gathered
 
-    def _ahead(self, batch: Batch | None) -> float:
-        """What can be done for the next batch while blocks travel; the seconds that it took."""
+    def _meanwhile(
+        self, update: Callable[[], None] | None, batch: Batch | None
+    ) -> tuple[float, float]:
+        """The update if it is still to be made, then what can be done for the next batch.
+
+        Returns:
+            Seconds of both.
+        """
         begin = time.perf_counter()
+        if update is not None:
+            update()
+        updated = time.perf_counter()
         if batch is not None:
             self.method.ahead(batch, self.stopping.is_set)
-        return time.perf_counter() - begin
+        return updated - begin, time.perf_counter() - updated
 
     async def _swap_late(self, serial: int, seconds: Seconds) -> Gathered:
         """Publish, and mix what has come of the step before, which had a gradient's time for it.

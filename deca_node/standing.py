@@ -183,6 +183,7 @@ class Standing:
                 weight=self.edges.weights.get(name, 0.0),
                 last_seen_seconds=max(0.0, clock - peer.last_seen),
                 detail=peer.detail,
+                wire_format=self.edges.format(name).word if name in self.edges.weights else "",
             )
             if traffic is not None:
                 row.bytes_sent, row.bytes_received = traffic.sent, traffic.received

@@ -122,7 +122,7 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("peer", "state", "phase"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("weight", "visit", "seen", "sent", "received", "waited", "retries"):
+    for heading in ("weight", "format", "visit", "seen", "sent", "received", "waited", "retries"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("refused", "address", "detail"):
         table.add_column(heading, overflow="fold")
@@ -132,6 +132,7 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
             Text(peer.state, _STATE_STYLES.get(peer.state, "")),
             phase(peer.phase),
             f"{peer.weight:.3f}" if peer.neighbour else "-",
+            Text(peer.wire_format or "-"),
             str(peer.visit),
             f"{duration(peer.last_seen_seconds)} ago",
             _traffic(peer.bytes_sent, peer.send_rate),

@@ -383,7 +383,7 @@ class NodeStatus(_message.Message):
     def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ..., catch_up_bytes: _Optional[int] = ..., catch_up_total: _Optional[int] = ..., security: _Optional[str] = ..., certificate_ends: _Optional[float] = ..., revoked: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
-    __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail", "send_rate", "receive_rate", "waited_seconds", "retries")
+    __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail", "send_rate", "receive_rate", "waited_seconds", "retries", "wire_format")
     class RefusalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -407,6 +407,7 @@ class PeerStatus(_message.Message):
     RECEIVE_RATE_FIELD_NUMBER: _ClassVar[int]
     WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RETRIES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     node: str
     address: str
     state: str
@@ -423,4 +424,5 @@ class PeerStatus(_message.Message):
     receive_rate: float
     waited_seconds: float
     retries: int
-    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., neighbour: bool = ..., weight: _Optional[float] = ..., last_seen_seconds: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., detail: _Optional[str] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., retries: _Optional[int] = ...) -> None: ...
+    wire_format: str
+    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., neighbour: bool = ..., weight: _Optional[float] = ..., last_seen_seconds: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., detail: _Optional[str] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., retries: _Optional[int] = ..., wire_format: _Optional[str] = ...) -> None: ...
