@@ -169,6 +169,8 @@ logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 
 # A connection that another has replaced may end the calls under way on it.
 OLD_CONNECTION_SECONDS = 60.0
+# What a handshake may take; a cut that heals is noticed so much later.
+HANDSHAKE_MS = 4_000
 # Connections to a node are made anew so often: the certificate of who answers is looked at by TLS
 # alone, and only then.
 RECONNECT_SECONDS = 3600.0
@@ -206,6 +208,12 @@ _CLIENT = [
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+# That least pause is also what a connection has to be made in, and the other end of a handshake may
+# be a machine that trains.
+_SECURE_CLIENT = [
+    *(option for option in _CLIENT if option[0] != "grpc.min_reconnect_backoff_ms"),
+    ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
+]
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ class Credentials:
         ours = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
         name = common_name(self.run) if node is None else node_name(self.run, node)
         named = ("grpc.ssl_target_name_override", name)
-        return grpc.aio.secure_channel(address, ours, options=[*_CLIENT, named])
+        return grpc.aio.secure_channel(address, ours, options=[*_SECURE_CLIENT, named])
 
     def configuration(self) -> Any:
         """The same for a server's port."""
