@@ -167,6 +167,11 @@ class Guard:
         """Whether this node's certificate should be renewed."""
         return is_renewal_due(self._pair.says, self._clock())
 
+    @property
+    def has_authority(self) -> bool:
+        """Whether the authority's key is here."""
+        return self._keyring.has_authority
+
     def renew_here(self) -> bool:
         """Renew this node's certificate where the authority's key is; False where it is not."""
         if not self._keyring.has_authority:

@@ -379,6 +379,7 @@ class GrpcLink:
         self._closed = False
         self._node: str | None = None  # whose certificate the second connection asks for
         self._uncertain = True  # somebody else may be there now: ask for the name again
+        self._outdated = False  # the second connection is to be replaced whoever answers
         self._credentials = credentials or (guard.credentials() if guard else None)
         self._since = time.monotonic()
         self._connection = self._connect()
@@ -413,13 +414,12 @@ class GrpcLink:
         request.revoked = guard.digest()
         now = time.monotonic()
         if guard.credentials() is not self._credentials or now - self._since > RECONNECT_SECONDS:
-            old = self._connection, self._named
             self._credentials, self._since = guard.credentials(), now
-            self._connection = self._named = self._connect()
-            self._node = None
-            self._leave(*old)
+            old, self._connection = self._connection, self._connect()
+            self._uncertain = self._outdated = True
+            self._leave(old)
         try:
-            if self._node is None or self._uncertain:
+            if self._uncertain:
                 first = await self._call("Hello", request, timeout, self._connection)
                 self._name(guard, first.sender.node)
             reply: pb.HelloReply = await self._call("Hello", request, timeout)
@@ -445,13 +445,14 @@ class GrpcLink:
         if not is_name(node):
             raise PeerRefused("bad_name", f"{self.address}: no name of a node")
         guard.vouch(node)
-        if node != self._node:
+        if node != self._node or self._outdated:
+            self._outdated = False
             old, self._node, self._named = self._named, node, self._connect(node)
             self._leave(old)
 
-    def _leave(self, *connections: _Connection) -> None:
-        """Close connections; what is under way on them may end."""
-        for connection in {*connections} - {self._connection, self._named}:
+    def _leave(self, connection: _Connection) -> None:
+        """Close a connection that is used no more; what is under way on it may end."""
+        if connection not in (self._connection, self._named):
             closing = asyncio.ensure_future(connection.channel.close(OLD_CONNECTION_SECONDS))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)

@@ -55,7 +55,8 @@ class Upkeep:
             self._warn(f"the others refuse this node: {out}")
         self._out = out
         now = time.monotonic()
-        if guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS:
+        late = guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS
+        if late and (guard.has_authority or (member is not None and _anybody(member))):
             self._tried = now
             self._renewing = asyncio.create_task(self._renew(member))
 
@@ -96,6 +97,10 @@ class Upkeep:
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
+
+
+def _anybody(member: Member) -> bool:
+    return any(peer.state == State.ALIVE for peer in member.swarm.peers.values())
 
 
 def _date(seconds: float) -> str:

@@ -427,6 +427,23 @@ async def test_renewal_over_the_network(run):
         await link.close()
 
 
+async def test_connections_are_made_anew_after_an_hour(run):
+    """With the next greeting; a stream under way goes on, and calls meanwhile have a connection."""
+    async with listening(run.guard("alice")) as (desk, address):
+        link = GrpcLink(address, run.guard("bob"))
+        await link.hello(greeting("bob"), 5)
+        before = link._connection, link._named
+        request = pb.PullRequest(sender=pb.Sender(run="hold", node="bob", session=3), serial=1)
+        async with aclosing(link.pull(request, 20)) as messages:
+            await anext(messages)
+            link._since -= 3601
+            await link.hello(greeting("bob"), 5)
+            assert not {link._connection, link._named} & set(before)
+            desk.hold.set()
+            assert [message async for message in messages] == []
+        await link.close()
+
+
 async def test_a_person_is_told_what_a_node_wants(run, tmp_path, monkeypatch):
     """No folder, the run's default folder, another program."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
