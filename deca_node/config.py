@@ -462,8 +462,11 @@ class TrustSettings(Section):
 
 def default_trust_folder(run: str) -> Path:
     """Where a run's certificates are, unless trust.folder says otherwise."""
-    home = os.environ.get("XDG_CONFIG_HOME", "")
-    base = Path(home) if Path(home).is_absolute() else Path("~/.config").expanduser()
+    home = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    try:
+        base = home if home.is_absolute() else Path("~/.config").expanduser()
+    except RuntimeError:
+        raise ConfigError("nobody knows whose home ~ is here; set trust.folder") from None
     return base / "deca-node" / run
 
 

@@ -110,7 +110,15 @@ REASONS = frozenset(
         *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
         *("too_many_greetings", "busy"),
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.
-        *("no_certificate", "expired", "revoked", "not_allowed", "impostor", "not_a_node"),
+        *(
+            "handshake",
+            "no_certificate",
+            "expired",
+            "revoked",
+            "not_allowed",
+            "impostor",
+            "not_a_node",
+        ),
         *("bad_request", "not_due", "no_authority"),
     }
 )

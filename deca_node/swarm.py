@@ -59,6 +59,9 @@ REPEAT_SECONDS = 30.0
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
 UNMET = "unmet"
 
+# Reasons why two do not even greet: a certificate is missing, over, taken back or another's.
+_OF_TRUST = ("handshake", "no_certificate", "expired", "revoked", "not_allowed", "impostor")
+
 # Why a peer that was revoked is gone.
 REVOKED = "revoked: out of the run"
 
@@ -340,6 +343,8 @@ class Swarm:
             if len(self._vain) >= MAX_CONTACTS:
                 self._vain.clear()
             self._vain.setdefault(address, self._now())
+        if error.reason in _OF_TRUST:
+            self._note_refusal(address, "the node", error.reason, str(error))
         for name, (at, _) in list(self._links.items()):
             if at == address and name in self.peers:
                 self._update(
@@ -502,6 +507,9 @@ class Swarm:
                 Peer(name, sender.session, address, State.REFUSED, phase, 0, now, text[:200])
             )
             return
+        self._note_refusal(address, name, reason, text)
+
+    def _note_refusal(self, address: str, name: str, reason: str, text: str) -> None:
         if len(self.refusals) >= MAX_CONTACTS:
             self.refusals.clear()
         self.refusals[address] = Refusal(name, reason, text[:200], self._now())

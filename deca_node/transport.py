@@ -6,6 +6,8 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 import asyncio
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -188,6 +190,11 @@ RELISTEN_SECONDS = 0.1
 
 # A connection that another has replaced may end the calls under way on it.
 OLD_CONNECTION_SECONDS = 60.0
+# What a handshake may take; a cut that heals is noticed so much later.
+HANDSHAKE_MS = 4_000
+# Connections to a node are made anew so often: the certificate of who answers is looked at by TLS
+# alone, and only then.
+RECONNECT_SECONDS = 3600.0
 
 PEER = pb.DESCRIPTOR.services_by_name["Peer"]
 STATUS = pb.DESCRIPTOR.services_by_name["Status"]
@@ -228,6 +235,12 @@ _CLIENT = [
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+# That least pause is also what a connection has to be made in, and the other end of a handshake may
+# be a machine that trains.
+_SECURE_CLIENT = [
+    *(option for option in _CLIENT if option[0] != "grpc.min_reconnect_backoff_ms"),
+    ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
+]
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ class Credentials:
         ours = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
         name = common_name(self.run) if node is None else node_name(self.run, node)
         named = ("grpc.ssl_target_name_override", name)
-        return grpc.aio.secure_channel(address, ours, options=[*_CLIENT, named])
+        return grpc.aio.secure_channel(address, ours, options=[*_SECURE_CLIENT, named])
 
     def configuration(self) -> Any:
         """The same for a server's port."""
@@ -260,7 +273,13 @@ class Credentials:
 
 
 class Guard(Protocol):
-    """Whom a node believes, beyond what TLS checks when a connection is made."""
+    """Whom a node believes, beyond what TLS checks when a connection is made.
+
+    Attributes:
+        refused: calls that were refused for who made them, by reason.
+    """
+
+    refused: Counter[str]
 
     def credentials(self) -> Credentials:
         """What to show now; another object once it has changed."""
@@ -330,6 +349,8 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     code = error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerTimeout(f"{address}: no answer in time")
+    if details != said[:MAX_REASON_BYTES]:
+        return PeerRefused("handshake", f"{address}: {details}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return PeerUnavailable(f"{address}: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details == BUSY:
@@ -391,7 +412,9 @@ class GrpcLink:
         self._closed = False
         self._node: str | None = None  # whose certificate the second connection asks for
         self._uncertain = True  # somebody else may be there now: ask for the name again
+        self._outdated = False  # the second connection is to be replaced whoever answers
         self._credentials = credentials or (guard.credentials() if guard else None)
+        self._since = time.monotonic()
         self._connection = self._connect()
         self._named = self._connection
         self._closing: set[asyncio.Task[None]] = set()
@@ -422,13 +445,14 @@ class GrpcLink:
     async def _greet(self, guard: Guard, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
         """Greet, and be sure of who answers."""
         request.revoked = guard.digest()
-        if guard.credentials() is not self._credentials:  # renewed
-            self._leave(self._connection, self._named)
-            self._credentials = guard.credentials()
-            self._connection = self._named = self._connect()
-            self._node = None
+        now = time.monotonic()
+        if guard.credentials() is not self._credentials or now - self._since > RECONNECT_SECONDS:
+            self._credentials, self._since = guard.credentials(), now
+            old, self._connection = self._connection, self._connect()
+            self._uncertain = self._outdated = True
+            self._leave(old)
         try:
-            if self._node is None or self._uncertain:
+            if self._uncertain:
                 first = await self._call("Hello", request, timeout, self._connection)
                 self._name(guard, first.sender.node)
             reply: pb.HelloReply = await self._call("Hello", request, timeout)
@@ -454,13 +478,14 @@ class GrpcLink:
         if not is_name(node):
             raise PeerRefused("bad_name", f"{self.address}: no name of a node")
         guard.vouch(node)
-        if node != self._node:
-            self._leave(self._named)
-            self._node, self._named = node, self._connect(node)
+        if node != self._node or self._outdated:
+            self._outdated = False
+            old, self._node, self._named = self._named, node, self._connect(node)
+            self._leave(old)
 
-    def _leave(self, *connections: _Connection) -> None:
-        """Close connections; what is under way on them may end."""
-        for connection in {*connections} - {self._connection}:
+    def _leave(self, connection: _Connection) -> None:
+        """Close a connection that is used no more; what is under way on it may end."""
+        if connection not in (self._connection, self._named):
             closing = asyncio.ensure_future(connection.channel.close(OLD_CONNECTION_SECONDS))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
@@ -800,17 +825,22 @@ def admitted(context: grpc.aio.ServicerContext, guard: Guard | None) -> Caller:
     # The list of ciphers (above) leaves TLS 1.3 only; this holds where another one has set it.
     if b"TLSv1.2" in context.auth_context().get("ssl_tls_version", ()):
         raise PeerRefused("no_certificate", "TLS 1.3 is needed")
-    return guard.admit(_certificate(context))
+    try:
+        return guard.admit(_certificate(context))
+    except PeerRefused as error:
+        guard.refused[error.reason] += 1
+        raise
 
 
-def _speaking(caller: Caller, guard: Guard | None, sender: pb.Sender) -> None:
-    """Raises PeerRefused when a call is made in the name of another node than the caller."""
-    if guard is None:
+def _check_peer(context: grpc.aio.ServicerContext, guard: Guard | None, sender: pb.Sender) -> None:
+    """Raises PeerRefused when a peer's call is made by none, or in the name of another."""
+    caller = admitted(context, guard)
+    if guard is None or sender.node == caller.node:
         return
-    if caller.node is None:
-        raise PeerRefused("not_a_node", "peers' calls need a node's certificate")
-    if sender.node != caller.node:
-        raise PeerRefused("impostor", f"this is the certificate of {caller.node}")
+    reason = "not_a_node" if caller.node is None else "impostor"
+    guard.refused[reason] += 1
+    whose = "no node" if caller.node is None else caller.node
+    raise PeerRefused(reason, f"this is the certificate of {whose}")
 
 
 def _peer_handlers(
@@ -819,7 +849,7 @@ def _peer_handlers(
     def unary(answer: Callable[[Any, str], Awaitable[Any]], name: str) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
-                _speaking(admitted(context, guard), guard, request.sender)
+                _check_peer(context, guard, request.sender)
                 return await answer(request, _host_of(context.peer()))
             except PeerError as error:
                 await _refuse(context, error)
@@ -857,7 +887,7 @@ def _peer_handlers(
     def stream(answer: Callable[[Any], AsyncGenerator[bytes]], name: str) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
             try:
-                _speaking(admitted(context, guard), guard, request.sender)
+                _check_peer(context, guard, request.sender)
                 async with aclosing(answer(request)) as messages:
                     async for message in messages:
                         if guard is not None:  # it may be out since it asked
