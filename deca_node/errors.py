@@ -112,6 +112,8 @@ REASONS = frozenset(
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.
         *("no_certificate", "expired", "revoked", "not_allowed", "impostor", "not_a_node"),
         *("bad_request", "not_due", "no_authority"),
+        # Of what an operator asks for, and of a node that takes no part because it was asked to.
+        *("paused", "not_now", "not_saved", "exists", "busy", "failed", "permission_denied"),
     }
 )
 
