@@ -689,6 +689,16 @@ class Settings(BaseSettings):
             )
         return self
 
+    def resolved(self) -> "Settings":
+        """The same with absolute paths, good in any working directory."""
+        sections = {
+            name: section.model_copy(
+                update={k: v.absolute() for k, v in section if isinstance(v, Path)}
+            )
+            for name, section in self
+        }
+        return self.model_copy(update=sections)
+
     def trust_folder(self) -> Path:
         """Of this run, on this machine."""
         return self.trust.folder or default_trust_folder(self.run.name)

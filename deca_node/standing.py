@@ -130,6 +130,8 @@ class Standing:
         if self.guard is not None:
             status.certificate_ends = self.guard.ends
             status.revoked.extend(sorted(self.guard.revoked))
+        if status.phase == pb.PHASE_PAUSED:
+            status.waiting_for = f"its operator: deca-node resume {settings.node.name}"
         if self.device.type == "cuda":
             status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
         if self.schedule is not None:
