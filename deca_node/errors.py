@@ -14,6 +14,7 @@
     ├── SwarmError                   10      a testbed's node failed, or a swarm died of chaos
     ├── CheckError                   11      a check of deca-node doctor failed
     ├── TrustError                   12      a key, certificate or invitation is missing or no good
+    ├── ControlError                 13      a node refused what it was told to do
     └── PeerError                     -      a peer's fault: counted, never ends a run
         ├── PeerUnavailable                  nobody answers, or the connection broke
         ├── PeerTimeout                      it did not answer in time
@@ -95,6 +96,12 @@ class TrustError(DecaError):
     """A key, a certificate or an invitation is missing, damaged, expired or another run's."""
 
     exit_code = 12
+
+
+class ControlError(DecaError):
+    """A running node refused what it was told to do."""
+
+    exit_code = 13
 
 
 # The words under which peers' faults and refusals are counted. A peer cannot add one.

@@ -122,11 +122,12 @@ def heard(
 
 def _placed(peer: Peer, own_visit: int, near: int) -> Peer:
     """The peer as alive, ahead or behind."""
+    paused = "paused by its operator" if peer.phase == Phase.PAUSED else ""
     if abs(peer.visit - own_visit) <= near:
-        paused = "paused by its operator" if peer.phase == Phase.PAUSED else ""
         return replace(peer, state=State.ALIVE, detail=paused)
     state = State.AHEAD if peer.visit > own_visit else State.BEHIND
-    return replace(peer, state=state, detail=f"at visit {peer.visit}, we are at {own_visit}")
+    where = f"at visit {peer.visit}, we are at {own_visit}"
+    return replace(peer, state=state, detail=f"{paused} {where}".strip())
 
 
 def overhauled(peer: Peer, own_visit: int, near: int) -> Peer:
