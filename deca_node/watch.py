@@ -20,13 +20,15 @@ from deca_node.survey import Survey, plain
 # Of each curve: an hour at a look every 2 s; a curve is drawn from the last that fit.
 MAX_POINTS = 1800
 MAX_EVENTS = 200
-_BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+_BARS = "▁▂▃▄▅▆▇█"
+# For terminals whose encoding has none of these.
+_ASCII = str.maketrans(_BARS + "▶·—─…", "_.-:=+*#" + ">.--~")
 _DONE, _NOW, _TO_COME = "█", "▶", "·"
 _NARROW = 100
 _TITLE_ROWS = 2
 
 
-def sparkline(values: Sequence[float], width: int, bars: str = _BARS) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """A curve in one line: each column is the mean of its share of ``values``, NaN left out."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite or width < 1:
@@ -35,8 +37,8 @@ def sparkline(values: Sequence[float], width: int, bars: str = _BARS) -> str:
     edges = [round(index * len(finite) / columns) for index in range(columns + 1)]
     means = [sum(finite[low:high]) / (high - low) for low, high in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
-    return "".join(bars[round((mean - low) * scale)] for mean in means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
 
 
 def strip(now: pb.NodeStatus, width: int) -> str:
@@ -126,19 +128,24 @@ class Screen:
         """See rich."""
         width = options.max_width
         height = options.height or console.height
-        bars = _BARS if console.encoding.startswith("utf") else _ASCII_BARS
-        yield _screen(self._picture, width, height, bars)
+        screen = _screen(self._picture, width, height)
+        if console.encoding.startswith("utf"):
+            yield screen
+            return
+        for segment in console.render(screen, options):
+            text = segment.text.translate(_ASCII).encode(console.encoding, "replace")
+            yield segment._replace(text=text.decode(console.encoding))
 
 
-def _screen(picture: Picture, width: int, height: int, bars: str) -> RenderableType:
+def _screen(picture: Picture, width: int, height: int) -> RenderableType:
     keys = sorted(picture.nodes)
     statuses = [picture.nodes[key] for key in keys if key not in picture.lost]
     pairs = survey.edges(statuses)
     # Events get what the tables leave, and at least three lines of them.
     room = height - _TITLE_ROWS - 3
-    nodes = _nodes(picture, keys[: max(1, room)], width, bars)
+    nodes = _nodes(picture, keys[: max(1, room)], width)
     room -= min(len(keys), max(1, room)) + 1
-    parts: list[RenderableType] = [_title(picture, statuses, width, bars), nodes]
+    parts: list[RenderableType] = [_title(picture, statuses, width), nodes]
     shown = pairs[: max(0, room - 4)]
     if shown:
         parts.append(_edges(shown, len(pairs), width))
@@ -149,12 +156,10 @@ def _screen(picture: Picture, width: int, height: int, bars: str) -> RenderableT
     ]
     for line in lines:
         line.truncate(width, overflow="ellipsis")
-    return Group(*parts, Text("─" * width if bars is _BARS else "-" * width, "dim"), *lines)
+    return Group(*parts, Text("─" * width, "dim"), *lines)
 
 
-def _title(
-    picture: Picture, statuses: Sequence[pb.NodeStatus], width: int, bars: str
-) -> RenderableType:
+def _title(picture: Picture, statuses: Sequence[pb.NodeStatus], width: int) -> RenderableType:
     trained = [now for now in statuses if now.loss]
     runs = sorted({plain(run) for run, _ in picture.nodes})
     words = [", ".join(runs), f"{len(statuses)} of {len(picture.nodes)} nodes answer"]
@@ -168,7 +173,7 @@ def _title(
     line.truncate(width, overflow="ellipsis")
     curve = _mean_curve(picture)
     label = "loss "
-    spark = Text(label + sparkline([loss for loss, _ in curve], width - len(label), bars), "cyan")
+    spark = Text(label + sparkline([loss for loss, _ in curve], width - len(label)), "cyan")
     spark.no_wrap = True
     return Group(line, spark)
 
@@ -186,9 +191,7 @@ def _mean_curve(picture: Picture) -> list[tuple[float, float]]:
     ]
 
 
-def _nodes(
-    picture: Picture, keys: Sequence[tuple[str, str]], width: int, bars: str
-) -> RenderableType:
+def _nodes(picture: Picture, keys: Sequence[tuple[str, str]], width: int) -> RenderableType:
     narrow = width < _NARROW
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1), expand=False)
     table.add_column("node", no_wrap=True, max_width=14 if narrow else 32)
@@ -217,12 +220,12 @@ def _nodes(
             Text(word, style),
             Text(strip(now, cells)),
             Text(f"{now.loss:.3f}" if now.loss else "-"),
-            Text(sparkline([loss for loss, _ in points], spark, bars), "cyan"),
+            Text(sparkline([loss for loss, _ in points], spark), "cyan"),
             Text(f"{now.disagreement:.2g}" if now.loss else "-"),
         ]
         if not narrow:
             row += [
-                Text(sparkline([apart for _, apart in points], spark, bars), "magenta"),
+                Text(sparkline([apart for _, apart in points], spark), "magenta"),
                 Text(status.rate(now.receive_rate) if now.receive_rate else "-"),
                 Text(status.rate(now.send_rate) if now.send_rate else "-"),
                 Text(status.size(now.memory_bytes)),

@@ -1,5 +1,6 @@
 """A look at a whole swarm, and its picture in a terminal."""
 
+import copy
 import io
 import json
 
@@ -31,7 +32,7 @@ async def look(statuses, *begin):
         asked.append(address)
         if address not in statuses:
             raise PeerUnavailable(f"{address}: nobody listens")
-        return statuses[address]
+        return copy.deepcopy(statuses[address])
 
     return await survey.walk(begin, ask=ask), asked
 
