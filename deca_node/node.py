@@ -173,11 +173,12 @@ class Node:
                 "the run and contribute to it"
             )
         socket = registry.socket_path()
-        if socket is None:
-            standing.warn("no place for a socket file: pause, resume and so on need a certificate")
-        else:
+        if socket is not None:
             stack.callback(socket.unlink, missing_ok=True)
         port = await self._transport.listen(self, self, self._control, socket)
+        if socket is None or not socket.exists():
+            socket = None
+            self._log.warning("no socket file: pause, resume and so on need a certificate")
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
         here = _reachable(settings.node.host)
         called = settings.node.advertise_port or port  # by others

@@ -33,21 +33,22 @@ class Survey:
     Attributes:
         statuses: by address, of those that answered; one for each node.
         errors: by address, why another did not.
-        names: by address, what others call who is there.
+        names: by address, run and name of who is there, as others say.
     """
 
     statuses: dict[str, pb.NodeStatus] = field(default_factory=dict)
     errors: dict[str, DecaError] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def unreachable(self) -> dict[str, str]:
         """Nodes that others know and that did not answer, by name: why."""
-        here = {now.node for now in self.statuses.values()}
-        return {
-            self.names.get(address, address): str(error)
-            for address, error in self.errors.items()
-            if self.names.get(address, address) not in here
-        }
+        here = {(now.run, now.node) for now in self.statuses.values()}
+        missing = {}
+        for address, error in self.errors.items():
+            run, name = self.names.get(address, ("", address))
+            if (run, name) not in here:
+                missing[plain(name)] = plain(str(error))
+        return missing
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ async def walk(begin: Iterable[str], trust: Path | None = None, ask: Ask | None 
     while coming:
         asked.update(coming)
         await asyncio.gather(*map(one, coming))
-        following: dict[str, str] = {}
+        following: dict[str, tuple[str, str]] = {}
         for address in coming:
             now = found.statuses.get(address)
             if now is None:
@@ -116,13 +117,12 @@ async def walk(begin: Iterable[str], trust: Path | None = None, ask: Ask | None 
             met.add((now.run, now.node))
             asked.add(now.address)
             for peer in now.peers:
-                if (now.run, peer.node) not in met and peer.state != State.REFUSED:
-                    following.setdefault(peer.address, peer.node)
-        known = {now.node for now in found.statuses.values()}
-        room = MAX_SURVEYED - len(asked)
-        new = [a for a, name in following.items() if a not in asked and name not in known]
-        coming = [address for address in new if _is_address(address)][: max(0, room)]
-        found.names.update({address: plain(following[address]) for address in coming})
+                if peer.state != State.REFUSED:
+                    following.setdefault(peer.address, (now.run, peer.node))
+        new = [a for a, who in following.items() if a not in asked and who not in met]
+        room = max(0, MAX_SURVEYED - len(asked))
+        coming = [address for address in new if _is_address(address)][:room]
+        found.names.update({address: following[address] for address in coming})
     return found
 
 
@@ -186,7 +186,7 @@ def render(found: Survey) -> RenderableType:
         for now in sorted(found.statuses.values(), key=lambda now: (now.run, now.node))
     }
     for name, why in sorted(found.unreachable().items()):
-        rows[name] = f"no answer: {plain(why)}"
+        rows[name] = f"no answer: {why}"
     parts: list[RenderableType] = [status.render_swarm(rows)]
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("edge", "weight", "rate", "waited", "state"):

@@ -17,6 +17,7 @@ from collections.abc import (
 )
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -203,7 +204,8 @@ class Transport(Protocol):
             handler: answers peers.
             status: answers people.
             control: answers operators, where the transport can tell them from others.
-            socket: a file to listen on as well, for tools of the same user on this machine.
+            socket: a file to listen on as well, for tools of the same user on this machine; where
+                that fails it is not there afterwards.
         """
         ...
 
@@ -640,11 +642,19 @@ class GrpcTransport:
         socket: Path | None = None,
     ) -> int:
         """See Transport."""
-        port = await self._serve(handler, status, self._port)
-        self._keeper = asyncio.create_task(self._keep_serving(handler, status, port))
+        begin = partial(self._serve, handler, status, control, socket)
+        port = await begin(self._port)
+        self._keeper = asyncio.create_task(self._keep_serving(begin, port))
         return port
 
-    async def _serve(self, handler: Handler, status: StatusHandler | None, port: int) -> int:
+    async def _serve(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None,
+        socket: Path | None,
+        port: int,
+    ) -> int:
         gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
         server = grpc.aio.server(options=_SERVER, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience, self._guard)])
@@ -679,9 +689,7 @@ class GrpcTransport:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(found)
 
-    async def _keep_serving(
-        self, handler: Handler, status: StatusHandler | None, port: int
-    ) -> None:
+    async def _keep_serving(self, begin: Callable[[int], Awaitable[int]], port: int) -> None:
         """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
         while self._server is not None:
             try:
@@ -694,7 +702,7 @@ class GrpcTransport:
                 return
             while True:
                 try:
-                    await self._serve(handler, status, port)
+                    await begin(port)
                     break
                 except ListenError:  # the one that has ended may not have let go of it yet
                     await asyncio.sleep(RELISTEN_SECONDS)
@@ -995,7 +1003,8 @@ def _listen_locally(server: grpc.aio.Server, socket: Path) -> None:
         server.add_insecure_port(f"unix:{socket}")
         socket.chmod(0o600)
     except (RuntimeError, OSError) as error:
-        raise ListenError(f"cannot listen on {socket}: {error}") from None
+        socket.unlink(missing_ok=True)
+        _log.warning("no socket file for this machine's own tools: %s", error)
 
 
 def _control_handlers(control: ControlHandler, guard: Guard | None) -> grpc.GenericRpcHandler:
