@@ -1024,7 +1024,7 @@ def _control_handlers(control: ControlHandler, guard: Guard | None) -> grpc.Gene
 
         return _unary(CONTROL, name, call)
 
-    answers = {
+    answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
         "Pause": control.pause,
         "Resume": control.resume,
         "Checkpoint": control.checkpoint,

@@ -44,7 +44,7 @@ def typed(*arguments, code=0):
         [sys.executable, "-m", "deca_node", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from deca_node import cli_watch, errors, registry, survey, watch
+from deca_node import cli, cli_watch, errors, registry, survey, watch
 from deca_node.errors import PeerUnavailable
 from deca_node.limits import MAX_SURVEYED
 from deca_node.pb import node_pb2 as pb
@@ -192,3 +192,31 @@ def test_a_node_is_named_by_name_run_or_address():
             with pytest.raises(errors.ConfigError, match="name the run, too"):
                 cli_watch.target("alice")
             assert cli_watch.target("other/alice") == "127.0.0.1:8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["pause"], 3, "no node runs on this machine"),
+        (["resume", "bob"], 3, "bob: no node of that name"),
+        (["stop", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
+        (["checkpoint", "bob:x"], 2, "'bob:x' is not HOST:PORT"),
+        (["swarm", "status", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
+        (["swarm", "status"], 3, "no node runs on this machine"),
+        (["watch"], 2, "watch needs a terminal"),
+        (["export"], 2, "give either --to DIR, or --name NAME"),
+        (["export", "--to", "a", "--name", "b"], 2, "give either --to DIR, or --name NAME"),
+        (["export", "bob", "--to", "a"], 2, "to ask a running node give --name"),
+        (["export", "--name", "b", "--set", "x=1"], 2, "which has its settings"),
+        (["export", "--name", "b"], 3, "no node runs on this machine"),
+    ],
+)
+def test_wrong_words_are_answered_in_a_line(arguments, code, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("deca-node: error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
