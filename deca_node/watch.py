@@ -24,7 +24,10 @@ _BARS = "▁▂▃▄▅▆▇█"
 # For terminals whose encoding has none of these.
 _ASCII = str.maketrans(_BARS + "▶·—─…", "_.-:=+*#" + ">.--~")
 _DONE, _NOW, _TO_COME = "█", "▶", "·"
-_NARROW = 100
+_NARROW = 120
+_MAX_NAME = 20
+# A wide table without its names, blocks and curves.
+_WIDE_REST = 82
 _TITLE_ROWS = 2
 
 
@@ -194,7 +197,7 @@ def _mean_curve(picture: Picture) -> list[tuple[float, float]]:
 def _nodes(picture: Picture, keys: Sequence[tuple[str, str]], width: int) -> RenderableType:
     narrow = width < _NARROW
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1), expand=False)
-    table.add_column("node", no_wrap=True, max_width=14 if narrow else 32)
+    table.add_column("node", no_wrap=True, max_width=14 if narrow else _MAX_NAME)
     table.add_column("phase", no_wrap=True)
     table.add_column("blocks", no_wrap=True)
     table.add_column("loss", no_wrap=True, justify="right")
@@ -205,18 +208,19 @@ def _nodes(picture: Picture, keys: Sequence[tuple[str, str]], width: int) -> Ren
         table.add_column("in", no_wrap=True, justify="right")
         table.add_column("out", no_wrap=True, justify="right")
         table.add_column("memory", no_wrap=True, justify="right")
-    spark = 10 if narrow else min(30, (width - 90) // 2)
-    cells = 12 if narrow else 24
     several = len({run for run, _ in picture.nodes}) > 1
+    names = {key: plain("/".join(key) if several else key[1]) for key in keys}
+    cells = 12 if width < 160 else 24
+    longest = min(_MAX_NAME, max(map(len, names.values())))
+    spark = 10 if narrow else max(5, min(30, (width - _WIDE_REST - cells - longest) // 2))
     for key in keys:
         now, curve = picture.nodes[key], list(picture.curves.get(key, ()))
-        name = plain(f"{now.run}/{now.node}" if several else now.node)
         lost = key in picture.lost
         word = "no answer" if lost else status.phase(now.phase).replace("_", " ")
         style = "red" if lost else "green" if word in ("training", "done") else "yellow"
         points = curve[-MAX_POINTS:]
         row = [
-            Text(name, "bold"),
+            Text(names[key], "bold"),
             Text(word, style),
             Text(strip(now, cells)),
             Text(f"{now.loss:.3f}" if now.loss else "-"),

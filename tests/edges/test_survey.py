@@ -103,7 +103,7 @@ async def swarm_of(count):
     }
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 20), (160, 50), (200, 24)])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (70, 20), (120, 30), (160, 50), (200, 24)])
 @pytest.mark.parametrize("count", [1, 4, 40])
 async def test_the_picture_fits_the_terminal(width, height, count):
     """No line is wrapped, nothing runs off the screen, and events are seen."""
@@ -122,6 +122,9 @@ async def test_the_picture_fits_the_terminal(width, height, count):
     assert "training" in text
     assert "▁" in text
     assert "seen, training" in text
+    assert "disagr" in text
+    first = next(line for line in lines if line.startswith("node-00"))
+    assert "…" not in first  # each column has its place
 
 
 async def test_what_happens_becomes_an_event():
