@@ -118,7 +118,9 @@ def _about(now: pb.NodeStatus) -> Iterator[Metric]:
         "device": now.device,
     }
     about = GaugeMetricFamily(
-        "deca_node_info", "Always 1: who this node is, to be joined to the others.", labels=labels
+        "deca_node_info",
+        "Always 1: who this node is, to be joined to the others.",
+        labels=list(labels),
     )
     about.add_metric(list(labels.values()), 1)
     yield about
@@ -226,7 +228,7 @@ class _Server(WSGIServer):
     def server_bind(self) -> None:
         """Without asking a name server who we are."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
 
