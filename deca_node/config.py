@@ -587,6 +587,35 @@ class NetworkSettings(Section):
         return tuple(map(checked_address, value))
 
 
+class MetricsSettings(Section):
+    """Measurements for Prometheus (docs/watching.md)."""
+
+    port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port of /metrics; 0 takes a free one, which the log names. Unset: no "
+        "metrics.",
+        examples=[9464],
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to serve them on. Whoever reaches it can read them, so other "
+        "addresses than the loopback are for networks that you trust.",
+    )
+
+
+class TensorboardSettings(Section):
+    """Curves for TensorBoard; needs the extra [tensorboard]."""
+
+    folder: Path | None = Field(
+        None,
+        description="Folder of the event files: this node's go to a folder of its name in it, so "
+        "that nodes can share one. Unset: none.",
+        examples=["out/tensorboard"],
+    )
+
+
 @dataclass(frozen=True)
 class Timing:
     """Deadlines and intervals in seconds.
@@ -648,6 +677,8 @@ class Settings(BaseSettings):
     consensus: ConsensusSettings = ConsensusSettings()
     network: NetworkSettings = NetworkSettings()
     trust: TrustSettings = TrustSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tensorboard: TensorboardSettings = TensorboardSettings()
 
     @model_validator(mode="after")
     def _fit_the_method(self) -> "Settings":
@@ -660,6 +691,16 @@ class Settings(BaseSettings):
                 "models that may be given away; set it elsewhere"
             )
         return self
+
+    def resolved(self) -> "Settings":
+        """The same with absolute paths, good in any working directory."""
+        sections = {
+            name: section.model_copy(
+                update={k: v.absolute() for k, v in section if isinstance(v, Path)}
+            )
+            for name, section in self
+        }
+        return self.model_copy(update=sections)
 
     def trust_folder(self) -> Path:
         """Of this run, on this machine."""

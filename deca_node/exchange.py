@@ -59,6 +59,10 @@ class Neighbourhood(Protocol):
         """Whether its connection broke or nobody listens there."""
         ...
 
+    def is_paused(self, peer: str) -> bool:
+        """Whether the peer has said that it takes no part for now."""
+        ...
+
     def trouble(self, peer: str, error: PeerError) -> None:
         """A call to the peer failed or what it sent was refused."""
         ...
@@ -219,6 +223,8 @@ class Exchange:
         self._idle: set[str] = set()  # let the last visit's beginning wait in vain
         self._pulls: Counter[str] = Counter()
         self._sent = 0
+        self._resting = False
+        self._missed = False  # a neighbour asked for a step that this node did not do meanwhile
         self._changed = asyncio.Event()
         self._grown = asyncio.Event()
 
@@ -242,6 +248,7 @@ class Exchange:
         that this node would have; None takes fp32 for all edges, whatever the neighbours wish.
         """
         self._drop_references()
+        self._resting = False
         self._steps_per_visit = steps_per_visit
         self._graph = graph
         self._newest = first_serial - 1
@@ -307,7 +314,7 @@ class Exchange:
         return self._timing.visit_deadline
 
     def _given_up(self, peer: str) -> bool:
-        return self._peers.link(peer) is None
+        return self._peers.link(peer) is None or self._peers.is_paused(peer)
 
     def _offer(self, peer: str) -> "asyncio.Task[None]":
         async def offer() -> None:
@@ -669,6 +676,23 @@ class Exchange:
                     if loop.time() >= deadline:
                         self._late.add(peer)
 
+    def rest(self) -> None:
+        """Take no part in further steps: whoever asks for one hears so at once.
+
+        What is published is handed out still. It ends with ``wake_up``, or with the next visit.
+        """
+        self._resting, self._missed = True, False
+        self._pulse()
+
+    def wake_up(self) -> bool:
+        """Go on with the visit, unless a neighbour has gone on in it meanwhile.
+
+        Returns:
+            Whether one has; then this node stays out of the visit.
+        """
+        self._resting = self._missed
+        return self._missed
+
     async def drain(self) -> frozenset[str]:
         """Serve the last block until every neighbour has it, at most ``step_deadline``.
 
@@ -704,9 +728,11 @@ class Exchange:
             wish = Format(request.wire_format)
         except ValueError:
             raise PeerRefused("bad_format", f"no format {request.wire_format}") from None
-        verdict = self._agreement.offered(
-            peer, request.visit, request.sender.session, request.step, wish
-        )
+        verdict = Verdict.NOT_WANTED
+        if not self._resting:
+            verdict = self._agreement.offered(
+                peer, request.visit, request.sender.session, request.step, wish
+            )
         self._pulse()
         return self._answer(verdict)
 
@@ -803,6 +829,9 @@ class Exchange:
                 raise PeerRefused("ended", f"visit {visit} is over here")
             if serial <= self._newest:
                 raise PeerRefused("passed", f"step {serial} is over here")
+            if self._resting:
+                self._missed = self._missed or peer in self.edges.weights
+                raise PeerRefused("paused", "this node takes no part for now")
             settled = self.edges.visit == self._agreement.visit and self._agreement.closed
             if visit == self._agreement.visit and settled and peer not in self.edges.weights:
                 raise PeerRefused("not_a_neighbour", f"no edge in visit {visit}")

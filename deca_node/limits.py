@@ -89,6 +89,8 @@ REFUSAL_LINES = 0.2
 REFUSAL_LINES_BURST = 50
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
+# Nodes that one look at a swarm asks, whatever others say that they know.
+MAX_SURVEYED = MAX_MEMBERS
 # Watchers of WatchStatus over all connections.
 MAX_WATCHERS = 64
 # Network names seen by discovery that are kept at once.

@@ -128,6 +128,10 @@ class Observer(Protocol):
         """A step is complete."""
         ...
 
+    async def paused(self, *, within: bool) -> None:
+        """This node takes no part from now on; ``within`` says that a visit is open."""
+        ...
+
     async def visit_closed(self, visit: Visit) -> None:
         """The block's values are final for this visit."""
         ...
@@ -144,6 +148,23 @@ class CatchUp(Protocol):
         Args:
             visit: about to begin.
             overtaken: no edge of it could be had, because the neighbours are past its beginning.
+        """
+        ...
+
+
+class Pause(Protocol):
+    """Taking no part for a while; member.Member has one."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this node is to pause."""
+        ...
+
+    async def __call__(self) -> bool:
+        """Pause until it is not wanted any more, or the node is told to stop.
+
+        Returns:
+            Whether neighbours have gone on in the open visit without this node.
         """
         ...
 
@@ -168,6 +189,7 @@ class Rounds:
         neighbours: wanted neighbours in a visit, by the topology over the members present; asked
             at the start of every visit.
         catch_up: asked before every visit, and when one was missed.
+        pause: asked before every visit and step.
         observer: told of visits and steps.
         worker: runs torch work on the training thread.
         stopping: ends the run between two steps.
@@ -181,6 +203,7 @@ class Rounds:
     batches: Batches
     neighbours: Callable[[int], frozenset[str]]
     catch_up: CatchUp
+    pause: Pause
     observer: Observer
     worker: Worker
     stopping: asyncio.Event
@@ -202,6 +225,7 @@ class Rounds:
         """
         here = start
         while here.visit < self.schedule.visits:
+            await self._pause()
             entry, anew = await self.catch_up(here.visit, overtaken=False)
             if entry == here.visit:
                 here = Start(here.visit) if anew else here
@@ -220,19 +244,50 @@ class Rounds:
             if self.stopping.is_set():
                 return here.visit, here.step
             done = await self._visit(here, edges, wanted)
-            if done < self.schedule.steps:
+            if done == self.schedule.steps:
+                here = Start(here.visit + 1)
+            elif self.stopping.is_set():
                 return here.visit, done
-            here = Start(here.visit + 1)
+            else:
+                here = await self._enter_anew(here.visit, done)
+                if self.stopping.is_set():
+                    return here.visit, here.step
         return here.visit, 0
 
+    async def _pause(self) -> bool:
+        """Pause if that is wanted; whether the open visit is lost by it."""
+        if not self.pause.wanted or self.stopping.is_set():
+            return False
+        await self._take_in()
+        await self.observer.paused(within=self.is_open)
+        return await self.pause() and not self.stopping.is_set()
+
+    async def _enter_anew(self, visit: int, step: int) -> Start:
+        """Neighbours went on while this node was paused: take part again like a late joiner."""
+        saved = await self.worker(self._set_aside)
+        self.is_open = False
+        entry, anew = await self.catch_up(visit, overtaken=True)
+        return Start(visit, step, saved) if (entry, anew) == (visit, False) else Start(entry)
+
+    def _set_aside(self) -> Mapping[str, Tensor]:
+        """Close the visit half-way; what it takes to go on with it."""
+        saved = self.method.state()
+        self.method.close()
+        return saved
+
     async def _visit(self, start: Start, edges: Edges, wanted: frozenset[str]) -> int:
-        """The steps of one visit; returns the number done, fewer than all when told to stop."""
+        """The steps of one visit; returns the number done.
+
+        Fewer than all when told to stop, or when a pause has cost it the rest.
+        """
         visit = self.schedule.visit(start.visit)
         await self.worker(partial(self.method.open, visit, start.saved))
         self.is_open = True
         self.observer.visit_opened(visit, edges, wanted)
         try:
             for step in range(start.step, self.schedule.steps):
+                if await self._pause():
+                    return step
                 record = None if self.stopping.is_set() else await self._step(visit, step, edges)
                 if record is None:
                     await self._take_in()

@@ -132,6 +132,8 @@ class Standing:
             status.revoked.extend(sorted(self.guard.revoked))
             for reason, count in self.guard.refused.items():
                 status.refusals[reason] += count
+        if status.phase == pb.PHASE_PAUSED:
+            status.waiting_for = f"its operator: deca-node resume {settings.node.name}"
         if self.device.type == "cuda":
             status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
         if self.schedule is not None:

@@ -598,7 +598,7 @@ class Swarm:
 
     def givers(self) -> dict[str, Link]:
         """Peers that can hand out blocks to a node that catches up."""
-        giving = (Phase.TRAINING, Phase.WAITING, Phase.AGREEING, Phase.SERVING)
+        giving = (Phase.TRAINING, Phase.WAITING, Phase.AGREEING, Phase.SERVING, Phase.PAUSED)
         return {
             peer.name: self._link(peer.name)
             for peer in self.peers.values()
@@ -611,6 +611,11 @@ class Swarm:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         return known is None or not (known.state == State.ALIVE or _serves(known))
+
+    def is_paused(self, peer: str) -> bool:
+        """See Neighbourhood."""
+        known = self.peers.get(peer)
+        return known is not None and known.phase == Phase.PAUSED
 
     def is_down(self, peer: str) -> bool:
         """See Neighbourhood."""
@@ -633,7 +638,7 @@ class Swarm:
             )
         elif not isinstance(error, PeerTimeout):
             # A node that stops, starts or goes on without us is nothing to warn about.
-            usual = error.reason in ("passed", "ended", "stopping", "starting")
+            usual = error.reason in ("passed", "ended", "stopping", "starting", "paused")
             now, key = self._now(), (peer, error.reason)
             if now - self._complained.get(key, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 if len(self._complained) >= MAX_CONTACTS:

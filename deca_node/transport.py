@@ -19,6 +19,8 @@ from collections.abc import (
 )
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 # gRPC has no setting for the least version of TLS. It has one for the ciphers of TLS 1.2, and this
@@ -124,6 +126,30 @@ class StatusHandler(Protocol):
         ...
 
 
+class ControlHandler(Protocol):
+    """What a node answers its operator. A PeerRefused raised here reaches the caller as one."""
+
+    async def pause(self, request: pb.PauseRequest) -> pb.PauseReply:
+        """Take no part after the step under way."""
+        ...
+
+    async def resume(self, request: pb.ResumeRequest) -> pb.ResumeReply:
+        """Take part again."""
+        ...
+
+    async def checkpoint(self, request: pb.CheckpointRequest) -> pb.CheckpointReply:
+        """Save between two steps."""
+        ...
+
+    async def stop(self, request: pb.StopRequest) -> pb.StopReply:
+        """End as after SIGTERM."""
+        ...
+
+    async def export(self, request: pb.ExportRequest) -> pb.ExportReply:
+        """Write the model as last saved."""
+        ...
+
+
 class Link(Protocol):
     """Calls to one peer. All raise PeerUnavailable, PeerTimeout or PeerRefused."""
 
@@ -167,8 +193,22 @@ class Link(Protocol):
 class Transport(Protocol):
     """A way to be reached and to reach."""
 
-    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
-        """Start answering; returns the port. Raises ListenError."""
+    async def listen(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None = None,
+        socket: Path | None = None,
+    ) -> int:
+        """Start answering; returns the port. Raises ListenError.
+
+        Args:
+            handler: answers peers.
+            status: answers people.
+            control: answers operators, where the transport can tell them from others.
+            socket: a file to listen on as well, for tools of the same user on this machine; where
+                that fails it is not there afterwards.
+        """
         ...
 
     def link(self, address: str) -> Link:
@@ -198,6 +238,7 @@ RECONNECT_SECONDS = 3600.0
 
 PEER = pb.DESCRIPTOR.services_by_name["Peer"]
 STATUS = pb.DESCRIPTOR.services_by_name["Status"]
+CONTROL = pb.DESCRIPTOR.services_by_name["Control"]
 
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -369,7 +410,8 @@ class _Connection:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
         self.unary: dict[str, Callable[..., Awaitable[Any]]] = {}
-        for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers"})):
+        services = ((PEER, None), (STATUS, {"GetStatus", "ListPeers"}), (CONTROL, None))
+        for service, names in services:
             for method in service.methods:
                 if method.server_streaming or (names and method.name not in names):
                     continue
@@ -569,6 +611,10 @@ class GrpcLink:
         status: pb.NodeStatus = await self._call("GetStatus", pb.GetStatusRequest(), timeout)
         return status
 
+    async def control(self, verb: str, request: Any, timeout: float) -> Any:
+        """Tell the node something, as its operator: a call of the service Control by its name."""
+        return await self._call(verb, request, timeout)
+
     async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
         """The node's status, again and again until it ends."""
         call = self._named.watch(pb.WatchStatusRequest(interval_seconds=interval))
@@ -613,13 +659,27 @@ class GrpcTransport:
         self._keeper: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
 
-    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
+    async def listen(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None = None,
+        socket: Path | None = None,
+    ) -> int:
         """See Transport."""
-        port = await self._serve(handler, status, self._port)
-        self._keeper = asyncio.create_task(self._keep_serving(handler, status, port))
+        begin = partial(self._serve, handler, status, control, socket)
+        port = await begin(self._port)
+        self._keeper = asyncio.create_task(self._keep_serving(begin, port))
         return port
 
-    async def _serve(self, handler: Handler, status: StatusHandler | None, port: int) -> int:
+    async def _serve(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None,
+        socket: Path | None,
+        port: int,
+    ) -> int:
         gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
         server = grpc.aio.server(options=_SERVER, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience, self._guard)])
@@ -627,6 +687,9 @@ class GrpcTransport:
         if status is not None:
             server.add_generic_rpc_handlers([_status_handlers(status, self._guard)])
             names.append(STATUS.full_name)
+        if control is not None:
+            server.add_generic_rpc_handlers([_control_handlers(control, self._guard)])
+            names.append(CONTROL.full_name)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
@@ -643,15 +706,15 @@ class GrpcTransport:
                 f"cannot listen on {host}:{port}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
+        if socket is not None:
+            _listen_locally(server, socket)
         await server.start()
         self._server = server
         for name in ("", PEER.full_name, STATUS.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(found)
 
-    async def _keep_serving(
-        self, handler: Handler, status: StatusHandler | None, port: int
-    ) -> None:
+    async def _keep_serving(self, begin: Callable[[int], Awaitable[int]], port: int) -> None:
         """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
         while self._server is not None:
             try:
@@ -664,7 +727,7 @@ class GrpcTransport:
                 return
             while True:
                 try:
-                    await self._serve(handler, status, port)
+                    await begin(port)
                     break
                 except ListenError:  # the one that has ended may not have let go of it yet
                     await asyncio.sleep(RELISTEN_SECONDS)
@@ -798,8 +861,8 @@ async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:
     await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.reason}: {error}")
 
 
-def _unary(name: str, call: Callable[..., Awaitable[Any]]) -> Any:
-    kind = PEER.methods_by_name[name]
+def _unary(service: Any, name: str, call: Callable[..., Awaitable[Any]]) -> Any:
+    kind = service.methods_by_name[name]
     return grpc.unary_unary_rpc_method_handler(
         call,
         request_deserializer=GetMessageClass(kind.input_type).FromString,
@@ -854,7 +917,7 @@ def _peer_handlers(
             except PeerError as error:
                 await _refuse(context, error)
 
-        return _unary(name, call)
+        return _unary(PEER, name, call)
 
     async def hello(request: pb.HelloRequest, source: str) -> pb.HelloReply:
         reply = await handler.hello(request, source)
@@ -916,8 +979,8 @@ def _peer_handlers(
             "ListBlocks": unary(lambda request, _: handler.list_blocks(request), "ListBlocks"),
             "Pull": stream(handler.pull, "Pull"),
             "FetchBlock": stream(handler.fetch_block, "FetchBlock"),
-            "ExchangeRevocations": _unary("ExchangeRevocations", exchange_revocations),
-            "Renew": _unary("Renew", renew),
+            "ExchangeRevocations": _unary(PEER, "ExchangeRevocations", exchange_revocations),
+            "Renew": _unary(PEER, "Renew", renew),
         },
     )
 
@@ -961,6 +1024,45 @@ def _status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.Generic
                 watch, pb.WatchStatusRequest.FromString, pb.NodeStatus.SerializeToString
             ),
         },
+    )
+
+
+def _listen_locally(server: grpc.aio.Server, socket: Path) -> None:
+    """Open a socket file for this user's own tools; its folder is the user's alone already."""
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+        socket.chmod(0o600)
+    except (RuntimeError, OSError) as error:
+        socket.unlink(missing_ok=True)
+        _log.warning("no socket file for this machine's own tools: %s", error)
+
+
+def _control_handlers(control: ControlHandler, guard: Guard | None) -> grpc.GenericRpcHandler:
+    def unary(name: str, answer: Callable[[Any], Awaitable[Any]]) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                caller = admitted(context, guard)
+                if not (caller.local or caller.operator):
+                    await context.abort(
+                        grpc.StatusCode.PERMISSION_DENIED,
+                        "a node is told what to do through its own machine's socket file, or with "
+                        "the operator's certificate",
+                    )
+                return await answer(request)
+            except PeerError as error:
+                await _refuse(context, error)
+
+        return _unary(CONTROL, name, call)
+
+    answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
+        "Pause": control.pause,
+        "Resume": control.resume,
+        "Checkpoint": control.checkpoint,
+        "Stop": control.stop,
+        "Export": control.export,
+    }
+    return grpc.method_handlers_generic_handler(
+        CONTROL.full_name, {name: unary(name, answer) for name, answer in answers.items()}
     )
 
 

@@ -18,6 +18,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_STOPPING: _ClassVar[Phase]
     PHASE_CATCHING_UP: _ClassVar[Phase]
     PHASE_AGREEING: _ClassVar[Phase]
+    PHASE_PAUSED: _ClassVar[Phase]
 
 class WireFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -33,6 +34,7 @@ PHASE_DONE: Phase
 PHASE_STOPPING: Phase
 PHASE_CATCHING_UP: Phase
 PHASE_AGREEING: Phase
+PHASE_PAUSED: Phase
 WIRE_FORMAT_FP32: WireFormat
 WIRE_FORMAT_BF16: WireFormat
 WIRE_FORMAT_INT8: WireFormat
@@ -426,3 +428,61 @@ class PeerStatus(_message.Message):
     retries: int
     wire_format: str
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., neighbour: bool = ..., weight: _Optional[float] = ..., last_seen_seconds: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., detail: _Optional[str] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., retries: _Optional[int] = ..., wire_format: _Optional[str] = ...) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PauseReply(_message.Message):
+    __slots__ = ("already",)
+    ALREADY_FIELD_NUMBER: _ClassVar[int]
+    already: bool
+    def __init__(self, already: bool = ...) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeReply(_message.Message):
+    __slots__ = ("already",)
+    ALREADY_FIELD_NUMBER: _ClassVar[int]
+    already: bool
+    def __init__(self, already: bool = ...) -> None: ...
+
+class CheckpointRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointReply(_message.Message):
+    __slots__ = ("visit", "step")
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    visit: int
+    step: int
+    def __init__(self, visit: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class StopRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StopReply(_message.Message):
+    __slots__ = ("pid",)
+    PID_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    def __init__(self, pid: _Optional[int] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("name", "consensus")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONSENSUS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    consensus: bool
+    def __init__(self, name: _Optional[str] = ..., consensus: bool = ...) -> None: ...
+
+class ExportReply(_message.Message):
+    __slots__ = ("path", "model")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    model: str
+    def __init__(self, path: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
