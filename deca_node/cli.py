@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_node import __version__, logs, registry, status, template
+from deca_node import __version__, cli_dashboard, logs, registry, status, template
 from deca_node.config import checked_address, load
 from deca_node.errors import (
     CheckError,
@@ -548,3 +548,6 @@ def write_report(
 
     for path in report.write(folder, to):
         typer.echo(str(path))
+
+
+app.command()(cli_dashboard.dashboard)

@@ -96,6 +96,10 @@ class StatusHandler(Protocol):
         """The status now and every ``interval`` seconds until the run ends."""
         ...
 
+    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """The steps made so far, thinned."""
+        ...
+
 
 class Link(Protocol):
     """Calls to one peer. All raise PeerUnavailable, PeerTimeout or PeerRefused."""
@@ -223,6 +227,8 @@ def _path(service: Any, method: str) -> str:
 
 def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     details = str(error.details() or "")[:MAX_REASON_BYTES]
+    if "http1.x server" in details:
+        return PeerUnavailable(f"{address}: a web server is there (a dashboard?), not a node")
     code = error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerTimeout(f"{address}: no answer in time")
@@ -248,7 +254,7 @@ class GrpcLink:
             else credentials.channel(address)
         )
         self._unary: dict[str, Callable[..., Awaitable[Any]]] = {}
-        for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers"})):
+        for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers", "GetHistory"})):
             for method in service.methods:
                 if method.server_streaming or (names and method.name not in names):
                     continue
@@ -342,6 +348,14 @@ class GrpcLink:
         """The node's status."""
         status: pb.NodeStatus = await self._call("GetStatus", pb.GetStatusRequest(), timeout)
         return status
+
+    async def get_history(
+        self, after: int | None, limit: int, timeout: float
+    ) -> Sequence[pb.HistoryPoint]:
+        """At most ``limit`` points of the node's steps after step ``after``, of all if None."""
+        request = pb.GetHistoryRequest(after=after, limit=limit)
+        reply: pb.HistoryReply = await self._call("GetHistory", request, timeout)
+        return reply.points
 
     async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
         """The node's status, again and again until it ends."""
@@ -502,6 +516,12 @@ def _status_handlers(status: StatusHandler) -> grpc.GenericRpcHandler:
         del context
         return pb.ListPeersReply(peers=(await status.get_status()).peers)
 
+    async def history(
+        request: pb.GetHistoryRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HistoryReply:
+        del context
+        return await status.get_history(request)
+
     async def watch(
         request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.NodeStatus]:
@@ -520,6 +540,9 @@ def _status_handlers(status: StatusHandler) -> grpc.GenericRpcHandler:
             ),
             "ListPeers": grpc.unary_unary_rpc_method_handler(
                 peers, pb.ListPeersRequest.FromString, pb.ListPeersReply.SerializeToString
+            ),
+            "GetHistory": grpc.unary_unary_rpc_method_handler(
+                history, pb.GetHistoryRequest.FromString, pb.HistoryReply.SerializeToString
             ),
             "WatchStatus": grpc.unary_stream_rpc_method_handler(
                 watch, pb.WatchStatusRequest.FromString, pb.NodeStatus.SerializeToString
