@@ -254,7 +254,7 @@ class Panorama:
                 "node": one.key.partition("/")[2],
                 "kind": kind,
                 "text": text,
-                "peer": _name(peer),
+                "peer": _name(peer) if peer else "",
                 "trouble": kind in _TROUBLE,
             }
         )

@@ -95,7 +95,7 @@ function connection() {
   const open = source?.readyState === EventSource.OPEN;
   const stale = !heardAt || age > Math.max(8, 3 * (state?.interval ?? 1) + 5) || (!open && age > 3);
   document.body.classList.toggle("stale", Boolean(heardAt) && stale);
-  attr($("live"), "class", stale ? "live lost" : "live");
+  attr($("live"), "class", stale ? "lost" : "");
   say($("live-text"), !heardAt ? "connecting" : stale ? `no news for ${duration(age)}` : "live");
 }
 
