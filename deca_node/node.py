@@ -36,6 +36,7 @@ from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
+from deca_node.events import Heard, Ring
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
 from deca_node.kept import KeptBlocks
 from deca_node.limits import MAX_MEMBERS, MAX_WATCHERS
@@ -84,13 +85,14 @@ class Node:
     ) -> None:
         self.settings = settings
         self.timing = settings.timing()
-        self._log = log
+        ring = Ring()
+        self._log = log = Heard(log, ring, time.monotonic)
         self._report = progress or (lambda _: None)
         self._transport = transport or GrpcTransport(
             settings.node.host, settings.node.port, patience=self.timing.step_deadline
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
-        self._standing = Standing(settings, log)
+        self._standing = Standing(settings, log, ring)
         self._lookout = Lookout(settings, log)
         self._watchers = 0
         self._member: Member | None = None
@@ -174,6 +176,7 @@ class Node:
         # The data first: what is wrong with it must not mark the folder as this run's.
         standing.waiting_for = "the data"
         train, test, counts, completions = await self._compute(partial(self._read_data, model))
+        standing.label_counts = counts
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
@@ -200,6 +203,7 @@ class Node:
             settings.node.output / "history.jsonl",
             schedule.serial(start.visit, start.step),
             schedule.steps,
+            standing.curve,
         )
         stack.callback(self._history.close)
         self._log.info(
@@ -662,6 +666,10 @@ class Node:
         finally:
             self._watchers -= 1
 
+    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """See StatusHandler."""
+        return self._standing.history(request)
+
     def status(self) -> pb.NodeStatus:
         """Everything there is to know about this node now."""
         return self._standing.status(self._member, self._lookout.findings)
@@ -720,8 +728,11 @@ class Node:
     async def keep(self, save: Callable[[], None]) -> None:
         """Save on the training thread, so that nothing changes meanwhile."""
         begin = time.monotonic()
-        await self._worker(lambda: self._save(save))
+        saved = await self._worker(lambda: self._save(save))
         end = time.monotonic()
+        if saved:
+            at = self._standing.progress
+            self._log.debug("saved", visit=at.visit, step=at.step)
         # On a slow disk less often: saving within visits costs at most a fiftieth of the time.
         self._saved_at = end + max(0.0, 50 * (end - begin) - self.settings.node.save_every)
 

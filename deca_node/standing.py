@@ -1,10 +1,11 @@
 """Where a node stands in its run, and the status that tells of it."""
 
 import asyncio
+import math
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -15,7 +16,10 @@ from deca_node.blocks import Schedule, Visit
 from deca_node.catchup import Gain
 from deca_node.checkpoint import Progress
 from deca_node.config import Settings
+from deca_node.curve import Curve
+from deca_node.events import Ring
 from deca_node.health import Finding
+from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
 from deca_node.member import Member
 from deca_node.membership import Edges, Phase
 from deca_node.pb import node_pb2 as pb
@@ -31,6 +35,7 @@ class Standing:
     Args:
         settings: of the node.
         log: a structlog logger.
+        events: what it lately said.
 
     Attributes:
         phase: of the node while it has no member, which knows it better.
@@ -45,11 +50,15 @@ class Standing:
         model: its name.
         began: when training began in this process, by the monotonic clock.
         warnings: said once, the latest last.
+        curve: the steps made, thinned; those of earlier processes as well.
+        label_counts: examples by label; told only when the settings say so.
     """
 
-    def __init__(self, settings: Settings, log: Any) -> None:
+    def __init__(self, settings: Settings, log: Any, events: Ring) -> None:
         self._settings = settings
         self._log = log
+        self._events = events
+        self._disagreements: dict[int, float] = {}  # by block, at its last step
         self._started = time.monotonic()
         self._steps_here = 0
         self._seconds_before = 0.0
@@ -65,6 +74,8 @@ class Standing:
         self.model = settings.model.path.name
         self.began: float | None = None
         self.warnings: list[str] = []
+        self.curve = Curve(MAX_HISTORY_POINTS)
+        self.label_counts: Mapping[str, int] = {}
 
     def resume(self, progress: Progress) -> None:
         """Go on from what an earlier process kept."""
@@ -89,6 +100,7 @@ class Standing:
     def step_done(self, record: StepRecord) -> None:
         """A step is complete."""
         self.last = record
+        self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
 
     def warn(self, text: str) -> None:
@@ -122,7 +134,19 @@ class Standing:
             warnings=[*(finding.text for finding in findings), *self.warnings],
             pid=os.getpid(),
             members_wanted=settings.run.start_when,
+            method=settings.run.method,
+            topology=settings.topology.kind,
         )
+        for event in self._events:
+            status.events.add(
+                serial=event.serial,
+                age_seconds=now - event.at,
+                kind=event.kind,
+                text=event.text,
+                peer=event.peer,
+            )
+        if settings.data.share_label_counts:
+            status.label_counts.update(list(self.label_counts.items())[:MAX_LABELS])
         if self.device.type == "cuda":
             status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
         if self.schedule is not None:
@@ -130,11 +154,19 @@ class Standing:
         if self.last is not None:
             status.loss = self.last.local.loss
             status.gradient_norm = self.last.local.gradient_norm
+            status.h_norm = self.last.settled.h_norm
             status.disagreement = self.last.settled.disagreement
         if member is not None:
             self._add_peers(status, member.swarm)
             _add_catch_up(status, member.catch_up.gain)
         return status
+
+    def history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """The steps made so far, thinned to what is asked for."""
+        after = request.after if request.HasField("after") else None
+        limit = min(request.limit or MAX_HISTORY_POINTS, MAX_HISTORY_POINTS)
+        points = self.curve.points(after, limit)
+        return pb.HistoryReply(points=[pb.HistoryPoint(**asdict(point)) for point in points])
 
     def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
         visit, step = self.progress.visit, self.progress.step
@@ -144,6 +176,11 @@ class Standing:
         cursor = schedule.cursor(visit, step)
         status.round, status.position, status.step = cursor.round, cursor.position, cursor.step
         status.block = schedule.visit(min(visit, schedule.visits - 1)).block
+        status.round_order.extend(schedule.round_order(min(cursor.round, schedule.rounds - 1)))
+        known = self._disagreements
+        status.block_disagreement.extend(
+            known.get(block, math.nan) for block in range(len(schedule.blocks))
+        )
         status.steps_done = done
         if self.began is not None and self._steps_here:
             pace = (now - self.began) / self._steps_here

@@ -161,9 +161,13 @@ class PretendSwarm:
 
     def _events(self, now, name):
         told = [(0.0, "started", "started, deca-node 0.1.0", "")]
-        told += [(1.0 + i / 9, "joined", "joined", o) for i, o in enumerate(self.names) if o != name]
+        told += [
+            (1.0 + i / 9, "joined", "joined", o) for i, o in enumerate(self.names) if o != name
+        ]
         for visit in range(self.blocks, self.done(name) // self.steps, self.blocks):
-            told.append((visit * self.steps, "saved", f"saved its state at visit {visit}, step 0", ""))
+            told.append(
+                (visit * self.steps, "saved", f"saved its state at visit {visit}, step 0", "")
+            )
         for other, at in self.down.items():
             told.append((at + 2, "suspect", "suspect: no greeting", other))
             told.append((at + 6, "gone", "gone: no greeting", other))
@@ -171,7 +175,9 @@ class PretendSwarm:
             told.append((30.0, "warning", text, ""))
         past = [event for event in sorted(told) if event[0] <= self.now]
         for serial, (at, kind, text, peer) in enumerate(past, 1):
-            now.events.add(serial=serial, age_seconds=self.now - at, kind=kind, text=text, peer=peer)
+            now.events.add(
+                serial=serial, age_seconds=self.now - at, kind=kind, text=text, peer=peer
+            )
 
 
 class _Link:

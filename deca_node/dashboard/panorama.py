@@ -303,7 +303,7 @@ class Panorama:
                         "said": _word(peer.state),
                     }
         links = sorted(
-            self._links(run, met, nodes, now),
+            self._links(run, met, nodes),
             key=lambda link: (_LINK_STATES.index(link["state"]), link["a"], link["b"]),
         )
         return {
@@ -346,7 +346,7 @@ class Panorama:
         }
 
     def _links(
-        self, run: str, met: Sequence[_Watched], nodes: Mapping[str, Any], now: float
+        self, run: str, met: Sequence[_Watched], nodes: Mapping[str, Any]
     ) -> Iterable[dict[str, Any]]:
         said: dict[tuple[str, str], dict[str, pb.PeerStatus]] = {}
         shares: dict[tuple[str, str], float] = {}
@@ -377,7 +377,9 @@ class Panorama:
                 "refusals": sum(
                     _clean(count, 0) for row in ends.values() for count in row.refusals.values()
                 ),
-                "rate": max((_number(r.send_rate + r.receive_rate) for r in ends.values()), default=0),
+                "rate": max(
+                    (_number(r.send_rate + r.receive_rate) for r in ends.values()), default=0
+                ),
                 "bytes": max(
                     (_clean(row.bytes_sent + row.bytes_received, 0) for row in ends.values()),
                     default=0,

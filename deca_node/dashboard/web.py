@@ -283,5 +283,3 @@ async def serve(app: ASGIApp, feed: Feed, observer: Observer, opened: socket.soc
         await asyncio.gather(observing, return_exceptions=True)
     if not observing.cancelled() and (error := observing.exception()) is not None:
         raise error
-
-

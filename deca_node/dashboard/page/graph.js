@@ -66,9 +66,9 @@ export class Graph {
     const { width, height } = this.size;
     const count = this.order.length;
     const outside = count > 12 && count <= LABELS_UNTIL;
-    const margin = { x: outside ? Math.min(92, width / 5) : Math.min(70, width / 6), y: outside ? 34 : 46 };
+    const margin = { x: outside ? Math.min(96, width / 4.5) : Math.min(70, width / 6), y: outside ? Math.min(84, height / 5) : 46 };
     const ry = Math.max(height / 2 - margin.y, 20);
-    const rx = Math.max(Math.min(width / 2 - margin.x, ry * 1.9), 20);
+    const rx = Math.max(Math.min(width / 2 - margin.x, ry * (outside ? 1.35 : 1.9)), 20);
     const start = -Math.PI / 2 - (count % 2 ? 0 : Math.PI / count);
     return new Map(
       this.order.map((key, at) => {
@@ -101,7 +101,7 @@ export class Graph {
       () => draw("g", {}, draw("path", { class: "hit" }), draw("path", { class: "line" }), draw("path", { class: "flow" })),
       (group, link) => {
         const moving = link.state === "ok" || link.state === "slow";
-        attr(group, "class", `edge ${link.state}${moving && link.rate > 0 && count <= 40 ? " moving" : ""}`);
+        attr(group, "class", `edge ${link.state}${moving && link.rate > 0 && count <= 12 ? " moving" : ""}`);
         const d = path(link);
         for (const child of group.children) attr(child, "d", d);
         const weight = Math.max(link.weights[0] ?? 0, link.weights[1] ?? 0);
@@ -157,10 +157,14 @@ export class Graph {
           attr(name, "x", 0);
           attr(name, "y", radius + 19);
           attr(name, "text-anchor", "middle");
+          name.removeAttribute("transform");
         } else {
-          attr(name, "x", (radius + 7) * Math.cos(place.angle));
-          attr(name, "y", (radius + 11) * Math.sin(place.angle) + 4);
-          attr(name, "text-anchor", Math.abs(wide) < 0.12 ? "middle" : wide > 0 ? "start" : "end");
+          // Along the radius, so that names of a crowd do not lie over each other.
+          const left = wide < -1e-9;
+          attr(name, "x", left ? -(radius + 7) : radius + 7);
+          attr(name, "y", 4);
+          attr(name, "text-anchor", left ? "end" : "start");
+          attr(name, "transform", `rotate(${((place.angle * 180) / Math.PI + (left ? 180 : 0)).toFixed(1)})`);
         }
         const wanted = count <= LABELS_UNTIL || node.key === selected || look === "bad";
         const room = count <= 12 ? 18 : 12;
