@@ -314,7 +314,7 @@ function smoothed(points, log) {
 }
 
 function medians(lines, { first, last }) {
-  const bins = 120;
+  const bins = 360;
   const found = [];
   for (let bin = 0; bin <= bins; bin += 1) {
     const step = first + ((last - first) * bin) / bins;

@@ -73,7 +73,7 @@ export function warnings(run) {
   const gone = run.nodes.filter((node) => node.state === "gone" || node.state === "stale");
   $("warnings").hidden = !found.length && !gone.length;
   const all = [
-    ...gone.map((node) => ({ text: `does not answer for ${duration(node.age)}: look whether it runs, and the network between (the others go on without it)`, nodes: [node.node], bad: node.state === "gone" })),
+    ...gone.map((node) => ({ text: `has not answered for ${duration(node.age)}: look whether it runs, and the network between (the others go on without it)`, nodes: [node.node], bad: node.state === "gone" })),
     ...found,
   ];
   sync($("warning-list"), all, (warning) => `${warning.nodes[0]}${warning.text.replace(/\d+/g, "")}`,
@@ -166,7 +166,7 @@ export class NodeTable {
 export function grouped(events) {
   const found = [];
   for (const event of [...events].sort((a, b) => b.at - a.at || b.id - a.id)) {
-    const same = event.peer && found.slice(-40).find((other) => other.peer === event.peer && other.kind === event.kind && other.at - event.at < TOGETHER_SECONDS && !other.nodes.includes(event.node));
+    const same = found.slice(-40).find((other) => other.peer === event.peer && other.kind === event.kind && (event.peer || other.text === event.text) && other.at - event.at < TOGETHER_SECONDS && !other.nodes.includes(event.node));
     if (same) same.nodes.push(event.node);
     else found.push({ ...event, nodes: [event.node] });
     if (found.length > EVENTS_SHOWN) break;
@@ -185,10 +185,11 @@ export function events(all, run, only, selected) {
       say(item.children[0], clock(event.at));
       attr(item.children[0], "datetime", new Date(event.at * 1000).toISOString());
       const [who, what, by] = item.children[2].children;
-      say(who, event.peer || event.node);
-      say(what, ` ${event.text}`);
       const { nodes } = event;
-      say(by, event.peer ? ` says ${nodes.length > 3 ? `${nodes.slice(0, 2).join(", ")} and ${nodes.length - 2} more` : nodes.join(", ")}` : "");
+      const names = nodes.length > 3 ? `${nodes.slice(0, 2).join(", ")} and ${nodes.length - 2} more` : nodes.join(", ");
+      say(who, event.peer || names);
+      say(what, ` ${event.text}`);
+      say(by, event.peer ? ` says ${names}` : "");
     });
   if (!list.children.length) list.append(make("li", { class: "none", "data-key": "none" }, make("p", { text: only ? "no trouble" : "nothing yet" })));
 }
