@@ -69,9 +69,13 @@ def dashboard(
         app = web.make_app(
             feed, names=frozenset(name.lower() for name in allow_host or ()), public=public
         )
+
+        async def link(address: str) -> GrpcLink:
+            return GrpcLink(address)
+
         observer = Observer(
             panorama,
-            GrpcLink,
+            link,
             lambda: given or [entry.address for entry in registry.local_nodes()],
             interval,
         )

@@ -42,7 +42,7 @@ class PretendSwarm:
     def addresses(self):
         return [self.address(name) for name in self.names]
 
-    def link(self, address):
+    async def link(self, address):
         return _Link(self, address)
 
     def graph(self):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from deca_node.dashboard.panorama import Panorama
@@ -48,7 +48,7 @@ class Observer:
     def __init__(
         self,
         panorama: Panorama,
-        link: Callable[[str], Asked],
+        link: Callable[[str], Awaitable[Asked]],
         given: Callable[[], Iterable[str]],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
@@ -84,16 +84,18 @@ class Observer:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _follow(self, address: str) -> None:
-        link = self._link(address)
-        try:
-            while True:
-                try:
+        while True:
+            # A new link after a failure: a node may come back that wants to be asked otherwise.
+            link = await self._link(address)
+            try:
+                while True:
                     await self._ask(address, link)
-                except PeerError as error:
-                    self._panorama.failed(address, str(error), self._clock())
-                await asyncio.sleep(self.interval)
-        finally:
-            await link.close()
+                    await asyncio.sleep(self.interval)
+            except PeerError as error:
+                self._panorama.failed(address, str(error), self._clock())
+            finally:
+                await link.close()
+            await asyncio.sleep(self.interval)
 
     async def _ask(self, address: str, link: Asked) -> None:
         status = await link.get_status(ASK_SECONDS)
