@@ -1,6 +1,7 @@
 """``deca-node dashboard``."""
 
 import asyncio
+import signal
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -84,7 +85,10 @@ def dashboard(
             typer.echo(f"dashboard at http://{shown}:{opened.getsockname()[1]}/  (Ctrl-C ends it)")
             if public:
                 typer.echo("everybody who reaches that port can look; nothing is encrypted")
-            await web.serve(app, feed, observer, opened)
+            stop = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            await web.serve(app, feed, observer, opened, stop)
 
     asyncio.run(run())
 

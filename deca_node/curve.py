@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Point:
     """Steps ``first`` to ``last`` of the whole run, numbered as the schedule does (serial).
 
-    The values are means over these steps, NaN where none was finite; ``seconds`` of a step.
+    The values are means over these steps, NaN where none was finite; ``seconds`` of a step. When
+    points are joined each weighs as many steps as it has, finite or not.
     """
 
     first: int

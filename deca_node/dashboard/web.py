@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -243,15 +242,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Without signal handlers of its own: ``serve`` has them."""
+    """Without signal handlers: whoever calls ``serve`` decides what ends it."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def serve(app: ASGIApp, feed: Feed, observer: Observer, opened: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM."""
+async def serve(
+    app: ASGIApp, feed: Feed, observer: Observer, opened: socket.socket, stop: asyncio.Event
+) -> None:
+    """Serve until told to stop."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -267,19 +268,19 @@ async def serve(app: ASGIApp, feed: Feed, observer: Observer, opened: socket.soc
         )
     )
 
-    def end() -> None:
+    async def end() -> None:
+        await stop.wait()
         server.should_exit = True
         feed.close()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end)
+    ending = asyncio.create_task(end())
     observing = asyncio.create_task(observer.run(feed.tick))
-    observing.add_done_callback(lambda _: end())  # a defect there must not leave a frozen page
+    observing.add_done_callback(lambda _: stop.set())  # a defect must not leave a frozen page
     try:
         await server.serve(sockets=[opened])
     finally:
-        observing.cancel()
-        await asyncio.gather(observing, return_exceptions=True)
+        for task in (ending, observing):
+            task.cancel()
+        await asyncio.gather(ending, observing, return_exceptions=True)
     if not observing.cancelled() and (error := observing.exception()) is not None:
         raise error
