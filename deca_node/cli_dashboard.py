@@ -3,11 +3,12 @@
 import asyncio
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deca_node import registry
+from deca_node import access, registry
 from deca_node.config import checked_address
 from deca_node.errors import ConfigError
 from deca_node.transport import GrpcLink
@@ -37,6 +38,10 @@ def dashboard(
     walk: Annotated[
         bool, typer.Option("--walk/--no-walk", help="Also ask the peers of the nodes.")
     ] = True,
+    trust: Annotated[
+        Path | None,
+        typer.Option("--trust", help="Trust folder to ask with; else that of the nodes' run."),
+    ] = None,
     interval: Annotated[
         float,
         typer.Option("--interval", min=0.2, max=60, help="Seconds between two questions."),
@@ -65,6 +70,7 @@ def dashboard(
         )
 
     async def run() -> None:
+        await access.credentials([], trust)  # says now what is wrong with the folder
         panorama = Panorama(walk=walk)
         feed = web.Feed(panorama, interval, given or ["this machine's nodes"])
         app = web.make_app(
@@ -72,7 +78,8 @@ def dashboard(
         )
 
         async def link(address: str) -> GrpcLink:
-            return GrpcLink(address)
+            shown = await access.credentials([address], trust)
+            return GrpcLink(address, credentials=shown.get(address))
 
         observer = Observer(
             panorama,

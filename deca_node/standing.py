@@ -15,9 +15,10 @@ from deca_node import __version__
 from deca_node.blocks import Schedule, Visit
 from deca_node.catchup import Gain
 from deca_node.checkpoint import Progress
-from deca_node.config import Settings
+from deca_node.config import Settings, is_loopback
 from deca_node.curve import Curve
 from deca_node.events import Ring
+from deca_node.guard import Guard
 from deca_node.health import Finding
 from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
 from deca_node.member import Member
@@ -52,6 +53,7 @@ class Standing:
         warnings: said once, the latest last.
         curve: the steps made, thinned; those of earlier processes as well.
         label_counts: examples by label; told only when the settings say so.
+        guard: whom it believes; None in plain text.
     """
 
     def __init__(self, settings: Settings, log: Any, events: Ring) -> None:
@@ -76,6 +78,7 @@ class Standing:
         self.warnings: list[str] = []
         self.curve = Curve(MAX_HISTORY_POINTS)
         self.label_counts: Mapping[str, int] = {}
+        self.guard: Guard | None = None
 
     def resume(self, progress: Progress) -> None:
         """Go on from what an earlier process kept."""
@@ -134,9 +137,13 @@ class Standing:
             warnings=[*(finding.text for finding in findings), *self.warnings],
             pid=os.getpid(),
             members_wanted=settings.run.start_when,
+            security=self._security(),
             method=settings.run.method,
             topology=settings.topology.kind,
         )
+        if self.guard is not None:
+            status.certificate_ends = self.guard.ends
+            status.revoked.extend(sorted(self.guard.revoked))
         for event in self._events:
             status.events.add(
                 serial=event.serial,
@@ -167,6 +174,13 @@ class Standing:
         limit = min(request.limit or MAX_HISTORY_POINTS, MAX_HISTORY_POINTS)
         points = self.curve.points(after, limit)
         return pb.HistoryReply(points=[pb.HistoryPoint(**asdict(point)) for point in points])
+
+    def _security(self) -> str:
+        if self.guard is not None:
+            return "TLS 1.3, both ends certified"
+        if is_loopback(self._settings.node.host):
+            return "plain text, on this machine only"
+        return "PLAIN TEXT on the network (trust.insecure)"
 
     def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
         visit, step = self.progress.visit, self.progress.step

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from deca_node.dashboard.panorama import Panorama
-from deca_node.errors import PeerError, PeerRefused
+from deca_node.errors import DecaError, PeerRefused
 from deca_node.limits import MAX_HISTORY_POINTS
 from deca_node.pb import node_pb2 as pb
 
@@ -86,15 +86,16 @@ class Observer:
     async def _follow(self, address: str) -> None:
         while True:
             # A new link after a failure: a node may come back that wants to be asked otherwise.
-            link = await self._link(address)
             try:
-                while True:
-                    await self._ask(address, link)
-                    await asyncio.sleep(self.interval)
-            except PeerError as error:
+                link = await self._link(address)
+                try:
+                    while True:
+                        await self._ask(address, link)
+                        await asyncio.sleep(self.interval)
+                finally:
+                    await link.close()
+            except DecaError as error:
                 self._panorama.failed(address, str(error), self._clock())
-            finally:
-                await link.close()
             await asyncio.sleep(self.interval)
 
     async def _ask(self, address: str, link: Asked) -> None:
