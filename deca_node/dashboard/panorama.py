@@ -111,6 +111,7 @@ class Panorama:
         self._walk = walk
         self._watched: dict[str, _Watched] = {}
         self._given: tuple[str, ...] = ()
+        self._aliases: dict[str, str] = {}  # given addresses of nodes that answer at another one
         self._edges: dict[tuple[str, str], None] = {}  # pairs that have been edges, oldest first
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS_KEPT)
         self._event_id = 0
@@ -120,7 +121,11 @@ class Panorama:
     def give(self, addresses: Iterable[str]) -> None:
         """The operator's addresses; what was given before stays if a node has answered there."""
         self._given = tuple(addresses)[:MAX_MEMBERS]
+        self._aliases = {a: key for a, key in self._aliases.items() if a in self._given}
+        here = {one.key for one in self._watched.values() if one.failing is None}
         for address in self._given:
+            if self._aliases.get(address) in here:
+                continue
             self._watched.setdefault(address, _Watched(address, given=True)).given = True
         for address, one in list(self._watched.items()):
             if one.given and address not in self._given:
@@ -163,10 +168,14 @@ class Panorama:
     def answered(self, address: str, status: pb.NodeStatus, now: float) -> None:
         """A node has told its status."""
         one = self._watched.get(address)
-        if one is None or self._is_spare(one, status):
-            self._watched.pop(address, None)
+        if one is None:
             return
         key = _key(status.run, status.node)
+        if self._is_spare(one, status):
+            del self._watched[address]
+            if one.given:
+                self._aliases[address] = key
+            return
         before = one.status
         if before is not None and (one.key, before.pid) != (key, status.pid):
             one.curve, one.last_event = Curve(MAX_HISTORY_POINTS), 0

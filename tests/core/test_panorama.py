@@ -171,6 +171,13 @@ def test_a_node_at_two_addresses_is_one():
     panorama.answered(first, swarm.status("node-0"), 1.0)
     panorama.give([first, second])
     panorama.answered(second, swarm.status("node-0"), 1.0)
+    panorama.give([first, second])
+    assert panorama.addresses()[:1] == [first]
+    assert second not in panorama.addresses()
+    panorama.failed(first, "refused", 2.0)
+    panorama.give([first, second])
+    assert second in panorama.addresses()
+    panorama.answered(first, swarm.status("node-0"), 3.0)
     names = [node["key"] for node in _run(panorama, 1.0)["nodes"] if node["state"] == "live"]
     assert names == ["bbc/node-0"]
 
