@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from contextlib import contextmanager
 
@@ -50,8 +51,11 @@ class Page:
             self.wrong.append(f"asked {request.url}")
 
     def until(self, condition):
-        """Wait until JavaScript says so."""
-        self.page.wait_for_function(condition, timeout=PATIENCE)
+        """Ask in JavaScript until it is so: the page's own policy forbids Playwright's waiting."""
+        limit = time.monotonic() + PATIENCE / 1000
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < limit, f"{condition} never was; {self.wrong}"
+            self.page.wait_for_timeout(100)
 
     def text(self, selector):
         return self.page.locator(selector).inner_text()
