@@ -309,7 +309,7 @@ def test_everything_told_is_bounded_and_plain():
 
 def test_edges_and_points_have_bounds_however_large_the_swarm():
     swarm = PretendSwarm(92, kind="full", rounds=2, steps=8)
-    panorama, now = _watching(swarm, now=20.0, looks=2)
+    panorama, now = _watching(swarm, now=20.0, looks=3)
     run = _run(panorama, now)
     assert len(run["nodes"]) == 92
     assert len(run["links"]) == MAX_LINKS_SHOWN
