@@ -4,7 +4,7 @@ Pure but for ``Heard``, which stands between the node and its log.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Ring:
         self._serial += 1
         self._events.append(Event(self._serial, now, kind, text, peer))
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Event]:
         return iter(tuple(self._events))
 
 
@@ -108,7 +108,7 @@ class Heard:
         clock: the node's seconds.
     """
 
-    def __init__(self, log: Any, ring: Ring, clock: Any) -> None:
+    def __init__(self, log: Any, ring: Ring, clock: Callable[[], float]) -> None:
         self._log, self._ring, self._clock = log, ring, clock
 
     def debug(self, event: str, **values: Any) -> None:
