@@ -166,7 +166,8 @@ def test_a_swarm_that_trains_is_shown_live_and_a_killed_node_as_gone(daemons, tm
         seen.until("document.querySelectorAll('.edge.ok').length === 3")
         seen.until("/ada .*bob .*cyd /.test(document.querySelector('#loss-card canvas').ariaLabel)")
         seen.until("document.querySelectorAll('.cell.here').length > 0")
-        assert [name.strip() for name in seen.all(".node .name")] == ["ada", "bob", "cyd"]
+        names = seen.page.locator(".node .name").all_text_contents()
+        assert names == ["ada", "bob", "cyd"]
         assert seen.text("#run-name") == daemons[0].run_name
         assert "training" in seen.text("#phases")
         assert seen.all("#skew-rows tr:first-child td") == ["12", "12", "24"]
