@@ -163,7 +163,8 @@ def test_a_swarm_that_trains_is_shown_live_and_a_killed_node_as_gone(daemons, tm
     address = daemons[0].until(lambda status: status.steps_done >= 5).address
     with dashboard(address) as (origin, _), browsing(tmp_path, origin) as seen:
         seen.until("document.querySelectorAll('#node-rows tr.live').length === 3")
-        seen.until("document.querySelectorAll('.edge.ok').length === 3")
+        # On a busy machine steps of a millisecond may wait for an edge most of the time.
+        seen.until("document.querySelectorAll('.edge.ok, .edge.slow').length === 3")
         seen.until("/ada .*bob .*cyd /.test(document.querySelector('#loss-card canvas').ariaLabel)")
         seen.until("document.querySelectorAll('.cell.here').length > 0")
         names = seen.page.locator(".node .name").all_text_contents()
