@@ -94,7 +94,7 @@ clean:
 	@touch $@
 
 .venv/run.stamp: .venv/venv.stamp pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,tensorboard]'
+	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dashboard,tensorboard]'
 	@touch $@
 
 # Only the files of these two are used, so their dependencies are not wanted.
@@ -113,7 +113,7 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,tensorboard,dev]'
+	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dashboard,tensorboard,dev]'
 	@touch $@
 
 .tools/stamp:

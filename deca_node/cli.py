@@ -24,6 +24,7 @@ from rich.text import Text
 from deca_node import (
     __version__,
     access,
+    cli_dashboard,
     cli_swarm,
     cli_watch,
     logs,
@@ -597,3 +598,6 @@ def write_report(
 
     for path in report.write(folder, to):
         typer.echo(str(path))
+
+
+app.command()(cli_dashboard.dashboard)

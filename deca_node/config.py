@@ -264,6 +264,11 @@ class DataSettings(Section):
         "prompt and response.",
     )
     text_field: str = Field("text", description="text: the field of the text.")
+    share_label_counts: bool = Field(
+        False,
+        description="classification: tell in the status how many examples of each label there are, "
+        "for a dashboard to show the skew. Whoever can ask for the status then knows.",
+    )
     max_tokens: int = Field(
         512,
         ge=8,

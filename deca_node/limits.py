@@ -122,3 +122,21 @@ MAX_JOINERS = 16
 # Wrong secrets until an invitation ends. None of them could have been right by chance (128 bits),
 # but a person who waits should know.
 MAX_JOIN_ATTEMPTS = 16
+# What a node tells of its past: the latest events, each a line, in every status, ...
+MAX_EVENTS = 64
+# ... and the points of its curve in one answer, of 60 bytes each: more than a screen is wide.
+MAX_HISTORY_POINTS = 1024
+# Labels whose counts are told, with data.share_label_counts.
+MAX_LABELS = 64
+# Warnings of one node that a dashboard shows; health and the node itself tell fewer.
+MAX_WARNINGS_SHOWN = 64
+# Blocks of a model that a dashboard draws: the deepest known have some 130 layers.
+MAX_BLOCKS_SHOWN = 1024
+# Edges in a dashboard's picture: a full graph of 90 nodes; of more, those in trouble come first.
+MAX_LINKS_SHOWN = 4096
+# Events that a dashboard keeps, of all nodes.
+MAX_EVENTS_KEPT = 500
+# Points of all curves together that a dashboard keeps and a browser draws.
+MAX_POINTS_SHOWN = 30_000
+# Browsers that one dashboard serves at once.
+MAX_BROWSERS = 32

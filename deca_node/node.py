@@ -37,6 +37,7 @@ from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
+from deca_node.events import Heard, Ring
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
 from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
@@ -90,7 +91,8 @@ class Node:
     ) -> None:
         self.settings = settings
         self.timing = settings.timing()
-        self._log = log
+        ring = Ring()
+        self._log = log = Heard(log, ring, time.monotonic)
         self._report = progress or (lambda _: None)
         self._guard = None
         if transport is None and settings.needs_trust():
@@ -100,7 +102,7 @@ class Node:
             settings.node.host, settings.node.port, self._guard, self.timing.step_deadline
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
-        self._standing = Standing(settings, log)
+        self._standing = Standing(settings, log, ring)
         self._standing.guard = self._guard
         self._upkeep = (
             Upkeep(self._guard, self._standing.warn, log) if self._guard is not None else None
@@ -217,6 +219,7 @@ class Node:
         # The data first: what is wrong with it must not mark the folder as this run's.
         standing.waiting_for = "the data"
         train, test, counts, completions = await self._compute(partial(self._read_data, model))
+        standing.label_counts = counts
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
@@ -243,6 +246,7 @@ class Node:
             settings.node.output / "history.jsonl",
             schedule.serial(start.visit, start.step),
             schedule.steps,
+            standing.curve,
         )
         stack.callback(self._history.close)
         if settings.tensorboard.folder is not None:
@@ -721,6 +725,10 @@ class Node:
         finally:
             self._watchers -= 1
 
+    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """See StatusHandler."""
+        return self._standing.history(request)
+
     def status(self) -> pb.NodeStatus:
         """Everything there is to know about this node now."""
         return self._standing.status(self._member, self._lookout.findings)
@@ -786,10 +794,14 @@ class Node:
     async def keep(self, save: Callable[[], None]) -> None:
         """Save on the training thread, so that nothing changes meanwhile."""
         begin = time.monotonic()
-        if done := await self._worker(lambda: self._save(save)):
+        saved = await self._worker(lambda: self._save(save))
+        if saved:
             self._kept_at = self._standing.progress.visit, self._standing.progress.step
-        self._control.saved(done=done)
+        self._control.saved(done=saved)
         end = time.monotonic()
+        if saved:
+            at = self._standing.progress
+            self._log.debug("saved", visit=at.visit, step=at.step)
         # On a slow disk less often: saving within visits costs at most a fiftieth of the time.
         self._saved_at = end + max(0.0, 50 * (end - begin) - self.settings.node.save_every)
 

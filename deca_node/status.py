@@ -2,7 +2,7 @@
 
 import datetime as dt
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from google.protobuf.message import Message
@@ -21,6 +21,7 @@ _STATE_STYLES = {
     "gone": "red",
     "refused": "red",
 }
+PEER_STATES = frozenset({*_STATE_STYLES, "done"})
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 140
 
@@ -255,8 +256,8 @@ def _reasons(refusals: Mapping[str, int]) -> str:
 # For scripts
 
 
-def as_json(message: Message) -> dict[str, Any]:
-    """A message as plain values, with every field under its name in the .proto.
+def as_json(message: Message, only: Collection[str] | None = None) -> dict[str, Any]:
+    """A message as plain values, with every field (or ``only`` these) under its name in the .proto.
 
     Enums are lower-case words without their prefix, NaN and infinity are None. 64-bit numbers stay
     numbers: protobuf's own JSON mapping would make texts of them.
@@ -264,6 +265,7 @@ def as_json(message: Message) -> dict[str, Any]:
     return {
         field.name: _plain(field, getattr(message, field.name))
         for field in message.DESCRIPTOR.fields
+        if only is None or field.name in only
     }
 
 

@@ -125,6 +125,10 @@ class StatusHandler(Protocol):
         """The status now and every ``interval`` seconds until the run ends."""
         ...
 
+    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """The steps made so far, thinned."""
+        ...
+
 
 class ControlHandler(Protocol):
     """What a node answers its operator. A PeerRefused raised here reaches the caller as one."""
@@ -378,6 +382,7 @@ def _path(service: Any, method: str) -> str:
 
 # What gRPC says of a handshake that failed, by a part of it, and what that means.
 _HANDSHAKES = (
+    ("http1.x server", "a web server is there (a dashboard?), not a node"),
     ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
     ("Hostname Verification Check failed", "its certificate names another node or another run"),
@@ -410,8 +415,8 @@ class _Connection:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
         self.unary: dict[str, Callable[..., Awaitable[Any]]] = {}
-        services = ((PEER, None), (STATUS, {"GetStatus", "ListPeers"}), (CONTROL, None))
-        for service, names in services:
+        asked = {"GetStatus", "ListPeers", "GetHistory"}
+        for service, names in ((PEER, None), (STATUS, asked), (CONTROL, None)):
             for method in service.methods:
                 if method.server_streaming or (names and method.name not in names):
                     continue
@@ -614,6 +619,14 @@ class GrpcLink:
     async def control(self, verb: str, request: Any, timeout: float) -> Any:
         """Tell the node something, as its operator: a call of the service Control by its name."""
         return await self._call(verb, request, timeout)
+
+    async def get_history(
+        self, after: int | None, limit: int, timeout: float
+    ) -> Sequence[pb.HistoryPoint]:
+        """At most ``limit`` points of the node's steps after step ``after``, of all if None."""
+        request = pb.GetHistoryRequest(after=after, limit=limit)
+        reply: pb.HistoryReply = await self._call("GetHistory", request, timeout)
+        return reply.points
 
     async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
         """The node's status, again and again until it ends."""
@@ -996,6 +1009,15 @@ def _status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.Generic
     async def peers(_: pb.ListPeersRequest, context: grpc.aio.ServicerContext) -> Any:
         return pb.ListPeersReply(peers=(await get(pb.GetStatusRequest(), context)).peers)
 
+    async def history(
+        request: pb.GetHistoryRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HistoryReply:
+        try:
+            admitted(context, guard)
+        except PeerError as error:
+            await _refuse(context, error)
+        return await status.get_history(request)
+
     async def watch(
         request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.NodeStatus]:
@@ -1019,6 +1041,9 @@ def _status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.Generic
             ),
             "ListPeers": grpc.unary_unary_rpc_method_handler(
                 peers, pb.ListPeersRequest.FromString, pb.ListPeersReply.SerializeToString
+            ),
+            "GetHistory": grpc.unary_unary_rpc_method_handler(
+                history, pb.GetHistoryRequest.FromString, pb.HistoryReply.SerializeToString
             ),
             "WatchStatus": grpc.unary_stream_rpc_method_handler(
                 watch, pb.WatchStatusRequest.FromString, pb.NodeStatus.SerializeToString

@@ -298,6 +298,20 @@ async def test_an_operator_is_no_member(run):
         await link.close()
 
 
+async def test_a_nodes_past_is_told_to_who_is_admitted(run):
+    """GetHistory answers as GetStatus does: not whoever has a certificate and is not allowed."""
+    async with listening(run.guard("alice", allow=("bob",))) as (_, address):
+        told = GrpcLink(address, credentials=run.guard("bob").credentials())
+        assert await told.get_history(None, 9, 5)
+        await told.close()
+        link = GrpcLink(address, credentials=naive(run, "eve").credentials())
+        for call in (link.get_history(None, 9, 5), link.get_status(5)):
+            with pytest.raises(PeerRefused) as caught:
+                await call
+            assert caught.value.reason == "not_allowed"
+        await link.close()
+
+
 async def test_who_answers_is_who_it_says(run):
     """A member that says it is another is not believed, nor one that took another's place."""
     bob = run.guard("bob")
