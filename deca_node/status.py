@@ -1,7 +1,8 @@
 """A node's status for people (rich) and for scripts (plain dicts)."""
 
+import datetime as dt
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from google.protobuf.message import Message
@@ -20,6 +21,7 @@ _STATE_STYLES = {
     "gone": "red",
     "refused": "red",
 }
+PEER_STATES = frozenset({*_STATE_STYLES, "done"})
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 140
 
@@ -109,6 +111,7 @@ def render(status: pb.NodeStatus) -> RenderableType:
     facts.add_row("sent", f"{size(status.bytes_sent)}  {rate(status.send_rate)}")
     facts.add_row("received", f"{size(status.bytes_received)}  {rate(status.receive_rate)}")
     facts.add_row("address", Text(f"{status.address}  pid {status.pid}  {status.version}"))
+    facts.add_row("security", _security(status))
     facts.add_row("up", duration(status.uptime_seconds))
     if status.refusals:
         facts.add_row("refused", Text(_reasons(status.refusals), "yellow"))
@@ -117,12 +120,20 @@ def render(status: pb.NodeStatus) -> RenderableType:
     return Group(facts, render_peers(status.peers)) if status.peers else facts
 
 
+def _security(status: pb.NodeStatus) -> Text:
+    if not status.certificate_ends:
+        return Text(status.security, "yellow" if "network" in status.security else "")
+    ends = dt.datetime.fromtimestamp(status.certificate_ends, dt.UTC).strftime("%Y-%m-%d")
+    out = f"  revoked: {', '.join(status.revoked)}" if status.revoked else ""
+    return Text(f"{status.security}, until {ends}{out}")
+
+
 def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
     """What a node knows of its peers."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("peer", "state", "phase"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("weight", "visit", "seen", "sent", "received", "waited", "retries"):
+    for heading in ("weight", "format", "visit", "seen", "sent", "received", "waited", "retries"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("refused", "address", "detail"):
         table.add_column(heading, overflow="fold")
@@ -132,6 +143,7 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
             Text(peer.state, _STATE_STYLES.get(peer.state, "")),
             phase(peer.phase),
             f"{peer.weight:.3f}" if peer.neighbour else "-",
+            Text(peer.wire_format or "-"),
             str(peer.visit),
             f"{duration(peer.last_seen_seconds)} ago",
             _traffic(peer.bytes_sent, peer.send_rate),
@@ -244,8 +256,8 @@ def _reasons(refusals: Mapping[str, int]) -> str:
 # For scripts
 
 
-def as_json(message: Message) -> dict[str, Any]:
-    """A message as plain values, with every field under its name in the .proto.
+def as_json(message: Message, only: Collection[str] | None = None) -> dict[str, Any]:
+    """A message as plain values, with every field (or ``only`` these) under its name in the .proto.
 
     Enums are lower-case words without their prefix, NaN and infinity are None. 64-bit numbers stay
     numbers: protobuf's own JSON mapping would make texts of them.
@@ -253,6 +265,7 @@ def as_json(message: Message) -> dict[str, Any]:
     return {
         field.name: _plain(field, getattr(message, field.name))
         for field in message.DESCRIPTOR.fields
+        if only is None or field.name in only
     }
 
 
