@@ -391,9 +391,9 @@ def run_testbed(
 
     It sets by itself, whatever --config and --set say: node.name, node.host,
     node.port, node.advertise, node.advertise_port, node.output, data.train,
-    run.start_when, network.zeroconf, network.interfaces, network.static_peers. It makes
-    run.name unique. Unless given, network.preset is local and node.threads an
-    equal share.
+    run.start_when, network.zeroconf, network.interfaces, network.static_peers,
+    network.dns_peers. It makes run.name unique. Unless given, network.preset is local and
+    node.threads an equal share.
     """
     if (train is None) == (shards is None):
         raise ConfigError("give either --train FILE or --shards DIR")

@@ -451,6 +451,13 @@ class NetworkSettings(Section):
         "is enough: it names the others.",
         examples=[["host:7430"]],
     )
+    dns_peers: tuple[str, ...] = Field(
+        (),
+        max_length=8,  # each takes a thread while its question is under way
+        description="NAME:PORT of names that stand for all nodes, such as a headless service of "
+        "Kubernetes. They are resolved again and again, and all their addresses called.",
+        examples=[["deca.default.svc.cluster.local:7430"]],
+    )
     overlap: bool = Field(
         True,
         description="While blocks travel, run the next batch through the frozen layers below the "
@@ -507,7 +514,7 @@ class NetworkSettings(Section):
         "neighbour. An edge takes the smaller of its two ends' formats.",
     )
 
-    @field_validator("static_peers")
+    @field_validator("static_peers", "dns_peers")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(checked_address, value))

@@ -49,6 +49,8 @@ MAX_REQUEST_BYTES = 256 << 10
 MAX_STREAMS_PER_CONNECTION = 32
 # Watchers of WatchStatus over all connections.
 MAX_WATCHERS = 64
+# Addresses of one DNS name that are called: those of a run's members, as many as there may be.
+MAX_NAMED_ADDRESSES = MAX_MEMBERS
 # Network names seen by discovery that are kept at once.
 MAX_SIGHTINGS = MAX_CONTACTS
 # Blocks streamed at once to nodes that catch up, over all of them: two fill a link, and one node

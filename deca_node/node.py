@@ -34,6 +34,7 @@ from deca_node.data import (
 )
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
+from deca_node.dns import NamedPeers
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
@@ -95,6 +96,7 @@ class Node:
         self._watchers = 0
         self._member: Member | None = None
         self._discovery: Discovery | None = None
+        self._named: NamedPeers | None = None
         self._left = False
         self._history: History | None = None
         self._kept: KeptBlocks | None = None
@@ -505,6 +507,9 @@ class Node:
             member.swarm.propose(address, lasting=True)
         for address in met_before.values():
             member.swarm.propose(address, lasting=True)
+        self._named = NamedPeers(
+            settings.network.dns_peers, self.timing.browse, member.swarm.propose
+        )
         if settings.network.zeroconf:
             await self._discover(member, port)
 
@@ -525,7 +530,7 @@ class Node:
         try:
             await discovery.start()
         except ListenError as error:
-            if not settings.network.static_peers:
+            if not settings.network.static_peers and not settings.network.dns_peers:
                 raise
             self._standing.warn(str(error))
             return
@@ -533,14 +538,16 @@ class Node:
 
     async def _leave(self) -> None:
         """Take leave of peers and discovery; does nothing the second time."""
-        member, discovery = self._member, self._discovery
-        self._discovery = None
+        member, discovery, named = self._member, self._discovery, self._named
+        self._discovery = self._named = None
         if member is None or self._left:
             return
         self._left = True
         ends = [member.leave(finished=self._standing.progress.finished)]
         if discovery is not None:
             ends.append(discovery.stop())
+        if named is not None:
+            ends.append(named.stop())
         await asyncio.gather(*ends, return_exceptions=True)
 
     async def _evaluate(
@@ -603,7 +610,7 @@ class Node:
                 self._member.swarm.sweep()
                 standing = self._standing
                 met = frozenset(standing.edges.weights) if standing.visit is not None else None
-                self._lookout.look(self._member, self._discovery, met)
+                self._lookout.look(self._member, self._discovery, self._named, met)
             self._report(self.status())
             await happens(self._changed, 1.0)
 
