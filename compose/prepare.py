@@ -1,0 +1,132 @@
+"""What the nodes of docker-compose.yml find when they start; it runs once, before them.
+
+::
+
+    /swarm/swarm.toml, model, test.jsonl   what all nodes share; they can only read it
+    /nodes/node-0/train.jsonl              its own data, in a volume that no other node has
+    /swarm/prepared.json                   the last to be written: says what was prepared
+
+The demo's model and articles come from examples/bbc_demo.py. With DEMO=rehearsal it is a small
+random model instead, and with a swarm.toml in /own it is what that folder holds.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deca_node import rehearsal, template
+from deca_node.partition import write_shards
+
+SWARM, NODES, OWN = Path("/swarm"), Path("/nodes"), Path("/own")
+WORK = SWARM / ".work"  # what an interrupted run leaves is here, and removed by the next
+
+
+def bbc(nodes: int) -> None:
+    """SmolLM2 and four skewed shares of BBC News, as `make demo` has them."""
+    import bbc_demo  # noqa: PLC0415 - needs packages that only the demo has
+    import torch  # noqa: PLC0415
+
+    from deca_node.config import ModelSettings  # noqa: PLC0415
+    from deca_node.models import LanguageModel  # noqa: PLC0415
+
+    source = bbc_demo.find_model()
+    print(f"converting {source.name}", flush=True)
+    cache = WORK / "cache"
+    LanguageModel.load(ModelSettings(path=source, cache=cache), torch.device("cpu"))
+    (converted,) = (path for path in cache.iterdir() if path.is_dir())
+    place_model(converted, source.stem)
+    articles = WORK / "articles.jsonl"
+    bbc_demo.write_articles(articles)
+    share_out(articles, nodes, bbc_demo.CONCENTRATION, bbc_demo.TEST_PER_TOPIC)
+    shutil.copyfile(bbc_demo.HERE / "demo.toml", SWARM / "swarm.toml")
+
+
+def small(nodes: int) -> None:
+    """A random model of 0.9 million parameters, and rows that it can learn."""
+    rehearsal.write_model(WORK / "model", seed=0)
+    place_model(WORK / "model", "rehearsal")
+    rows = WORK / "rows.jsonl"
+    rehearsal.write_data(rows, 2000, seed=0)
+    share_out(rows, nodes, concentration=0.5, test_per_label=50)
+    lines = [f"{key} = {template.value(given)}" for key, given in rehearsal.SETTINGS.items()]
+    (SWARM / "swarm.toml").write_text("\n".join(['run.name = "rehearsal"', *lines, ""]))
+
+
+def own(nodes: int) -> None:
+    """What is in /own: swarm.toml, model/, node-0.jsonl and so on; perhaps test.jsonl."""
+    needed = [OWN / "model", *(OWN / f"node-{number}.jsonl" for number in range(nodes))]
+    if missing := [str(path) for path in needed if not path.exists()]:
+        sys.exit(f"prepare: not there: {', '.join(missing)}; docs/compose.md says what belongs in")
+    shutil.copytree(OWN / "model", WORK / "model")
+    place_model(WORK / "model", "own")
+    for number in range(nodes):
+        shutil.copyfile(OWN / f"node-{number}.jsonl", data_of(number))
+    for name in ("swarm.toml", "test.jsonl"):
+        if (OWN / name).exists():
+            shutil.copyfile(OWN / name, SWARM / name)
+
+
+def place_model(folder: Path, name: str) -> None:
+    """Move a model to where all nodes read it; status shows its name."""
+    shutil.rmtree(SWARM / name, ignore_errors=True)
+    folder.rename(SWARM / name)
+    (SWARM / "model").unlink(missing_ok=True)
+    (SWARM / "model").symlink_to(name)
+
+
+def share_out(rows: Path, nodes: int, concentration: float, test_per_label: int) -> None:
+    """Give each node's volume its share of the rows."""
+    shards = WORK / "shards"
+    counts = write_shards(
+        rows,
+        shards,
+        nodes,
+        concentration,
+        seed=0,
+        label_field="label",
+        test_per_label=test_per_label,
+    )
+    for number, count in enumerate(counts):
+        shutil.copyfile(shards / f"node-{number}.jsonl", data_of(number))
+        print(f"node-{number}: {count}", flush=True)
+    shutil.copyfile(shards / "test.jsonl", SWARM / "test.jsonl")
+
+
+def data_of(number: int) -> Path:
+    """A node's rows, in its own volume."""
+    return NODES / f"node-{number}" / "train.jsonl"
+
+
+def main() -> None:
+    """Prepare what is not there yet; refuse to change a swarm that is."""
+    nodes = int(os.environ["NODES"])
+    demo = os.environ["DEMO"]
+    kinds: dict[str, Callable[[int], None]] = {"bbc": bbc, "rehearsal": small, "own": own}
+    if (OWN / "swarm.toml").exists():
+        demo = "own"
+    if demo not in kinds:
+        sys.exit(f"prepare: DEMO={demo}: use bbc or rehearsal")
+    wanted = {"nodes": nodes, "demo": demo}
+    mark = SWARM / "prepared.json"
+    if mark.exists():
+        found = json.loads(mark.read_text())
+        if found != wanted:
+            sys.exit(
+                f"prepare: the volumes hold a swarm of {found['nodes']} nodes ({found['demo']}), "
+                f"wanted are {nodes} ({demo}); `down --volumes` removes it and its models"
+            )
+        print("prepared already")
+        return
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir()
+    kinds[demo](nodes)
+    shutil.rmtree(WORK)
+    mark.write_text(json.dumps(wanted))
+    print("prepared")
+
+
+if __name__ == "__main__":
+    main()
