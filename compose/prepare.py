@@ -2,7 +2,7 @@
 
 ::
 
-    /swarm/swarm.toml, model, test.jsonl   what all nodes share; they can only read it
+    /swarm/swarm.toml, a model, test rows  what all nodes share; they can only read it
     /nodes/node-0/train.jsonl              its own data, in a volume that no other node has
     /swarm/prepared.json                   the last to be written: says what was prepared
 
@@ -14,10 +14,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from deca_node import rehearsal, template
+from deca_node.config import ModelSettings, flatten
 from deca_node.partition import write_shards
 
 SWARM, NODES, OWN = Path("/swarm"), Path("/nodes"), Path("/own")
@@ -29,7 +32,6 @@ def bbc(nodes: int) -> None:
     import bbc_demo  # noqa: PLC0415 - needs packages that only the demo has
     import torch  # noqa: PLC0415
 
-    from deca_node.config import ModelSettings  # noqa: PLC0415
     from deca_node.models import LanguageModel  # noqa: PLC0415
 
     source = bbc_demo.find_model()
@@ -41,7 +43,10 @@ def bbc(nodes: int) -> None:
     articles = WORK / "articles.jsonl"
     bbc_demo.write_articles(articles)
     share_out(articles, nodes, bbc_demo.CONCENTRATION, bbc_demo.TEST_PER_TOPIC)
-    shutil.copyfile(bbc_demo.HERE / "demo.toml", SWARM / "swarm.toml")
+    settings = tomllib.loads((bbc_demo.HERE / "demo.toml").read_text())
+    write_settings(
+        {**dict(flatten(settings)), "data.test": "test.jsonl", "model.path": source.stem}
+    )
 
 
 def small(nodes: int) -> None:
@@ -51,30 +56,36 @@ def small(nodes: int) -> None:
     rows = WORK / "rows.jsonl"
     rehearsal.write_data(rows, 2000, seed=0)
     share_out(rows, nodes, concentration=0.5, test_per_label=50)
-    lines = [f"{key} = {template.value(given)}" for key, given in rehearsal.SETTINGS.items()]
-    (SWARM / "swarm.toml").write_text("\n".join(['run.name = "rehearsal"', *lines, ""]))
+    labels = {label: label for label in rehearsal.LABELS}
+    places = {"data.test": "test.jsonl", "model.path": "rehearsal"}
+    write_settings({**rehearsal.SETTINGS, "data.labels": labels, **places})
 
 
 def own(nodes: int) -> None:
-    """What is in /own: swarm.toml, model/, node-0.jsonl and so on; perhaps test.jsonl."""
-    needed = [OWN / "model", *(OWN / f"node-{number}.jsonl" for number in range(nodes))]
+    """What is in /own: swarm.toml, node-0.jsonl and so on, and what swarm.toml names."""
+    needed = [OWN / f"node-{number}.jsonl" for number in range(nodes)]
     if missing := [str(path) for path in needed if not path.exists()]:
         sys.exit(f"prepare: not there: {', '.join(missing)}; docs/compose.md says what belongs in")
-    shutil.copytree(OWN / "model", WORK / "model")
-    place_model(WORK / "model", "own")
     for number in range(nodes):
         shutil.copyfile(OWN / f"node-{number}.jsonl", data_of(number))
-    for name in ("swarm.toml", "test.jsonl"):
-        if (OWN / name).exists():
-            shutil.copyfile(OWN / name, SWARM / name)
+    private = {path.name for path in OWN.glob("node-*.jsonl")}
+    for path in OWN.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, SWARM / path.name, dirs_exist_ok=True)
+        elif path.name not in private:
+            shutil.copyfile(path, SWARM / path.name)
 
 
 def place_model(folder: Path, name: str) -> None:
-    """Move a model to where all nodes read it; status shows its name."""
+    """Move a model to where all nodes read it."""
     shutil.rmtree(SWARM / name, ignore_errors=True)
     folder.rename(SWARM / name)
-    (SWARM / "model").unlink(missing_ok=True)
-    (SWARM / "model").symlink_to(name)
+
+
+def write_settings(values: Mapping[str, Any]) -> None:
+    """The file that all nodes read; paths in it are relative to it."""
+    lines = [f"{key} = {template.value(given)}" for key, given in values.items()]
+    (SWARM / "swarm.toml").write_text("\n".join([*lines, ""]))
 
 
 def share_out(rows: Path, nodes: int, concentration: float, test_per_label: int) -> None:

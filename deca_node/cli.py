@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_node import __version__, logs, registry, status, template
+from deca_node import __version__, cli_service, logs, registry, status, template
 from deca_node.config import checked_address, load
 from deca_node.errors import (
     CheckError,
@@ -44,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("install-service")(cli_service.install_service)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; `deca-node init` writes one.")
