@@ -162,6 +162,14 @@ class NodeSettings(Section):
         "port forwarding.",
         examples=[7430],
     )
+    health_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port where the gRPC health service answers besides, in plain text and "
+        "to anybody: for orchestrators, which have no certificate. Unset: none.",
+        examples=[7431],
+    )
     device: Device = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N or mps. auto takes a GPU where there is one.",
@@ -179,6 +187,11 @@ class NodeSettings(Section):
         allow_inf_nan=False,
         description="Seconds between two saves of the block being trained, so that a crash costs "
         "no more; less often where the disk is slow. 0: only at the end of each visit.",
+    )
+    stay: bool = Field(
+        False,
+        description="Go on answering status and health when the run is finished, until a signal "
+        "ends the node: for Kubernetes and others that start again whatever ends.",
     )
     output: Path = Field(
         Path("out"),

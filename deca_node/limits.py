@@ -47,6 +47,8 @@ STREAM_WINDOW_BYTES = 8 << 20
 MAX_REQUEST_BYTES = 256 << 10
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
+# Calls answered at once on the port that serves health checks alone: those of an orchestrator.
+MAX_HEALTH_CHECKS = 16
 # Watchers of WatchStatus over all connections.
 MAX_WATCHERS = 64
 # Addresses of one DNS name that are called: those of a run's members, as many as there may be.

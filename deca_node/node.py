@@ -88,7 +88,10 @@ class Node:
         self._log = log
         self._report = progress or (lambda _: None)
         self._transport = transport or GrpcTransport(
-            settings.node.host, settings.node.port, patience=self.timing.step_deadline
+            settings.node.host,
+            settings.node.port,
+            patience=self.timing.step_deadline,
+            health_port=settings.node.health_port,
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
         self._standing = Standing(settings, log)
@@ -133,7 +136,8 @@ class Node:
             except Stopped:
                 return False
             finally:
-                self._enter(Phase.DONE if self._standing.phase == Phase.SERVING else Phase.STOPPING)
+                ended = self._standing.phase in (Phase.SERVING, Phase.DONE)
+                self._enter(Phase.DONE if ended else Phase.STOPPING)
 
     def stop(self) -> None:
         """End the run soon, its state saved (SIGTERM, SIGINT)."""
@@ -188,6 +192,7 @@ class Node:
                 "this run is finished; set node.output to a new folder to run again",
                 model=str(settings.node.output / "model"),
             )
+            await self._stay()
             return True
 
         batches = BatchStream(
@@ -271,6 +276,7 @@ class Node:
                 self._log.info("stopped in the agreement, state saved")
                 return False
         await self._finish(member, kept, model, test, completions, counts, agreement)
+        await self._stay()
         return True
 
     def _is_agreement_due(self) -> bool:
@@ -414,6 +420,14 @@ class Node:
         standing.waiting_for = ""
         note = {"note": model.note} if model.note else {}
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1), **note)
+
+    async def _stay(self) -> None:
+        """Where that is wanted, answer status until a signal: the run is finished."""
+        if self.settings.node.stay:
+            await self._leave()
+            self._enter(Phase.DONE)
+            self._standing.waiting_for = "a signal to end"
+            await self._stopping.wait()
 
     async def _until_there_is_room(self, write: Callable[[], None]) -> None:
         """Write what the run was for; a full disk is waited for, as nothing else is left to do.

@@ -24,6 +24,7 @@ from deca_node.errors import (
     known_reason,
 )
 from deca_node.limits import (
+    MAX_HEALTH_CHECKS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
     MAX_REASON_BYTES,
@@ -368,6 +369,7 @@ class GrpcTransport:
         port: 0 takes a free one.
         credentials: for both directions; without them nothing is encrypted.
         patience: seconds that a reader may take for one message of a stream.
+        health_port: where the health service answers besides, alone and always in plain text.
     """
 
     def __init__(
@@ -376,11 +378,14 @@ class GrpcTransport:
         port: int,
         credentials: Credentials | None = None,
         patience: float = 60.0,
+        health_port: int | None = None,
     ) -> None:
         self._host, self._port = host, port
         self._credentials = credentials
         self._patience = patience
+        self._health_port = health_port
         self._server: grpc.aio.Server | None = None
+        self._health_server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
     async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
@@ -411,7 +416,29 @@ class GrpcTransport:
         self._server = server
         for name in ("", PEER.full_name, STATUS.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self._health_port is not None:
+            await self._listen_health(host, self._health_port)
         return int(port)
+
+    async def _listen_health(self, host: str, port: int) -> None:
+        """For those who have no certificate, such as a kubelet: whether this node serves."""
+        check = grpc.unary_unary_rpc_method_handler(
+            self._health.Check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        server = grpc.aio.server(options=_SERVER, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
+        )
+        try:
+            taken = server.add_insecure_port(f"{host}:{port}") == 0
+        except RuntimeError:
+            taken = True
+        if taken:
+            raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
+        await server.start()
+        self._health_server = server
 
     def link(self, address: str) -> GrpcLink:
         """See Transport."""
@@ -420,8 +447,9 @@ class GrpcTransport:
     async def close(self, grace: float) -> None:
         """See Transport."""
         await self._health.enter_graceful_shutdown()
-        if self._server is not None:
-            await self._server.stop(grace)
+        for server in (self._server, self._health_server):
+            if server is not None:
+                await server.stop(grace)
 
 
 def _host_of(peer: str) -> str:
