@@ -21,7 +21,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deca_node import __version__, cli_service, logs, registry, status, template
+from deca_node import (
+    __version__,
+    access,
+    cli_service,
+    cli_swarm,
+    logs,
+    registry,
+    status,
+    template,
+)
 from deca_node.config import checked_address, load
 from deca_node.errors import (
     CheckError,
@@ -46,6 +55,8 @@ app = typer.Typer(
 )
 app.command("install-service")(cli_service.install_service)
 
+app.add_typer(cli_swarm.app, name="swarm")
+
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; `deca-node init` writes one.")
 ]
@@ -56,6 +67,10 @@ SetOption = Annotated[
 AddressArgument = Annotated[
     str | None,
     typer.Argument(metavar="[HOST:PORT]", help="A node; else those of this machine."),
+]
+TrustOption = Annotated[
+    Path | None,
+    typer.Option("--trust", help="Trust folder to ask with; else that of the node's run."),
 ]
 JsonOption = Annotated[
     bool,
@@ -205,16 +220,20 @@ def show_status(
     address: AddressArgument = None,
     as_json: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until interrupted.")] = False,
+    trust: TrustOption = None,
 ) -> None:
     """Show what a node, or all nodes of this machine, are doing."""
     where = _addresses(address)
-    asyncio.run(_show(where, as_json=as_json, single=address is not None, watch=watch))
+    single = address is not None
+    asyncio.run(_show(where, trust, as_json=as_json, single=single, watch=watch))
 
 
 @app.command()
-def peers(address: AddressArgument = None, as_json: JsonOption = False) -> None:
+def peers(
+    address: AddressArgument = None, as_json: JsonOption = False, trust: TrustOption = None
+) -> None:
     """Show what a node, or each node of this machine, knows of its peers."""
-    found = asyncio.run(_ask(_addresses(address)))
+    found = asyncio.run(_ask(_addresses(address), trust))
     if as_json:
         nodes = [
             {
@@ -246,9 +265,11 @@ def _addresses(given: str | None) -> list[str]:
     return found
 
 
-async def _show(where: list[str], *, as_json: bool, single: bool, watch: bool) -> None:
+async def _show(
+    where: list[str], trust: Path | None, *, as_json: bool, single: bool, watch: bool
+) -> None:
     console = status.make_console()
-    async with aclosing(_states(where, watch=watch)) as states:
+    async with aclosing(_states(where, trust, watch=watch)) as states:
         if as_json:
             async for now in states:
                 tree = [status.as_json(one) for one in now]
@@ -268,11 +289,14 @@ def _rendered(states: list[pb.NodeStatus]) -> RenderableType:
     return status.render_swarm({f"{one.run}/{one.node}": one for one in states})
 
 
-async def _states(where: list[str], *, watch: bool) -> AsyncGenerator[list[pb.NodeStatus]]:
+async def _states(
+    where: list[str], trust: Path | None, *, watch: bool
+) -> AsyncGenerator[list[pb.NodeStatus]]:
     if not watch:
-        yield await _ask(where)
+        yield await _ask(where, trust)
     elif len(where) == 1:
-        link = GrpcLink(where[0])
+        shown = await access.credentials(where, trust)
+        link = GrpcLink(where[0], credentials=shown.get(where[0]))
         try:
             async for now in link.watch_status(WATCH_SECONDS):
                 yield [now]
@@ -282,18 +306,19 @@ async def _states(where: list[str], *, watch: bool) -> AsyncGenerator[list[pb.No
             await link.close()
     else:
         while True:
-            yield await _ask(where)
+            yield await _ask(where, trust)
             await asyncio.sleep(WATCH_SECONDS)
 
 
-async def _ask(where: list[str]) -> list[pb.NodeStatus]:
+async def _ask(where: list[str], trust: Path | None = None) -> list[pb.NodeStatus]:
     """The status of those that answer; at least one must."""
+    shown = await access.credentials(where, trust)
     if len(where) == 1:
         try:
-            return [await ask_status(where[0], ASK_SECONDS)]
+            return [await ask_status(where[0], ASK_SECONDS, shown.get(where[0]))]
         except PeerError as error:
             raise _unreachable(error) from None
-    answers = await ask_all(where, ASK_SECONDS)
+    answers = await ask_all(where, ASK_SECONDS, shown)
     states = [answer for answer in answers if isinstance(answer, pb.NodeStatus)]
     if not states:
         raise _unreachable(next(one for one in answers if isinstance(one, PeerError)))

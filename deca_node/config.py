@@ -425,6 +425,45 @@ class TopologySettings(Section):
         return self
 
 
+class TrustSettings(Section):
+    """Who may take part: keys and certificates (docs/securing.md)."""
+
+    folder: Path | None = Field(
+        None,
+        description="Folder of the run's certificates and of this machine's keys, outside of "
+        "node.output. Unset: one for each run, ~/.config/deca-node/RUN.",
+        examples=["trust"],
+    )
+    insecure: bool = Field(
+        False,
+        description="true: plain text on the network. Whoever reaches the port can read the "
+        "blocks, join the run and contribute to it; on all nodes of a run or none.",
+    )
+    allow: tuple[Name, ...] = Field(
+        (),
+        description="The only nodes to deal with, by name. Empty: all that the run's authority "
+        "has certified.",
+        examples=[["alice", "bob"]],
+    )
+
+
+def default_trust_folder(run: str) -> Path:
+    """Where a run's certificates are, unless trust.folder says otherwise."""
+    home = os.environ.get("XDG_CONFIG_HOME", "")
+    base = Path(home) if Path(home).is_absolute() else Path("~/.config").expanduser()
+    return base / "deca-node" / run
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class ConsensusSettings(Section):
     """The agreement after the last round, which brings all nodes to one model."""
 
@@ -592,12 +631,27 @@ class Settings(BaseSettings):
     topology: TopologySettings = TopologySettings()
     consensus: ConsensusSettings = ConsensusSettings()
     network: NetworkSettings = NetworkSettings()
+    trust: TrustSettings = TrustSettings()
 
     @model_validator(mode="after")
     def _fit_the_method(self) -> "Settings":
         if wrong := _unfit(self):
             raise ValueError(wrong)
+        output = self.node.output.absolute()
+        if self.needs_trust() and self.trust_folder().absolute().is_relative_to(output):
+            raise ValueError(
+                f"trust.folder = {self.trust_folder()}: lies within node.output, which is for "
+                "models that may be given away; set it elsewhere"
+            )
         return self
+
+    def trust_folder(self) -> Path:
+        """Of this run, on this machine."""
+        return self.trust.folder or default_trust_folder(self.run.name)
+
+    def needs_trust(self) -> bool:
+        """Whether connections are made under TLS; on this machine alone they need not be."""
+        return not self.trust.insecure and not is_loopback(self.node.host)
 
     def timing(self) -> Timing:
         """The preset's timing with the settings that were given in its place."""

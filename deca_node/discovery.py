@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import ifaddr
@@ -284,3 +284,63 @@ class Discovery:
     def _keep(self, task: Any) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+# Invitations
+
+JOIN_TYPE = "_deca-join._tcp.local."
+
+
+@contextlib.asynccontextmanager
+async def inviting(run: str, port: int, addresses: Sequence[str]) -> AsyncGenerator[None]:
+    """Announce an invitation; where multicast does not work, its token must say where it is."""
+    digest = hashlib.sha256(f"{run}/{port}/{addresses}".encode()).hexdigest()[:8]
+    info = AsyncServiceInfo(
+        JOIN_TYPE,
+        f"{run}-{digest}.{JOIN_TYPE}",
+        port=port,
+        parsed_addresses=list(addresses),
+        properties={"run": run},
+        server=f"{run}-{digest}.local.",
+    )
+    zeroconf = None
+    try:
+        zeroconf = AsyncZeroconf(ip_version=IPVersion.V4Only)
+        await zeroconf.async_register_service(info, cooperating_responders=True)
+    except _TROUBLE as error:
+        _log.debug("the invitation is not announced", reason=str(error))
+    try:
+        yield
+    finally:
+        if zeroconf is not None:
+            with contextlib.suppress(TimeoutError, OSError):
+                await asyncio.wait_for(zeroconf.async_unregister_all_services(), WITHDRAW_SECONDS)
+            await zeroconf.async_close()
+
+
+async def inviters(run: str, seconds: float) -> list[str]:
+    """Where invitations to a run are announced, HOST:PORT; looks for so long."""
+    found: list[str] = []
+    names: set[str] = set()
+
+    def seen(*, name: str, state_change: ServiceStateChange, **_: Any) -> None:
+        if state_change is not ServiceStateChange.Removed and len(names) < MAX_SIGHTINGS:
+            names.add(name)
+
+    try:
+        zeroconf = AsyncZeroconf(ip_version=IPVersion.V4Only)
+    except _TROUBLE:
+        return []
+    browser = AsyncServiceBrowser(zeroconf.zeroconf, JOIN_TYPE, handlers=[seen])
+    try:
+        await asyncio.sleep(seconds)
+        for name in names:
+            info = AsyncServiceInfo(JOIN_TYPE, name)
+            heard = await info.async_request(zeroconf.zeroconf, RESOLVE_MS)
+            if heard and info.port and info.properties.get(b"run") == run.encode():
+                at = info.parsed_addresses(IPVersion.V4Only)[:MAX_ADDRESSES]
+                found += [f"{address}:{info.port}" for address in at]
+    finally:
+        await browser.async_cancel()
+        await zeroconf.async_close()
+    return found

@@ -13,6 +13,7 @@
     ├── DiskFullError                 9      the disk has no room for what must be written
     ├── SwarmError                   10      a testbed's node failed, or a swarm died of chaos
     ├── CheckError                   11      a check of deca-node doctor failed
+    ├── TrustError                   12      a key, certificate or invitation is missing or no good
     └── PeerError                     -      a peer's fault: counted, never ends a run
         ├── PeerUnavailable                  nobody answers, or the connection broke
         ├── PeerTimeout                      it did not answer in time
@@ -90,6 +91,12 @@ class CheckError(DecaError):
     exit_code = 11
 
 
+class TrustError(DecaError):
+    """A key, a certificate or an invitation is missing, damaged, expired or another run's."""
+
+    exit_code = 12
+
+
 # The words under which peers' faults and refusals are counted. A peer cannot add one.
 REASONS = frozenset(
     {
@@ -101,6 +108,9 @@ REASONS = frozenset(
         *("settings_differ", "name_taken", "full", "unmet"),
         *("bad_list", "digest", "too_many_transfers", "too_slow"),
         *("bad_format", "wrong_base", "bad_scale"),
+        # Of certificates: one that is missing, over, taken back, not on the list, or another's.
+        *("no_certificate", "expired", "revoked", "not_allowed", "impostor", "not_a_node"),
+        *("bad_request", "not_due", "no_authority"),
     }
 )
 

@@ -67,7 +67,24 @@ MAX_QUEUED_TRANSFERS = 64
 MIN_TRANSFER_RATE = 16_384
 # Revoked nodes of a run that are remembered: each is a name and a signature of 72 bytes.
 MAX_REVOKED = 4 * MAX_MEMBERS
+# Of their list on disk, whose signatures are hexadecimal.
+MAX_REVOKED_BYTES = MAX_REVOKED * 256
 # Longest invitation: a fingerprint, a secret, a run's name and a few addresses, in base64.
 MAX_TOKEN_BYTES = 2048
 # Addresses of the inviter that an invitation names.
 MAX_TOKEN_ADDRESSES = 4
+# Longest certificate, or request for one, that is read: ours have 900 bytes.
+MAX_CERTIFICATE_BYTES = 4096
+# A connection that has not ended its TLS handshake by then is closed: one takes milliseconds of
+# computing and three trips.
+HANDSHAKE_SECONDS = 10
+# Connections that a node accepts at once: each member has two (one by the run's name, one by ours)
+# and may be reconnecting, and people look at status.
+MAX_CONNECTIONS = 4 * MAX_MEMBERS
+# What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
+MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
+# Callers that an inviter hears at once.
+MAX_JOINERS = 16
+# Wrong secrets until an invitation ends. None of them could have been right by chance (128 bits),
+# but a person who waits should know.
+MAX_JOIN_ATTEMPTS = 16

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from deca_node.errors import ListenError, PeerTimeout, PeerUnavailable
+from deca_node.errors import ListenError, PeerRefused, PeerTimeout, PeerUnavailable
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Handler, StatusHandler
 
@@ -136,6 +136,11 @@ class LoopbackLink:
     async def list_blocks(self, request: pb.ListBlocksRequest, timeout: float) -> pb.BlockList:
         """See Link."""
         return await self._unary("ListBlocks", request, timeout, lambda h: h.list_blocks(request))
+
+    async def renew(self, request: bytes, timeout: float) -> bytes:
+        """See Link: nobody has certificates here."""
+        del request, timeout
+        raise PeerRefused("no_authority", f"{self._target}: there are no certificates here")
 
     def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
         """See Link."""

@@ -21,7 +21,7 @@ from deca_node.agreement import Agreeing, Agreement, BlockAgreement
 from deca_node.blocks import Schedule, Visit
 from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
-from deca_node.config import Settings
+from deca_node.config import Settings, is_loopback
 from deca_node.consensus import Plan
 from deca_node.data import (
     BatchStream,
@@ -38,7 +38,9 @@ from deca_node.dns import NamedPeers
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
+from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
+from deca_node.keyring import Keyring
 from deca_node.limits import MAX_MEMBERS, MAX_WATCHERS
 from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
@@ -53,6 +55,7 @@ from deca_node.standing import Standing
 from deca_node.swarm import Identity
 from deca_node.topology import TopologySpec
 from deca_node.transport import GrpcTransport, Transport
+from deca_node.upkeep import Upkeep
 from deca_node.waiting import happens
 from deca_node.worker import Stopped, TrainingThread, unless_stopped
 
@@ -87,14 +90,23 @@ class Node:
         self.timing = settings.timing()
         self._log = log
         self._report = progress or (lambda _: None)
+        self._guard = None
+        if transport is None and settings.needs_trust():
+            keyring = Keyring.of_run(settings.trust_folder(), settings.run.name)
+            self._guard = Guard(keyring, settings.node.name, settings.trust.allow)
         self._transport = transport or GrpcTransport(
             settings.node.host,
             settings.node.port,
+            self._guard,
             patience=self.timing.step_deadline,
             health_port=settings.node.health_port,
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
         self._standing = Standing(settings, log)
+        self._standing.guard = self._guard
+        self._upkeep = (
+            Upkeep(self._guard, self._standing.warn, log) if self._guard is not None else None
+        )
         self._lookout = Lookout(settings, log)
         self._watchers = 0
         self._member: Member | None = None
@@ -131,6 +143,8 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             ticker = asyncio.create_task(self._tick())
             stack.callback(ticker.cancel)
+            if self._upkeep is not None:
+                stack.push_async_callback(self._upkeep.end)
             try:
                 return await self._live(stack)
             except Stopped:
@@ -153,12 +167,18 @@ class Node:
         standing.device = pick_device(settings.node.device)
         if settings.node.threads:
             torch.set_num_threads(settings.node.threads)
+        if self._guard is None and not is_loopback(settings.node.host):
+            self._standing.warn(
+                "plain text (trust.insecure): whoever reaches this port can read the blocks, join "
+                "the run and contribute to it"
+            )
         port = await self._transport.listen(self, self)
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
         here = _reachable(settings.node.host)
         called = settings.node.advertise_port or port  # by others
         standing.address = _joined(settings.node.advertise or here, called)
-        entry = _joined(here, port), settings.run.name, settings.node.name
+        trust = str(settings.trust_folder().absolute()) if self._guard is not None else ""
+        entry = _joined(here, port), settings.run.name, settings.node.name, trust
         stack.enter_context(registry.announce(*entry))
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
 
@@ -625,6 +645,8 @@ class Node:
                 standing = self._standing
                 met = frozenset(standing.edges.weights) if standing.visit is not None else None
                 self._lookout.look(self._member, self._discovery, self._named, met)
+            if self._upkeep is not None and not self._left:
+                self._upkeep.look(self._member)
             self._report(self.status())
             await happens(self._changed, 1.0)
 

@@ -21,18 +21,27 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A node of this machine; ``address`` is HOST:PORT as reached from this machine."""
+    """A node of this machine.
+
+    Attributes:
+        address: HOST:PORT as reached from this machine.
+        run: the run's name.
+        node: the node's.
+        pid: of the daemon.
+        trust: its trust folder, empty when it answers in plain text.
+    """
 
     address: str
     run: str
     node: str
     pid: int
+    trust: str = ""
 
 
 @contextlib.contextmanager
-def announce(address: str, run: str, node: str) -> Iterator[None]:
+def announce(address: str, run: str, node: str, trust: str = "") -> Iterator[None]:
     """List this process's node for as long as the context lasts."""
-    entry = Entry(_local(address), run, node, os.getpid())
+    entry = Entry(_local(address), run, node, os.getpid(), trust)
     port = address.rpartition(":")[2]
     try:
         folder = _folder()

@@ -14,7 +14,8 @@ from deca_node import __version__
 from deca_node.blocks import Schedule, Visit
 from deca_node.catchup import Gain
 from deca_node.checkpoint import Progress
-from deca_node.config import Settings
+from deca_node.config import Settings, is_loopback
+from deca_node.guard import Guard
 from deca_node.health import Finding
 from deca_node.member import Member
 from deca_node.membership import Edges, Phase
@@ -45,6 +46,7 @@ class Standing:
         model: its name.
         began: when training began in this process, by the monotonic clock.
         warnings: said once, the latest last.
+        guard: whom it believes; None in plain text.
     """
 
     def __init__(self, settings: Settings, log: Any) -> None:
@@ -65,6 +67,7 @@ class Standing:
         self.model = settings.model.path.name
         self.began: float | None = None
         self.warnings: list[str] = []
+        self.guard: Guard | None = None
 
     def resume(self, progress: Progress) -> None:
         """Go on from what an earlier process kept."""
@@ -122,7 +125,11 @@ class Standing:
             warnings=[*(finding.text for finding in findings), *self.warnings],
             pid=os.getpid(),
             members_wanted=settings.run.start_when,
+            security=self._security(),
         )
+        if self.guard is not None:
+            status.certificate_ends = self.guard.ends
+            status.revoked.extend(sorted(self.guard.revoked))
         if self.device.type == "cuda":
             status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
         if self.schedule is not None:
@@ -135,6 +142,13 @@ class Standing:
             self._add_peers(status, member.swarm)
             _add_catch_up(status, member.catch_up.gain)
         return status
+
+    def _security(self) -> str:
+        if self.guard is not None:
+            return "TLS 1.3, both ends certified"
+        if is_loopback(self._settings.node.host):
+            return "plain text, on this machine only"
+        return "PLAIN TEXT on the network (trust.insecure)"
 
     def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
         visit, step = self.progress.visit, self.progress.step

@@ -52,6 +52,9 @@ REPEAT_SECONDS = 30.0
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
 UNMET = "unmet"
 
+# Why a peer that was revoked is gone.
+REVOKED = "revoked: out of the run"
+
 
 class RateMeter:
     """Mean bytes per second over the last ``window`` seconds."""
@@ -677,6 +680,15 @@ class Swarm:
                 self._update(
                     membership.failed(peer, now, self._timing.gone_after, 0, "no greeting")
                 )
+
+    def put_out(self, name: str) -> None:
+        """A peer was revoked: nothing is asked of it any more, and nothing answered."""
+        known = self.peers.get(name)
+        if known is None or known.detail == REVOKED:
+            return
+        self._links.pop(name, None)
+        gone = membership.departed(known, self._now(), finished=False)
+        self._update(replace(gone, detail=REVOKED))
 
     # --- end
 

@@ -5,10 +5,18 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+# gRPC has no setting for the least version of TLS. It has one for the ciphers of TLS 1.2, and this
+# one needs an RSA certificate, of which a run has none: what is left is TLS 1.3. Read once, when
+# gRPC is loaded.
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
+# Its own lines about handshakes that fail; what they mean for the run is in our own log.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -24,6 +32,8 @@ from deca_node.errors import (
     known_reason,
 )
 from deca_node.limits import (
+    HANDSHAKE_SECONDS,
+    MAX_CONNECTIONS,
     MAX_HEALTH_CHECKS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
@@ -33,7 +43,7 @@ from deca_node.limits import (
     STREAM_WINDOW_BYTES,
 )
 from deca_node.pb import node_pb2 as pb
-from deca_node.trust import holder
+from deca_node.trust import common_name, holder, is_name, node_name
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,10 @@ class Link(Protocol):
         """Take leave."""
         ...
 
+    async def renew(self, request: bytes, timeout: float) -> bytes:
+        """Ask for a new certificate of this node; only who has the authority's key gives one."""
+        ...
+
     async def close(self) -> None:
         """Give up the connection."""
         ...
@@ -154,6 +168,9 @@ class Transport(Protocol):
 # means for the run is in our own report.
 logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 
+# A connection that another has replaced may end the calls under way on it.
+OLD_CONNECTION_SECONDS = 60.0
+
 PEER = pb.DESCRIPTOR.services_by_name["Peer"]
 STATUS = pb.DESCRIPTOR.services_by_name["Status"]
 
@@ -175,6 +192,8 @@ _SERVER = [
     ("grpc.so_reuseport", 0),  # two nodes on one port would share its callers
     ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # under the client's keepalive
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
 ]
 _CLIENT = [
     *_COMMON,
@@ -191,39 +210,97 @@ _CLIENT = [
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a node shows on its connections and whom it believes: TLS with both ends checked.
+    """What is shown on connections, and by whom those of others must be signed. All PEM.
 
     Attributes:
-        key: of this node, PEM.
-        certificate: of this node, PEM.
-        authority: certificates of whom it believes, PEM.
-        name: in the certificates of all nodes, in place of their addresses.
+        key: private.
+        certificate: of the key.
+        authority: certificate of the run's authority.
+        run: the run's name.
     """
 
     key: bytes
     certificate: bytes
     authority: bytes
-    name: str
+    run: str
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        """A channel to a node that must show a certificate, and is shown ours."""
+    def channel(self, address: str, node: str | None = None) -> grpc.aio.Channel:
+        """A channel to a node of the run, or to the one of that name only."""
         ours = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
-        named = ("grpc.ssl_target_name_override", self.name)
+        name = common_name(self.run) if node is None else node_name(self.run, node)
+        named = ("grpc.ssl_target_name_override", name)
         return grpc.aio.secure_channel(address, ours, options=[*_CLIENT, named])
 
-    def listen(self, server: grpc.aio.Server, address: str) -> int:
-        """Open a port for callers that show a certificate; returns its number."""
+    def configuration(self) -> Any:
+        """The same for a server's port."""
         pair = [(self.key, self.certificate)]
-        ours = grpc.ssl_server_credentials(pair, self.authority, require_client_auth=True)
-        return int(server.add_secure_port(address, ours))
+        return grpc.ssl_server_certificate_configuration(pair, self.authority)
+
+
+class Guard(Protocol):
+    """Whom a node believes, beyond what TLS checks when a connection is made."""
+
+    def credentials(self) -> Credentials:
+        """What to show now; another object once it has changed."""
+        ...
+
+    def admit(self, certificate: bytes) -> Caller:
+        """Who shows a certificate (PEM) in a call; PeerRefused when its holder has no say."""
+        ...
+
+    def vouch(self, node: str) -> None:
+        """Raises PeerRefused when a node is not to be called either."""
+        ...
+
+    def digest(self) -> int:
+        """Of the names of revoked nodes, 0 when there are none."""
+        ...
+
+    def revocations(self) -> pb.Revocations:
+        """All that are known."""
+        ...
+
+    def learn(self, told: pb.Revocations) -> None:
+        """Keep those that are new and signed; PeerRefused when one is not signed."""
+        ...
+
+    def renew_for(self, certificate: bytes, request: bytes) -> bytes:
+        """A new certificate for who shows an old one; PeerRefused when it gets none here."""
+        ...
+
+
+def _listen(server: grpc.aio.Server, address: str, guard: Guard) -> int:
+    """Open a port for callers that show a certificate of the run; its number, 0 without success."""
+    shown = guard.credentials()
+
+    def changed() -> Any:
+        nonlocal shown
+        if (now := guard.credentials()) is shown:
+            return None
+        shown = now
+        return now.configuration()
+
+    ours = grpc.dynamic_ssl_server_credentials(
+        shown.configuration(), changed, require_client_authentication=True
+    )
+    return int(server.add_secure_port(address, ours))
 
 
 def _path(service: Any, method: str) -> str:
     return f"/{service.full_name}/{method}"
 
 
+# What gRPC says of a handshake that failed, by a part of it, and what that means.
+_HANDSHAKES = (
+    ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
+    ("Hostname Verification Check failed", "its certificate names another node or another run"),
+)
+
+
 def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
-    details = str(error.details() or "")[:MAX_REASON_BYTES]
+    said = str(error.details() or "")
+    details = next((text for sign, text in _HANDSHAKES if sign in said), said)[:MAX_REASON_BYTES]
     code = error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerTimeout(f"{address}: no answer in time")
@@ -237,51 +314,144 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     return PeerRefused(known_reason(reason), f"{address}: {text}")
 
 
-class GrpcLink:
-    """A channel to one peer, in plain text without credentials."""
+class _Connection:
+    """A channel and the calls that can be made on it."""
 
-    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
-        self.address = address
-        self._closed = False
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=_CLIENT)
-            if credentials is None
-            else credentials.channel(address)
-        )
-        self._unary: dict[str, Callable[..., Awaitable[Any]]] = {}
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.unary: dict[str, Callable[..., Awaitable[Any]]] = {}
         for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers"})):
             for method in service.methods:
                 if method.server_streaming or (names and method.name not in names):
                     continue
-                self._unary[method.name] = self._channel.unary_unary(
+                self.unary[method.name] = channel.unary_unary(
                     _path(service, method.name),
                     request_serializer=GetMessageClass(method.input_type).SerializeToString,
                     response_deserializer=GetMessageClass(method.output_type).FromString,
                 )
         # No deserializer: the payload is read where it lies (wire.parse).
-        self._pull = self._channel.unary_stream(
+        self.pull = channel.unary_stream(
             _path(PEER, "Pull"), request_serializer=pb.PullRequest.SerializeToString
         )
-        self._fetch = self._channel.unary_stream(
+        self.fetch = channel.unary_stream(
             _path(PEER, "FetchBlock"), request_serializer=pb.FetchBlockRequest.SerializeToString
         )
-        self._watch = self._channel.unary_stream(
+        self.watch = channel.unary_stream(
             _path(STATUS, "WatchStatus"),
             request_serializer=pb.WatchStatusRequest.SerializeToString,
             response_deserializer=pb.NodeStatus.FromString,
         )
 
-    async def _call(self, name: str, request: Any, timeout: float) -> Any:
+
+class GrpcLink:
+    """Calls to one address, in plain text without a guard.
+
+    Under TLS the first greeting accepts any node of the run and learns its name; all else goes over
+    a second connection, which that node alone can answer.
+
+    Args:
+        address: HOST:PORT.
+        guard: of the calling node.
+        credentials: in place of a guard, for calls that no node's name matters to.
+    """
+
+    def __init__(
+        self, address: str, guard: Guard | None = None, credentials: Credentials | None = None
+    ) -> None:
+        self.address = address
+        self._guard = guard
+        self._closed = False
+        self._node: str | None = None  # whose certificate the second connection asks for
+        self._uncertain = True  # somebody else may be there now: ask for the name again
+        self._credentials = credentials or (guard.credentials() if guard else None)
+        self._connection = self._connect()
+        self._named = self._connection
+        self._closing: set[asyncio.Task[None]] = set()
+        self._fruitless = 0  # the digest of revocations that told us nothing new
+
+    def _connect(self, node: str | None = None) -> _Connection:
+        if self._credentials is None:
+            return _Connection(grpc.aio.insecure_channel(self.address, options=_CLIENT))
+        return _Connection(self._credentials.channel(self.address, node))
+
+    async def _call(
+        self, name: str, request: Any, timeout: float, connection: _Connection | None = None
+    ) -> Any:
         with self._translated():
-            reply = await self._unary[name](request, timeout=timeout)
+            reply = await (connection or self._proven()).unary[name](request, timeout=timeout)
         if reply is None:  # what grpc gives for bytes that it cannot decode
             raise PeerRefused("malformed", f"{self.address}: not an answer to {name}")
         return reply
 
+    def _proven(self) -> _Connection:
+        """The connection on which only the node that was met can answer."""
+        if self._guard is not None:
+            if self._node is None:
+                raise PeerUnavailable(f"{self.address}: not met yet")
+            self._guard.vouch(self._node)
+        return self._named
+
+    async def _greet(self, guard: Guard, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
+        """Greet, and be sure of who answers."""
+        request.revoked = guard.digest()
+        if guard.credentials() is not self._credentials:  # renewed
+            self._leave(self._connection, self._named)
+            self._credentials = guard.credentials()
+            self._connection = self._named = self._connect()
+            self._node = None
+        try:
+            if self._node is None or self._uncertain:
+                first = await self._call("Hello", request, timeout, self._connection)
+                self._name(guard, first.sender.node)
+            reply: pb.HelloReply = await self._call("Hello", request, timeout)
+        except PeerError:
+            self._uncertain = True
+            raise
+        if reply.sender.node != self._node:
+            raise PeerRefused(
+                "impostor",
+                f"{self.address}: has the certificate of {self._node}, says it is another",
+            )
+        self._uncertain = False
+        if reply.revoked not in (guard.digest(), self._fruitless):
+            told = await self._call("ExchangeRevocations", guard.revocations(), timeout)
+            guard.learn(told)
+            self._fruitless = reply.revoked if reply.revoked != guard.digest() else 0
+            guard.vouch(reply.sender.node)
+        return reply
+
+    def _name(self, guard: Guard, node: str) -> None:
+        """From now on only this node is to answer."""
+        if not is_name(node):
+            raise PeerRefused("bad_name", f"{self.address}: no name of a node")
+        guard.vouch(node)
+        if node != self._node:
+            self._leave(self._named)
+            self._node, self._named = node, self._connect(node)
+
+    def _leave(self, *connections: _Connection) -> None:
+        """Close connections; what is under way on them may end."""
+        for connection in {*connections} - {self._connection}:
+            closing = asyncio.ensure_future(connection.channel.close(OLD_CONNECTION_SECONDS))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
     async def hello(self, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
         """See Link."""
+        if self._guard is not None:
+            return await self._greet(self._guard, request, timeout)
         reply: pb.HelloReply = await self._call("Hello", request, timeout)
         return reply
+
+    async def renew(self, request: bytes, timeout: float) -> bytes:
+        """See Link."""
+        asked = pb.RenewRequest(request=request)
+        reply: pb.RenewReply = await self._call("Renew", asked, timeout)
+        return reply.certificate
+
+    async def exchange_revocations(self, ours: pb.Revocations, timeout: float) -> pb.Revocations:
+        """Tell a node who is out of the run; returns what it knows."""
+        return await self._call("ExchangeRevocations", ours, timeout)  # type: ignore[no-any-return]
 
     async def open_visit(self, request: pb.VisitOffer, timeout: float) -> pb.VisitAnswer:
         """See Link."""
@@ -305,11 +475,11 @@ class GrpcLink:
 
     def pull(self, request: pb.PullRequest, timeout: float) -> AsyncGenerator[bytes]:
         """See Link."""
-        return self._messages(lambda: self._pull(request, timeout=timeout))
+        return self._messages(lambda: self._proven().pull(request, timeout=timeout))
 
     def fetch_block(self, request: pb.FetchBlockRequest, timeout: float) -> AsyncGenerator[bytes]:
         """See Link."""
-        return self._messages(lambda: self._fetch(request, timeout=timeout))
+        return self._messages(lambda: self._proven().fetch(request, timeout=timeout))
 
     async def _messages(self, begin: Callable[[], Any]) -> AsyncGenerator[bytes]:
         with self._translated():
@@ -321,6 +491,7 @@ class GrpcLink:
                     # apart by gRPC's threads meanwhile.
                     coming = asyncio.ensure_future(call.read())
                     await asyncio.sleep(0)  # the task begins
+                    self._proven()  # it may be out of the run since it was asked
                     yield message
             finally:
                 call.cancel()
@@ -346,7 +517,7 @@ class GrpcLink:
 
     async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
         """The node's status, again and again until it ends."""
-        call = self._watch(pb.WatchStatusRequest(interval_seconds=interval))
+        call = self._named.watch(pb.WatchStatusRequest(interval_seconds=interval))
         try:
             async for status in call:
                 yield status
@@ -358,7 +529,10 @@ class GrpcLink:
     async def close(self) -> None:
         """See Link."""
         self._closed = True
-        await self._channel.close()
+        for task in list(self._closing):
+            task.cancel()
+        for connection in {self._connection, self._named}:
+            await connection.channel.close()
 
 
 class GrpcTransport:
@@ -367,7 +541,7 @@ class GrpcTransport:
     Args:
         host: interface address to listen on.
         port: 0 takes a free one.
-        credentials: for both directions; without them nothing is encrypted.
+        guard: whom it believes; without one nothing is encrypted, and anybody is anybody.
         patience: seconds that a reader may take for one message of a stream.
         health_port: where the health service answers besides, alone and always in plain text.
     """
@@ -376,12 +550,12 @@ class GrpcTransport:
         self,
         host: str,
         port: int,
-        credentials: Credentials | None = None,
+        guard: Guard | None = None,
         patience: float = 60.0,
         health_port: int | None = None,
     ) -> None:
         self._host, self._port = host, port
-        self._credentials = credentials
+        self._guard = guard
         self._patience = patience
         self._health_port = health_port
         self._server: grpc.aio.Server | None = None
@@ -391,20 +565,20 @@ class GrpcTransport:
     async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
         """See Transport."""
         server = grpc.aio.server(options=_SERVER)
-        server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience)])
+        server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience, self._guard)])
         names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if status is not None:
-            server.add_generic_rpc_handlers([_status_handlers(status)])
+            server.add_generic_rpc_handlers([_status_handlers(status, self._guard)])
             names.append(STATUS.full_name)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
             address = f"{host}:{self._port}"
-            if self._credentials is None:
+            if self._guard is None:
                 port = server.add_insecure_port(address)
             else:
-                port = self._credentials.listen(server, address)
+                port = _listen(server, address, self._guard)
         except RuntimeError:
             port = 0
         if port == 0:
@@ -442,7 +616,7 @@ class GrpcTransport:
 
     def link(self, address: str) -> GrpcLink:
         """See Transport."""
-        return GrpcLink(address, self._credentials)
+        return GrpcLink(address, self._guard)
 
     async def close(self, grace: float) -> None:
         """See Transport."""
@@ -473,26 +647,95 @@ async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:
     await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.reason}: {error}")
 
 
-def _peer_handlers(handler: Handler, patience: float) -> grpc.GenericRpcHandler:
+def _unary(name: str, call: Callable[..., Awaitable[Any]]) -> Any:
+    kind = PEER.methods_by_name[name]
+    return grpc.unary_unary_rpc_method_handler(
+        call,
+        request_deserializer=GetMessageClass(kind.input_type).FromString,
+        response_serializer=GetMessageClass(kind.output_type).SerializeToString,
+    )
+
+
+def _certificate(context: grpc.aio.ServicerContext) -> bytes:
+    """What the caller has shown, PEM; empty in plain text."""
+    shown = context.auth_context().get("x509_pem_cert", ())
+    return bytes(shown[0]) if shown else b""
+
+
+def admitted(context: grpc.aio.ServicerContext, guard: Guard | None) -> Caller:
+    """Who makes a call, and has a say in the run.
+
+    Raises:
+        PeerRefused: its certificate is over, was taken back, or is not on the list.
+    """
+    caller = caller_of(context)
+    if guard is None or caller.local:
+        return caller
+    # The list of ciphers (above) leaves TLS 1.3 only; this holds where another one has set it.
+    if b"TLSv1.2" in context.auth_context().get("ssl_tls_version", ()):
+        raise PeerRefused("no_certificate", "TLS 1.3 is needed")
+    return guard.admit(_certificate(context))
+
+
+def _speaking(caller: Caller, guard: Guard | None, sender: pb.Sender) -> None:
+    """Raises PeerRefused when a call is made in the name of another node than the caller."""
+    if guard is None:
+        return
+    if caller.node is None:
+        raise PeerRefused("not_a_node", "peers' calls need a node's certificate")
+    if sender.node != caller.node:
+        raise PeerRefused("impostor", f"this is the certificate of {caller.node}")
+
+
+def _peer_handlers(
+    handler: Handler, patience: float, guard: Guard | None
+) -> grpc.GenericRpcHandler:
     def unary(answer: Callable[[Any, str], Awaitable[Any]], name: str) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
+                _speaking(admitted(context, guard), guard, request.sender)
                 return await answer(request, _host_of(context.peer()))
             except PeerError as error:
                 await _refuse(context, error)
 
-        kind = PEER.methods_by_name[name]
-        return grpc.unary_unary_rpc_method_handler(
-            call,
-            request_deserializer=GetMessageClass(kind.input_type).FromString,
-            response_serializer=GetMessageClass(kind.output_type).SerializeToString,
-        )
+        return _unary(name, call)
+
+    async def hello(request: pb.HelloRequest, source: str) -> pb.HelloReply:
+        reply = await handler.hello(request, source)
+        if guard is not None:
+            reply.revoked = guard.digest()
+        return reply
+
+    async def exchange_revocations(
+        request: pb.Revocations, context: grpc.aio.ServicerContext
+    ) -> Any:
+        try:
+            if guard is None:
+                raise PeerRefused("no_certificate", "nobody is known by a certificate here")
+            admitted(context, guard)
+            guard.learn(request)
+            return guard.revocations()
+        except PeerError as error:
+            await _refuse(context, error)
+
+    async def renew(request: pb.RenewRequest, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            if guard is None:
+                raise PeerRefused("no_authority", "there are no certificates here")
+            admitted(context, guard)
+            certificate = guard.renew_for(_certificate(context), request.request)
+            return pb.RenewReply(certificate=certificate)
+        except PeerError as error:
+            await _refuse(context, error)
 
     def stream(answer: Callable[[Any], AsyncGenerator[bytes]], name: str) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
             try:
+                _speaking(admitted(context, guard), guard, request.sender)
                 async with aclosing(answer(request)) as messages:
                     async for message in messages:
+                        if guard is not None:  # it may be out since it asked
+                            guard.vouch(request.sender.node)
                         try:
                             async with asyncio.timeout(patience):
                                 await context.write(message)
@@ -510,32 +753,41 @@ def _peer_handlers(handler: Handler, patience: float) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(
         PEER.full_name,
         {
-            "Hello": unary(handler.hello, "Hello"),
+            "Hello": unary(hello, "Hello"),
             "OpenVisit": unary(lambda request, _: handler.open_visit(request), "OpenVisit"),
             "SettleVisit": unary(lambda request, _: handler.settle_visit(request), "SettleVisit"),
             "Goodbye": unary(lambda request, _: handler.goodbye(request), "Goodbye"),
             "ListBlocks": unary(lambda request, _: handler.list_blocks(request), "ListBlocks"),
             "Pull": stream(handler.pull, "Pull"),
             "FetchBlock": stream(handler.fetch_block, "FetchBlock"),
+            "ExchangeRevocations": _unary("ExchangeRevocations", exchange_revocations),
+            "Renew": _unary("Renew", renew),
         },
     )
 
 
-def _status_handlers(status: StatusHandler) -> grpc.GenericRpcHandler:
-    async def get(_: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.NodeStatus:
-        del context
+def _status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.GenericRpcHandler:
+    async def get(_: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            admitted(context, guard)
+        except PeerError as error:
+            await _refuse(context, error)
         return await status.get_status()
 
     async def peers(_: pb.ListPeersRequest, context: grpc.aio.ServicerContext) -> Any:
-        del context
-        return pb.ListPeersReply(peers=(await status.get_status()).peers)
+        return pb.ListPeersReply(peers=(await get(pb.GetStatusRequest(), context)).peers)
 
     async def watch(
         request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.NodeStatus]:
         try:
+            admitted(context, guard)
+        except PeerError as error:
+            await _refuse(context, error)
+        try:
             async with aclosing(status.watch_status(request.interval_seconds)) as states:
                 async for now in states:
+                    admitted(context, guard)
                     yield now
         except PeerError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
@@ -556,13 +808,15 @@ def _status_handlers(status: StatusHandler) -> grpc.GenericRpcHandler:
     )
 
 
-async def ask_status(address: str, timeout: float) -> pb.NodeStatus:
-    """One node's status.
+async def ask_status(
+    address: str, timeout: float, credentials: Credentials | None = None
+) -> pb.NodeStatus:
+    """One node's status, asked in plain text without credentials.
 
     Raises:
         PeerError: it does not answer as a deca node does.
     """
-    link = GrpcLink(address)
+    link = GrpcLink(address, credentials=credentials)
     try:
         return await asyncio.wait_for(link.get_status(timeout), timeout + 1)
     except TimeoutError:
@@ -571,12 +825,22 @@ async def ask_status(address: str, timeout: float) -> pb.NodeStatus:
         await link.close()
 
 
-async def ask_all(addresses: Sequence[str], timeout: float) -> list[pb.NodeStatus | PeerError]:
-    """Status of several nodes at once; a node that does not answer gives its error."""
+async def ask_all(
+    addresses: Sequence[str],
+    timeout: float,
+    credentials: Mapping[str, Credentials] | None = None,
+) -> list[pb.NodeStatus | PeerError]:
+    """Status of several nodes at once; a node that does not answer gives its error.
+
+    Args:
+        addresses: HOST:PORT each.
+        timeout: seconds.
+        credentials: by address, what to show; all others are asked in plain text.
+    """
 
     async def one(address: str) -> pb.NodeStatus | PeerError:
         try:
-            return await ask_status(address, timeout)
+            return await ask_status(address, timeout, (credentials or {}).get(address))
         except PeerError as error:
             return error
 

@@ -64,7 +64,7 @@ class Contact(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "host", "entry", "version", "time")
+    __slots__ = ("sender", "protocol", "fingerprint", "port", "phase", "visit", "host", "entry", "version", "time", "revoked")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class HelloRequest(_message.Message):
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     protocol: int
     fingerprint: _containers.RepeatedCompositeFieldContainer[FingerprintField]
@@ -85,10 +86,11 @@ class HelloRequest(_message.Message):
     entry: int
     version: str
     time: float
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., host: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ...) -> None: ...
+    revoked: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., port: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., host: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ..., revoked: _Optional[int] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("sender", "protocol", "fingerprint", "phase", "visit", "known", "refusal", "entry", "version", "time", "unreached")
+    __slots__ = ("sender", "protocol", "fingerprint", "phase", "visit", "known", "refusal", "entry", "version", "time", "unreached", "revoked")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +102,7 @@ class HelloReply(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     UNREACHED_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     protocol: int
     fingerprint: _containers.RepeatedCompositeFieldContainer[FingerprintField]
@@ -111,7 +114,8 @@ class HelloReply(_message.Message):
     version: str
     time: float
     unreached: bool
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., refusal: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ..., unreached: bool = ...) -> None: ...
+    revoked: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., protocol: _Optional[int] = ..., fingerprint: _Optional[_Iterable[_Union[FingerprintField, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., known: _Optional[_Iterable[_Union[Contact, _Mapping]]] = ..., refusal: _Optional[str] = ..., entry: _Optional[int] = ..., version: _Optional[str] = ..., time: _Optional[float] = ..., unreached: bool = ..., revoked: _Optional[int] = ...) -> None: ...
 
 class VisitOffer(_message.Message):
     __slots__ = ("sender", "visit", "step", "wire_format")
@@ -239,6 +243,32 @@ class GoodbyeReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Revocation(_message.Message):
+    __slots__ = ("node", "signature")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    signature: bytes
+    def __init__(self, node: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Revocations(_message.Message):
+    __slots__ = ("revoked",)
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    revoked: _containers.RepeatedCompositeFieldContainer[Revocation]
+    def __init__(self, revoked: _Optional[_Iterable[_Union[Revocation, _Mapping]]] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    def __init__(self, request: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("certificate",)
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -260,7 +290,7 @@ class ListPeersReply(_message.Message):
     def __init__(self, peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted", "catch_up_bytes", "catch_up_total")
+    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted", "catch_up_bytes", "catch_up_total", "security", "certificate_ends", "revoked")
     class RefusalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +336,9 @@ class NodeStatus(_message.Message):
     MEMBERS_WANTED_FIELD_NUMBER: _ClassVar[int]
     CATCH_UP_BYTES_FIELD_NUMBER: _ClassVar[int]
     CATCH_UP_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SECURITY_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_ENDS_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     run: str
     node: str
     version: str
@@ -344,7 +377,10 @@ class NodeStatus(_message.Message):
     members_wanted: int
     catch_up_bytes: int
     catch_up_total: int
-    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ..., catch_up_bytes: _Optional[int] = ..., catch_up_total: _Optional[int] = ...) -> None: ...
+    security: str
+    certificate_ends: float
+    revoked: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ..., catch_up_bytes: _Optional[int] = ..., catch_up_total: _Optional[int] = ..., security: _Optional[str] = ..., certificate_ends: _Optional[float] = ..., revoked: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
     __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail", "send_rate", "receive_rate", "waited_seconds", "retries")

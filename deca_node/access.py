@@ -1,0 +1,84 @@
+"""With what a person's verb asks a node: certificates where the node wants them."""
+
+import asyncio
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
+
+from deca_node import identity, registry
+from deca_node.config import default_trust_folder
+from deca_node.errors import TrustError, UnreachableError
+from deca_node.guard import Visitor
+from deca_node.keyring import Keyring
+from deca_node.transport import Credentials
+
+PROBE_SECONDS = 3.0
+
+
+async def credentials(
+    addresses: Iterable[str], trust: Path | None = None
+) -> dict[str, Credentials]:
+    """What to show at each address; those that answer in plain text are left out.
+
+    Args:
+        addresses: HOST:PORT each.
+        trust: the trust folder to use everywhere, whatever answers; None finds out for each.
+
+    Raises:
+        TrustError: a node wants a certificate, and there is none here.
+        UnreachableError: something else answers.
+    """
+    if trust is not None:
+        shown = Visitor(Keyring(trust)).credentials()
+        return dict.fromkeys(addresses, shown)
+    here = {entry.address: entry.trust for entry in registry.local_nodes()}
+    found = {}
+    for address in addresses:
+        if address in here:
+            folder = Path(here[address]) if here[address] else None
+        else:
+            folder = await _folder(address)
+        if folder is not None:
+            found[address] = Visitor(Keyring(folder)).credentials()
+    return found
+
+
+async def _folder(address: str) -> Path | None:
+    """The trust folder for a node elsewhere: of the run that its certificate names.
+
+    The name is not believed for more than that: the folder's authority decides who answers.
+    """
+    shown = await _certificate(address)
+    if shown is None:
+        return None
+    try:
+        holder = identity.read(identity.to_pem(shown)).holder
+    except TrustError:
+        holder = None
+    if holder is None:
+        raise UnreachableError(f"{address}: answers under TLS, but not as a deca-node")
+    folder = default_trust_folder(holder.run)
+    if not folder.exists():
+        raise TrustError(
+            f"{address}: is a node of run {holder.run!r} and answers its members only; give its "
+            f"trust folder with --trust, or have one in {folder}"
+        )
+    return folder
+
+
+async def _certificate(address: str) -> bytes | None:
+    """What whoever answers shows (DER); None when it does not speak TLS, or nobody answers."""
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    anybody.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            _, writer = await asyncio.open_connection(
+                host.strip("[]"), int(port), ssl=anybody, server_hostname=""
+            )
+    except OSError:
+        return None
+    shown: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return shown

@@ -1,0 +1,393 @@
+"""The verbs of ``deca-node swarm``: who belongs to a run, and how a machine gets in and out."""
+
+import asyncio
+import datetime as dt
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from deca_node import identity, pairing, status
+from deca_node.config import checked_address, default_node_name, default_trust_folder, load
+from deca_node.discovery import inviters, inviting, own_addresses
+from deca_node.errors import ConfigError, PeerError, TrustError, UnreachableError
+from deca_node.guard import Visitor
+from deca_node.identity import Authority
+from deca_node.keyring import Keyring, Pair, lifetime_days
+from deca_node.limits import MAX_REVOKED, MAX_TOKEN_ADDRESSES
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import GrpcLink
+from deca_node.trust import Certificate, Invitation, is_name, is_renewal_due, read_token, token
+
+app = typer.Typer(
+    help="Who belongs to a run: certificates, invitations, revocations (docs/securing.md).",
+    no_args_is_help=True,
+)
+
+DAYS = 365.0
+# How long an invitation is looked for on the local network.
+LOOK_SECONDS = 4.0
+TELL_SECONDS = 5.0
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="A node's settings, for run, name and trust.folder."),
+]
+RunOption = Annotated[str | None, typer.Option("--run", help="The run; else that of --config.")]
+TrustOption = Annotated[
+    Path | None,
+    typer.Option("--trust", help="The trust folder; else trust.folder, or the run's default."),
+]
+NodeOption = Annotated[
+    str | None,
+    typer.Option("--node", help="The node's name; else that of --config, or this machine's."),
+]
+DaysOption = Annotated[
+    float, typer.Option("--days", min=0.001, max=3650, help="That certificates are good for.")
+]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which run, which node, which folder a verb is about."""
+
+    run: str
+    node: str
+    folder: Path
+
+    def keyring(self) -> Keyring:
+        return Keyring.of_run(self.folder, self.run)
+
+
+def _place(config: Path | None, run: str | None, node: str | None, folder: Path | None) -> _Place:
+    settings = load(config) if config is not None else None
+    if folder is not None and run is None and settings is None:
+        run = Keyring(folder).run
+    run = run or (settings.run.name if settings else "deca")
+    node = node or (settings.node.name if settings else default_node_name())
+    for name in (run, node):
+        if not is_name(name):
+            raise ConfigError(f"{name!r}: a name has 1 to 48 characters of a-z, 0-9 and -")
+    if folder is None and settings is not None and settings.run.name == run:
+        folder = settings.trust_folder()
+    return _Place(run, node, folder or default_trust_folder(run))
+
+
+@app.command()
+def init(
+    config: ConfigOption = None,
+    run: RunOption = None,
+    node: NodeOption = None,
+    trust: TrustOption = None,
+    days: DaysOption = DAYS,
+) -> None:
+    """Make a run's authority here, an operator's certificate, and one for this machine's node.
+
+    Once for a run, on one machine. Whoever has the file authority.key can let others in.
+    """
+    place = _place(config, run or ("deca" if config is None else None), node, trust)
+    if (place.folder / "authority.pem").exists():
+        raise TrustError(
+            f"{place.folder} has an authority already; see it with `deca-node swarm show`, let "
+            "others in with `deca-node swarm invite`"
+        )
+    now = time.time()
+    authority = Authority.new(place.run, now)
+    keyring = Keyring.made(place.folder, authority.certificate)
+    keyring.keep_authority(authority)
+    key = identity.new_key()
+    shown = authority.issue_operator(identity.new_request(key), now, days)
+    keyring.keep_operator(Pair(key, shown))
+    _certify(keyring, place.node, days)
+    typer.echo(
+        f"run {place.run}: authority, operator and node {place.node} in {place.folder}; let "
+        "another machine in with: deca-node swarm invite"
+        + ("" if place.run == "deca" and trust is None else f" --run {place.run}")
+    )
+
+
+def _certify(keyring: Keyring, node: str, days: float) -> None:
+    key = identity.new_key()
+    certificate = keyring.issue(node, identity.new_request(key), time.time(), days)
+    keyring.keep_node(node, Pair(key, certificate))
+
+
+def _seconds(text: str) -> float:
+    """Of ``10m``, ``90s``, ``2h``."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        seconds = float(text[:-1]) * units[text[-1]]
+    except (ValueError, KeyError, IndexError):
+        raise typer.BadParameter("write it as 90s, 10m or 2h") from None
+    if not 1 <= seconds <= 86400:
+        raise typer.BadParameter("between 1s and 24h")
+    return seconds
+
+
+@app.command()
+def invite(
+    config: ConfigOption = None,
+    run: RunOption = None,
+    trust: TrustOption = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            "--node",
+            help="Whom it is for, also one that was in the run before; else the joiner's choice.",
+        ),
+    ] = None,
+    ttl: Annotated[str, typer.Option("--ttl", help="How long it is good for: 90s, 10m, 2h.")] = (
+        "10m"
+    ),
+    days: DaysOption = DAYS,
+    host: Annotated[str, typer.Option("--host", help="Address to wait at.")] = "0.0.0.0",  # noqa: S104
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to wait at; 0: a free one.")
+    ] = 0,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            "--advertise", metavar="HOST:PORT", help="Where the joiner calls, behind NAT."
+        ),
+    ] = None,
+) -> None:
+    """Print what another machine must run to join, and wait for it.
+
+    What is printed is good once and for a short time. Whoever has it can join: send it over a
+    channel that others do not read.
+    """
+    place = _place(config, run, node, trust)
+    terms = pairing.Terms(node, days, _seconds(ttl))
+    if advertise is not None:
+        _checked(advertise)
+    name = asyncio.run(_invite(place.keyring(), terms, host, port, advertise))
+    typer.echo(f"{name} has joined run {place.run}", err=True)
+
+
+async def _invite(
+    keyring: Keyring, terms: pairing.Terms, host: str, port: int, advertise: str | None
+) -> str:
+    inviter = pairing.Inviter(keyring, terms, lambda text: typer.echo(text, err=True))
+    port = await inviter.listen(host, port)
+    own = await asyncio.to_thread(own_addresses, host)
+    where = [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in own]
+    where = ([advertise] if advertise else where)[:MAX_TOKEN_ADDRESSES]
+    word = token(inviter.invitation(where))
+    typer.echo(f"deca-node swarm join {word}")
+    typer.echo(
+        f"waiting for {terms.node or 'a machine'} for {terms.ttl / 60:g} min, at "
+        f"{', '.join(where)}; Ctrl-C takes the invitation back",
+        err=True,
+    )
+    async with inviting(keyring.run, port, own):
+        return await inviter.joined()
+
+
+@app.command()
+def join(
+    invitation: Annotated[str, typer.Argument(metavar="TOKEN", help="From `swarm invite`.")],
+    config: ConfigOption = None,
+    node: NodeOption = None,
+    trust: TrustOption = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="HOST:PORT", help="Where the inviter waits, if not as told."),
+    ] = None,
+) -> None:
+    """Make this machine a node of a run, by an invitation."""
+    said = read_token(invitation)
+    place = _place(config, None if config else said.run, node, None)
+    if place.run != said.run:
+        raise TrustError(
+            f"the invitation is to run {said.run!r}, the settings are of {place.run!r}"
+        )
+    folder = trust or place.folder
+    joined = asyncio.run(_join(said, place.node, folder, at))
+    typer.echo(f"node {joined.node} of run {said.run}, in {folder}; now: deca-node start")
+
+
+async def _join(said: Invitation, node: str, folder: Path, at: str | None) -> pairing.Joined:
+    def keyring(authority: bytes) -> Keyring:
+        return Keyring.made(folder, authority)
+
+    if at is not None:
+        return await pairing.join(said, node, keyring, [_checked(at)])
+    try:
+        return await pairing.join(said, node, keyring, said.addresses)
+    except pairing.NobodyError:
+        found = await inviters(said.run, LOOK_SECONDS)
+        if not found:
+            raise
+        return await pairing.join(said, node, keyring, found)
+
+
+def _checked(address: str) -> str:
+    try:
+        return checked_address(address)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+@app.command()
+def issue(
+    node: Annotated[str, typer.Argument(help="Whom it is for.")],
+    to: Annotated[Path, typer.Option("--to", help="A new trust folder, to carry to the machine.")],
+    config: ConfigOption = None,
+    run: RunOption = None,
+    trust: TrustOption = None,
+    days: DaysOption = DAYS,
+) -> None:
+    """Write a trust folder for another machine: for containers and configuration management.
+
+    It holds the node's key: carry it like a password.
+    """
+    place = _place(config, run, node, trust)
+    keyring = place.keyring()
+    if node in keyring.revoked():
+        raise TrustError(f"node {node!r} was revoked for good; use another name")
+    if to.absolute() == place.folder.absolute():
+        _certify(keyring, node, days)
+    else:
+        keyring.open_authority()
+        theirs = Keyring.made(to, keyring.authority)
+        key = identity.new_key()
+        certificate = keyring.issue(node, identity.new_request(key), time.time(), days)
+        theirs.keep_node(node, Pair(key, certificate))
+        theirs.keep_revoked({**theirs.revoked(), **keyring.revoked()})
+    typer.echo(f"wrote {to}: node {node} of run {place.run}")
+
+
+@app.command()
+def renew(
+    config: ConfigOption = None,
+    run: RunOption = None,
+    node: NodeOption = None,
+    trust: TrustOption = None,
+    days: DaysOption = DAYS,
+) -> None:
+    """Renew the operator's certificate and those of this machine's nodes.
+
+    Works where the authority's key is. Other machines' running nodes renew theirs by themselves
+    while a node runs there; for one that was off too long, invite it again with --node NAME.
+    """
+    place = _place(config, run, node, trust)
+    keyring = place.keyring()
+    authority = keyring.open_authority()
+    names = [node] if node else list(keyring.nodes())
+    for name in names:
+        if name in keyring.revoked():
+            raise TrustError(f"node {name!r} was revoked for good")
+        _certify(keyring, name, days)
+    if node is None:
+        key = identity.new_key()
+        shown = authority.issue_operator(identity.new_request(key), time.time(), days)
+        keyring.keep_operator(Pair(key, shown))
+        names.append("operator")
+    typer.echo(f"renewed for {days:g} days: {', '.join(names)}; running nodes take it up")
+
+
+@app.command()
+def revoke(
+    node: Annotated[str, typer.Argument(help="Whom to put out, for good.")],
+    config: ConfigOption = None,
+    run: RunOption = None,
+    trust: TrustOption = None,
+    tell: Annotated[
+        list[str] | None,
+        typer.Option("--tell", metavar="HOST:PORT", help="A node to tell, if none runs here."),
+    ] = None,
+) -> None:
+    """Put a node out of the run for good.
+
+    A node that runs with this trust folder takes it up within a second, and the others from
+    it. The name is never given again; the machine may be invited under another.
+    """
+    place = _place(config, run, node, trust)
+    addresses = [_checked(address) for address in tell or ()]
+    keyring = place.keyring()
+    revoked = keyring.revoked()
+    if node not in revoked:
+        if len(revoked) >= MAX_REVOKED:
+            raise TrustError(f"{MAX_REVOKED} nodes are revoked: make a new authority for the run")
+        keyring.keep_revoked({**revoked, node: keyring.open_authority().revoke(node)})
+    known = "" if node in {*keyring.issued(), *revoked} else " (no such name was issued here)"
+    typer.echo(f"revoked {node} in run {place.run}{known}")
+    for address in addresses:
+        asyncio.run(_tell(keyring, address))
+        typer.echo(f"told {address}")
+
+
+async def _tell(keyring: Keyring, address: str) -> None:
+    link = GrpcLink(address, credentials=Visitor(keyring).credentials())
+    marks = [pb.Revocation(node=n, signature=s) for n, s in keyring.revoked().items()]
+    try:
+        await link.exchange_revocations(pb.Revocations(revoked=marks), TELL_SECONDS)
+    except PeerError as error:
+        raise UnreachableError(f"revoked, but not told to {error}") from None
+    finally:
+        await link.close()
+
+
+@app.command()
+def show(
+    config: ConfigOption = None,
+    run: RunOption = None,
+    trust: TrustOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for scripts.")] = False,
+) -> None:
+    """Show what is in the trust folder: whose certificates, until when, who is revoked."""
+    place = _place(config, run, None, trust)
+    keyring = place.keyring()
+    tree = _described(keyring)
+    if as_json:
+        typer.echo(json.dumps(tree))
+        return
+    where = "with its key" if keyring.has_authority else "its key is on another machine"
+    typer.echo(f"run {keyring.run}, {keyring.folder}, authority {where}")
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("node", "here", "until", ""):
+        table.add_column(column)
+    for row in tree["certificates"]:
+        state = "revoked" if row["revoked"] else row["state"]
+        style = "" if state == "good" else "yellow" if state == "renewal due" else "red"
+        until = dt.datetime.fromtimestamp(row["ends"], dt.UTC).strftime("%Y-%m-%d")
+        here = "yes" if row["here"] else ""
+        table.add_row(Text(row["node"]), here, until, Text(state, style))
+    for name in tree["revoked"]:
+        if name not in {row["node"] for row in tree["certificates"]}:
+            table.add_row(Text(name), "", "", Text("revoked", "red"))
+    status.make_console().print(table)
+
+
+def _described(keyring: Keyring) -> dict[str, Any]:
+    now, revoked, here = time.time(), keyring.revoked(), keyring.nodes()
+    rows = []
+    if keyring.has_operator:
+        rows.append(_row("(operator)", keyring.operator().says, now, here=True, revoked=False))
+    for name, shown in sorted({**keyring.issued(), **here}.items()):
+        rows.append(_row(name, shown, now, here=name in here, revoked=name in revoked))
+    return {
+        "run": keyring.run,
+        "folder": str(keyring.folder),
+        "authority_key": keyring.has_authority,
+        "certificates": rows,
+        "revoked": sorted(revoked),
+    }
+
+
+def _row(name: str, shown: Certificate, now: float, *, here: bool, revoked: bool) -> dict[str, Any]:
+    late = now >= shown.ends
+    state = "expired" if late else "renewal due" if is_renewal_due(shown, now) else "good"
+    return {
+        "node": name,
+        "here": here,
+        "ends": round(shown.ends),
+        "days": round(lifetime_days(shown)),
+        "state": state,
+        "revoked": revoked,
+    }

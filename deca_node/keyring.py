@@ -1,0 +1,339 @@
+"""The trust folder: a run's authority, the certificates of this machine's nodes, their keys.
+
+::
+
+    authority.pem    the authority's certificate, by which all members know each other
+    authority.key    only where the run was made: whoever has it can let anybody in
+    issued/          a copy of each certificate that the authority here has issued
+    nodes/NAME.pem, NAME.key    of a node of this machine
+    operator.pem, operator.key  of a person who may control nodes
+    revoked.json     who is out of the run, each with the authority's signature
+
+Keys have mode 0600 in folders of mode 0700. All files are replaced in one piece.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deca_node import identity
+from deca_node.disk import is_full, sync
+from deca_node.errors import DiskFullError, TrustError
+from deca_node.identity import Authority
+from deca_node.limits import MAX_CERTIFICATE_BYTES, MAX_REVOKED, MAX_REVOKED_BYTES
+from deca_node.trust import Certificate, is_name
+
+AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
+OPERATOR = "operator"
+REVOKED = "revoked.json"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A private key and its certificate, PEM."""
+
+    key: bytes
+    certificate: bytes
+
+    @property
+    def says(self) -> Certificate:
+        """What the certificate says."""
+        return identity.read(self.certificate)
+
+
+class Keyring:
+    """A run's trust folder on this machine.
+
+    Args:
+        folder: where.
+
+    Attributes:
+        authority: its certificate, PEM.
+        run: the run's name.
+
+    Raises:
+        TrustError: there is none, or it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.authority = _read(
+            folder / AUTHORITY,
+            "make the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN); on "
+            "a network whose every machine is trusted, trust.insecure = true does without",
+        )
+        with _at(folder / AUTHORITY):
+            self.run = identity.run_of(self.authority)
+
+    @classmethod
+    def of_run(cls, folder: Path, run: str) -> "Keyring":
+        """The folder of a run that is known by its name.
+
+        Raises:
+            TrustError: there is none, or it is another run's.
+        """
+        keyring = cls(folder)
+        if keyring.run != run:
+            raise TrustError(
+                f"{folder} is of run {keyring.run!r}, not {run!r}; set trust.folder or run.name"
+            )
+        return keyring
+
+    @classmethod
+    def made(cls, folder: Path, authority: bytes) -> "Keyring":
+        """The folder of a run, made if need be.
+
+        Raises:
+            TrustError: it is another run's, or cannot be written.
+        """
+        path = folder / AUTHORITY
+        if path.exists():
+            keyring = cls(folder)
+            if identity.fingerprint(keyring.authority) != identity.fingerprint(authority):
+                raise TrustError(
+                    f"{folder} belongs to another authority, of run {keyring.run!r}; give another "
+                    "folder (--trust), or move this one away if that run is over"
+                )
+            return keyring
+        with _written(folder):
+            _make_folder(folder)
+            _write(path, authority)
+        return cls(folder)
+
+    # --- the authority
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether this machine can let others in."""
+        return (self.folder / AUTHORITY_KEY).exists()
+
+    def open_authority(self) -> Authority:
+        """The authority with its key.
+
+        Raises:
+            TrustError: its key is elsewhere.
+        """
+        path = self.folder / AUTHORITY_KEY
+        key = _read_key(path, "this works only on the machine where `deca-node swarm init` ran")
+        return Authority(key, self.authority)
+
+    def keep_authority(self, authority: Authority) -> None:
+        """Keep a new authority's key here."""
+        with _written(self.folder):
+            _write(self.folder / AUTHORITY_KEY, authority.key)
+
+    def issued(self) -> dict[str, Certificate]:
+        """The newest certificate of each node that the authority here has issued."""
+        return {path.stem: _certificate(path) for path in _pems(self.folder / "issued")}
+
+    def note_issued(self, node: str, certificate: bytes) -> None:
+        """Keep a copy of what was issued."""
+        with _written(self.folder):
+            _make_folder(self.folder / "issued")
+            _write(self.folder / "issued" / f"{node}.pem", certificate)
+
+    # --- this machine's own
+
+    def nodes(self) -> dict[str, Certificate]:
+        """The nodes that can be started here."""
+        return {path.stem: _certificate(path) for path in _pems(self.folder / "nodes")}
+
+    def node(self, name: str) -> Pair:
+        """A node's key and certificate.
+
+        Raises:
+            TrustError: it has none, they do not fit together, or others can read the key.
+        """
+        path = self.folder / "nodes" / f"{name}.pem"
+        return self._pair(
+            path,
+            f"node {name!r} of run {self.run!r} needs one: on the machine of the authority "
+            f"`deca-node swarm invite`, here `deca-node swarm join TOKEN --node {name}`",
+        )
+
+    def keep_node(self, name: str, pair: Pair) -> None:
+        """Keep a node's key and certificate."""
+        self._keep(self.folder / "nodes" / f"{name}.pem", pair)
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether an operator's certificate is here."""
+        return (self.folder / f"{OPERATOR}.pem").exists()
+
+    def operator(self) -> Pair:
+        """The operator's key and certificate.
+
+        Raises:
+            TrustError: as for ``node``.
+        """
+        return self._pair(
+            self.folder / f"{OPERATOR}.pem",
+            "it is made by `deca-node swarm init`; copy operator.pem and operator.key from there",
+        )
+
+    def keep_operator(self, pair: Pair) -> None:
+        """Keep an operator's key and certificate."""
+        self._keep(self.folder / f"{OPERATOR}.pem", pair)
+
+    def caller(self) -> Pair:
+        """What a person's questions to nodes are asked with: the operator's, else a node's.
+
+        Raises:
+            TrustError: there is neither.
+        """
+        if self.has_operator:
+            return self.operator()
+        for name in self.nodes():
+            return self.node(name)
+        raise TrustError(
+            f"{self.folder} has no certificate to show to a node; join the run with `deca-node "
+            "swarm join TOKEN`, or copy operator.pem and operator.key here"
+        )
+
+    def _pair(self, path: Path, remedy: str) -> Pair:
+        certificate = _read(path, remedy)
+        pair = Pair(_read_key(path.with_suffix(".key"), remedy), certificate)
+        with _at(path):
+            identity.check_pair(pair.key, pair.certificate, self.authority)
+        return pair
+
+    def _keep(self, path: Path, pair: Pair) -> None:
+        with _written(path):
+            _make_folder(path.parent)
+            # The key first: who finds the certificate finds its key as well.
+            _write(path.with_suffix(".key"), pair.key)
+            _write(path, pair.certificate)
+
+    # --- who is out
+
+    def revoked(self) -> dict[str, bytes]:
+        """Nodes that are out, with the authority's signatures.
+
+        Raises:
+            TrustError: the list is damaged; without it nobody could be trusted.
+        """
+        path = self.folder / REVOKED
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_REVOKED_BYTES + 1)
+            found = {node: bytes.fromhex(mark) for node, mark in json.loads(text).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, TypeError):
+            found = {"": b""}
+        if len(found) > MAX_REVOKED or not all(
+            is_name(node) and identity.revokes(self.authority, node, mark)
+            for node, mark in found.items()
+        ):
+            raise TrustError(f"{path}: damaged; copy it from another member, they all have it")
+        return found
+
+    def keep_revoked(self, revoked: Mapping[str, bytes]) -> None:
+        """Keep who is out."""
+        text = json.dumps({node: mark.hex() for node, mark in sorted(revoked.items())}, indent=1)
+        with _written(self.folder):
+            _write(self.folder / REVOKED, text.encode())
+
+    def stamp(self, node: str) -> tuple[int, ...]:
+        """Changes when another process has changed what a running node uses."""
+        found = []
+        for path in (self.folder / REVOKED, self.folder / "nodes" / f"{node}.pem"):
+            with contextlib.suppress(OSError):
+                found.append(path.stat().st_mtime_ns)
+        return tuple(found)
+
+    def issue(self, node: str, request: bytes, now: float, days: float) -> bytes:
+        """A node's certificate from the authority here, noted as issued."""
+        certificate = self.open_authority().issue(request, node, now, days)
+        self.note_issued(node, certificate)
+        return certificate
+
+    def renew(self, node: str, now: float) -> None:
+        """Give a node of this machine a new key and certificate, from the authority here."""
+        key, days = identity.new_key(), lifetime_days(self.node(node).says)
+        certificate = self.issue(node, identity.new_request(key), now, days)
+        self.keep_node(node, Pair(key, certificate))
+
+
+def lifetime_days(shown: Certificate) -> float:
+    """How long a certificate was made for."""
+    return (shown.ends - shown.begins) / 86400
+
+
+def loose(path: Path) -> str:
+    """What is wrong with a key file's permissions, in words; empty when all is well."""
+    mode = path.stat().st_mode
+    if mode & 0o037:  # a group may read it: that is how orchestrators hand secrets to a daemon
+        return f"{path}: others can read or change this key; chmod 600 {path}"
+    return ""
+
+
+def _pems(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.pem") if is_name(path.stem))
+
+
+def _certificate(path: Path) -> Certificate:
+    with _at(path):
+        return identity.read(_read(path, ""))
+
+
+@contextlib.contextmanager
+def _at(path: Path) -> Iterator[None]:
+    """Name the file in which something is wrong."""
+    try:
+        yield
+    except TrustError as error:
+        raise TrustError(f"{path}: {error}; restore it, or join the run anew") from None
+
+
+def _read(path: Path, remedy: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CERTIFICATE_BYTES + 1)
+    except FileNotFoundError:
+        raise TrustError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise TrustError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(content) > MAX_CERTIFICATE_BYTES:
+        raise TrustError(f"{path}: too long for a key or a certificate")
+    return content
+
+
+def _read_key(path: Path, remedy: str) -> bytes:
+    key = _read(path, remedy)
+    if wrong := loose(path):
+        raise TrustError(wrong)
+    return key
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise DiskFullError(f"{path}: no space left on the disk") from None
+        raise TrustError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one piece; nobody else can read it at any moment."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)

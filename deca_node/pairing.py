@@ -1,0 +1,379 @@
+"""Joining a run by an invitation: how a machine gets its certificate.
+
+The inviter holds the authority's key and waits at a port under TLS 1.3 with a certificate made for
+this invitation alone. Whoever connects is told the authority's certificate. The joiner believes it
+when its SHA-256 is the one in the token, and connects a second time, now accepting only a
+certificate that this authority has signed for invitations. Over that connection go the token's
+secret, once, and a request for a certificate over a key that stays where it was made. The inviter
+compares the secret, forgets it, and answers with the certificate. Who only sees the network learns
+neither: the token's secret is never sent to anybody but the authority.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import ssl
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deca_node import identity
+from deca_node.errors import ListenError, TrustError
+from deca_node.keyring import Keyring, Pair
+from deca_node.limits import (
+    HANDSHAKE_SECONDS,
+    MAX_JOIN_ATTEMPTS,
+    MAX_JOIN_BYTES,
+    MAX_JOINERS,
+    MAX_REASON_BYTES,
+    MAX_REVOKED,
+)
+from deca_node.trust import (
+    SECRET_BYTES,
+    Holder,
+    Invitation,
+    is_name,
+    pairing_name,
+)
+
+CONNECT_SECONDS = 5.0
+# OpenSSL's numbers for a certificate whose time has not begun, or is over.
+_TIMES = (9, 10)
+
+
+class NobodyError(TrustError):
+    """The inviter is at none of the addresses."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an invitation is good for.
+
+    Attributes:
+        node: whom it lets in; None lets the joiner choose a name that nobody has yet.
+        days: that the certificate will be good for.
+        ttl: seconds until it is over.
+    """
+
+    node: str | None
+    days: float
+    ttl: float
+
+
+class Inviter:
+    """Waits for the one machine that an invitation is for.
+
+    Args:
+        keyring: with the authority's key.
+        terms: of the invitation.
+        tell: called with what is worth telling a person who watches.
+        clock: seconds since 1970.
+
+    Raises:
+        TrustError: the authority's key is not here, or the node cannot be let in.
+    """
+
+    def __init__(
+        self,
+        keyring: Keyring,
+        terms: Terms,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._keyring, self._terms, self._tell, self._clock = keyring, terms, tell, clock
+        self._authority = keyring.open_authority()
+        if terms.node is not None and terms.node in keyring.revoked():
+            raise TrustError(f"node {terms.node!r} was revoked for good; invite it by another name")
+        self._expires = clock() + terms.ttl
+        self._secret: bytes | None = secrets.token_bytes(SECRET_BYTES)
+        self._wrong = self._open = 0
+        self._server: asyncio.Server | None = None
+        self._done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def listen(self, host: str, port: int) -> int:
+        """Begin to wait; returns the port.
+
+        Raises:
+            ListenError: the port cannot be used.
+        """
+        try:
+            self._server = await asyncio.start_server(
+                self._serve,
+                host,
+                port,
+                limit=MAX_JOIN_BYTES,
+                ssl=self._context(),
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+            )
+        except OSError as error:
+            raise ListenError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port"
+            ) from None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def invitation(self, addresses: Sequence[str]) -> Invitation:
+        """What the joiner must know.
+
+        Args:
+            addresses: where this machine is reached, HOST:PORT.
+        """
+        mark = identity.fingerprint(self._authority.certificate)
+        assert self._secret is not None  # noqa: S101 - asked for before anybody joined
+        return Invitation(
+            self._keyring.run, mark, self._secret, int(self._expires), tuple(addresses)
+        )
+
+    async def joined(self) -> str:
+        """Wait for the joiner; returns its name.
+
+        Raises:
+            TrustError: nobody came in time, or too many came with a wrong secret.
+        """
+        try:
+            async with asyncio.timeout(max(0.0, self._expires - self._clock())):
+                return await self._done
+        except TimeoutError:
+            raise TrustError("nobody has joined in time; invite again") from None
+        finally:
+            self._secret = None
+            if self._server is not None:
+                self._server.close()
+
+    def _context(self) -> ssl.SSLContext:
+        key = identity.new_key()
+        request = identity.new_request(key)
+        shown = self._authority.issue_pairing(request, self._clock(), self._terms.ttl / 86400)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        with tempfile.TemporaryDirectory() as folder:  # the library reads files only; mode 0700
+            both = Path(folder) / "pairing.pem"
+            both.write_bytes(key + shown)
+            context.load_cert_chain(both)
+        return context
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._open >= MAX_JOINERS or self._done.done():
+            writer.close()
+            return
+        self._open += 1
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _send(writer, {"authority": self._authority.certificate.decode()})
+                await writer.drain()
+                if line := await reader.readline():  # else it only asked for the certificate
+                    host = (writer.get_extra_info("peername") or ("?",))[0]
+                    node, answer = self._answer(line, str(host))
+                    _send(writer, answer)
+                    await writer.drain()
+                    if node and not self._done.done():
+                        self._done.set_result(node)
+        except (OSError, TimeoutError, ValueError):
+            pass  # ValueError: a line that is too long
+        finally:
+            self._open -= 1
+            writer.close()
+
+    def _answer(self, line: bytes, host: str) -> tuple[str, dict[str, Any]]:
+        """Who is let in, and what it is told; nobody when the name is empty."""
+        try:
+            secret, asked, request = _request(line)
+            self._check_secret(secret)
+            node = self._name(asked)
+            now = self._clock()
+            certificate = self._keyring.issue(node, request, now, self._terms.days)
+        except TrustError as error:
+            self._tell(f"{host} was not let in: {error}")
+            return "", {"refusal": str(error)}
+        self._secret = None
+        revoked = {name: mark.hex() for name, mark in self._keyring.revoked().items()}
+        return node, {"certificate": certificate.decode(), "node": node, "revoked": revoked}
+
+    def _check_secret(self, shown: bytes) -> None:
+        good = self._secret is not None and self._clock() < self._expires
+        if good and self._secret is not None and hmac.compare_digest(shown, self._secret):
+            return
+        self._wrong += good
+        if self._wrong >= MAX_JOIN_ATTEMPTS and not self._done.done():
+            self._secret = None
+            self._done.set_exception(
+                TrustError(
+                    f"{self._wrong} callers had a wrong secret: somebody guesses; invite again "
+                    "when you know who"
+                )
+            )
+        raise TrustError("this invitation is over, or was never made here; ask for a new one")
+
+    def _name(self, asked: str) -> str:
+        wanted = self._terms.node
+        if wanted is not None:
+            if asked not in ("", wanted):
+                raise TrustError(f"the invitation is for node {wanted!r}, not for {asked!r}")
+            return wanted
+        if not is_name(asked):
+            raise TrustError("a node's name has 1 to 48 characters of a-z, 0-9 and -")
+        if asked in self._keyring.revoked():
+            raise TrustError(f"node {asked!r} was revoked for good; join with --node and another")
+        if asked in self._keyring.issued():
+            raise TrustError(
+                f"there is a node {asked!r} already; join with --node and another name, or have it "
+                f"invited anew: deca-node swarm invite --node {asked}"
+            )
+        return asked
+
+
+def _request(line: bytes) -> tuple[bytes, str, bytes]:
+    try:
+        said = json.loads(line)
+        return bytes.fromhex(said["secret"]), str(said["node"]), str(said["request"]).encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise TrustError("not what a joining deca-node sends") from None
+
+
+def _send(writer: asyncio.StreamWriter, said: dict[str, Any]) -> None:
+    writer.write(json.dumps(said).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a joiner has become."""
+
+    node: str
+    keyring: Keyring
+
+
+async def join(
+    invitation: Invitation,
+    node: str,
+    open_keyring: Callable[[bytes], Keyring],
+    addresses: Sequence[str],
+    clock: Callable[[], float] = time.time,
+) -> Joined:
+    """Become a node of a run.
+
+    Args:
+        invitation: from the token.
+        node: the name wished for.
+        open_keyring: opens or makes the trust folder for an authority's certificate.
+        addresses: where the inviter may be, HOST:PORT, tried in this order.
+        clock: seconds since 1970.
+
+    Raises:
+        NobodyError: nobody answers there, or another.
+        TrustError: it does not let us in.
+    """
+    if clock() >= invitation.expires:
+        raise TrustError(
+            "the invitation is over by this machine's clock; ask for a new one, or set the clock "
+            "(NTP)"
+        )
+    why = "nobody answers"
+    for address in addresses:
+        try:
+            authority = await _authority(address)
+        except OSError as error:
+            why = f"{address}: {error.strerror or error or 'no answer in time'}"
+            continue
+        if identity.fingerprint(authority) != invitation.fingerprint:
+            why = f"{address}: is not who made the invitation"
+            continue
+        keyring = open_keyring(authority)  # before the secret is spent
+        key = identity.new_key()
+        answer = await _ask(address, invitation, authority, node, identity.new_request(key))
+        return _take(keyring, invitation, key, answer)
+    raise NobodyError(
+        f"no inviter for run {invitation.run!r} was found ({why}); see that `deca-node swarm "
+        "invite` still waits there, and give its address with --at HOST:PORT"
+    )
+
+
+async def _authority(address: str) -> bytes:
+    """The certificate that whoever waits there says is the authority's. Nothing is sent."""
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await _connect(address, anybody, None)
+    with contextlib.closing(writer):
+        said = await _line(reader)
+    try:
+        return str(said["authority"]).encode()
+    except KeyError:
+        raise OSError("answers, but is no inviter") from None
+
+
+async def _ask(
+    address: str, invitation: Invitation, authority: bytes, node: str, request: bytes
+) -> dict[str, Any]:
+    known = ssl.create_default_context(cadata=authority.decode())
+    known.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        reader, writer = await _connect(address, known, pairing_name(invitation.run))
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _TIMES:
+            raise TrustError(
+                "the inviter's clock and this machine's differ too much; set the wrong one (NTP)"
+            ) from None
+        raise TrustError(f"{address}: is not who made the invitation") from None
+    except OSError as error:
+        raise TrustError(f"{address}: {error.strerror or error}; try again") from None
+    with contextlib.closing(writer):
+        try:
+            await _line(reader)
+            said = {"secret": invitation.secret.hex(), "node": node, "request": request.decode()}
+            _send(writer, said)
+            answer = await _line(reader)
+        except OSError:
+            raise TrustError(f"{address}: has hung up; ask for a new invitation") from None
+    if "refusal" in answer:
+        text = "".join(c for c in str(answer["refusal"]) if c.isprintable())
+        raise TrustError(f"not let in: {text[:MAX_REASON_BYTES]}")
+    return answer
+
+
+def _take(keyring: Keyring, invitation: Invitation, key: bytes, answer: dict[str, Any]) -> Joined:
+    try:
+        certificate, node = str(answer["certificate"]).encode(), str(answer["node"])
+        revoked = {str(n): bytes.fromhex(mark) for n, mark in answer["revoked"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise TrustError("the inviter's answer is damaged; ask for a new invitation") from None
+    identity.check_pair(key, certificate, keyring.authority)
+    pair = Pair(key, certificate)
+    if not is_name(node) or pair.says.holder != Holder(invitation.run, node, operator=False):
+        raise TrustError("the inviter has certified somebody else; ask for a new invitation")
+    if len(revoked) > MAX_REVOKED or not all(
+        is_name(name) and identity.revokes(keyring.authority, name, mark)
+        for name, mark in revoked.items()
+    ):
+        raise TrustError("the inviter's list of revoked nodes is not signed")
+    keyring.keep_node(node, pair)
+    if revoked:
+        keyring.keep_revoked({**keyring.revoked(), **revoked})
+    return Joined(node, keyring)
+
+
+async def _connect(
+    address: str, context: ssl.SSLContext, name: str | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = address.rpartition(":")
+    async with asyncio.timeout(CONNECT_SECONDS):  # its TimeoutError is an OSError
+        return await asyncio.open_connection(
+            host.strip("[]"),
+            int(port),
+            ssl=context,
+            server_hostname=name or "",
+            limit=MAX_JOIN_BYTES,
+        )
+
+
+async def _line(reader: asyncio.StreamReader) -> dict[str, Any]:
+    async with asyncio.timeout(CONNECT_SECONDS):
+        try:
+            said = json.loads(await reader.readline())
+        except ValueError:
+            raise OSError("answers, but is no inviter") from None
+    if not isinstance(said, dict):
+        raise OSError("answers, but is no inviter")
+    return said

@@ -1,0 +1,99 @@
+"""Keeps a running node's trust up to date: who is out, when to renew its certificate."""
+
+import asyncio
+import datetime as dt
+import time
+from collections.abc import Callable
+from typing import Any
+
+from deca_node import identity
+from deca_node.errors import DecaError, PeerError, TrustError
+from deca_node.guard import Guard
+from deca_node.member import Member
+from deca_node.membership import State
+
+# Between two tries to renew: a third of a certificate's time is left for them.
+RENEW_EVERY_SECONDS = 3600.0
+ASK_SECONDS = 10.0
+
+
+class Upkeep:
+    """One node's, called about once a second.
+
+    Args:
+        guard: the node's.
+        warn: called with what people should see.
+        log: a structlog logger.
+    """
+
+    def __init__(self, guard: Guard, warn: Callable[[str], None], log: Any) -> None:
+        self._guard, self._warn, self._log = guard, warn, log
+        self._out = ""
+        self._known = guard.revoked
+        self._tried = -RENEW_EVERY_SECONDS
+        self._renewing: asyncio.Task[None] | None = None
+
+    def look(self, member: Member | None) -> None:
+        """See whether anything has changed, and act on it."""
+        guard = self._guard
+        try:
+            if guard.refresh():
+                self._log.info("certificates read anew", ends=_date(guard.ends))
+        except DecaError as error:
+            self._warn(f"what was known before stays in force: {error}")
+        for name in sorted(guard.revoked - self._known):
+            self._log.warning("revoked", peer=name)
+        self._known = guard.revoked
+        if member is not None:
+            for name in guard.revoked:
+                member.swarm.put_out(name)
+        out = guard.is_out.partition(": ")[2]
+        if out and out != self._out:
+            self._warn(f"the others refuse this node: {out}")
+        self._out = out
+        now = time.monotonic()
+        if guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS:
+            self._tried = now
+            self._renewing = asyncio.create_task(self._renew(member))
+
+    async def _renew(self, member: Member | None) -> None:
+        try:
+            if self._guard.renew_here() or (member and await self._ask(member)):
+                self._log.info("certificate renewed", ends=_date(self._guard.ends))
+                return
+        except DecaError as error:
+            self._log.warning("certificate not renewed", reason=str(error))
+        self._warn(
+            f"this node's certificate ends on {_date(self._guard.ends)}, and no node that runs has "
+            "the authority's key; run one there, or invite this node anew (deca-node swarm invite "
+            "--node)"
+        )
+
+    async def _ask(self, member: Member) -> bool:
+        """Ask the peers, one after the other, until one has the authority's key."""
+        key = identity.new_key()
+        request = identity.new_request(key)
+        for peer in list(member.swarm.peers.values()):
+            link = member.swarm.link(peer.name)
+            if link is None or peer.state != State.ALIVE:
+                continue
+            try:
+                certificate = await link.renew(request, ASK_SECONDS)
+                self._guard.renewed(key, certificate)
+            except PeerError:
+                continue
+            except TrustError as error:
+                self._log.warning("bad renewal", peer=peer.name, reason=str(error))
+            else:
+                return True
+        return False
+
+    async def end(self) -> None:
+        """Give up what is under way."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+
+
+def _date(seconds: float) -> str:
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
