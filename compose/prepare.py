@@ -4,6 +4,8 @@
 
     /swarm/swarm.toml, a model, test rows  what all nodes share; they can only read it
     /nodes/node-0/train.jsonl              its own data, in a volume that no other node has
+    /nodes/node-0/trust                    its key and certificate, likewise
+    /authority                             the run's authority, and an operator's certificate
     /swarm/prepared.json                   the last to be written: says what was prepared
 
 The demo's model and articles come from examples/bbc_demo.py. With DEMO=rehearsal it is a small
@@ -19,11 +21,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deca_node import rehearsal, template
+from deca_node import cli, rehearsal, template
 from deca_node.config import ModelSettings, flatten
 from deca_node.partition import write_shards
 
-SWARM, NODES, OWN = Path("/swarm"), Path("/nodes"), Path("/own")
+SWARM, NODES, AUTHORITY, OWN = Path("/swarm"), Path("/nodes"), Path("/authority"), Path("/own")
 WORK = SWARM / ".work"  # what an interrupted run leaves is here, and removed by the next
 
 
@@ -58,7 +60,8 @@ def small(nodes: int) -> None:
     share_out(rows, nodes, concentration=0.5, test_per_label=50)
     labels = {label: label for label in rehearsal.LABELS}
     places = {"data.test": "test.jsonl", "model.path": "rehearsal"}
-    write_settings({**rehearsal.SETTINGS, "data.labels": labels, **places})
+    names = {"run.name": "rehearsal", "data.labels": labels}
+    write_settings({**rehearsal.SETTINGS, **names, **places})
 
 
 def own(nodes: int) -> None:
@@ -111,6 +114,36 @@ def data_of(number: int) -> Path:
     return NODES / f"node-{number}" / "train.jsonl"
 
 
+def certify(nodes: int) -> None:
+    """An authority for the run, and for each node a trust folder in its own volume."""
+    settings = dict(flatten(tomllib.loads((SWARM / "swarm.toml").read_text())))
+    words = ["--run", str(settings.get("run.name", "deca")), "--trust", str(AUTHORITY)]
+    empty(AUTHORITY)
+    deca_node("swarm", "init", "--node", "node-0", *words)
+    for number in range(nodes):
+        to = NODES / f"node-{number}" / "trust"
+        shutil.rmtree(to, ignore_errors=True)
+        deca_node("swarm", "issue", f"node-{number}", "--to", str(to), *words)
+
+
+def deca_node(*words: str) -> None:
+    """A verb of the command line."""
+    try:
+        cli.main(words)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a volume, which itself has to stay."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def main() -> None:
     """Prepare what is not there yet; refuse to change a swarm that is."""
     nodes = int(os.environ["NODES"])
@@ -134,6 +167,7 @@ def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir()
     kinds[demo](nodes)
+    certify(nodes)
     shutil.rmtree(WORK)
     mark.write_text(json.dumps(wanted))
     print("prepared")
