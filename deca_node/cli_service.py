@@ -7,10 +7,23 @@ from typing import Annotated
 import typer
 
 from deca_node.config import Settings, load
-from deca_node.errors import ConfigError, DataError, DecaError, ModelError, OutputError
+from deca_node.errors import (
+    ConfigError,
+    DataError,
+    DecaError,
+    ModelError,
+    OutputError,
+    TrustError,
+)
 
 # Starting again would end in the same way until somebody mends it.
-_HOPELESS: tuple[type[DecaError], ...] = (ConfigError, DataError, ModelError, OutputError)
+_HOPELESS: tuple[type[DecaError], ...] = (
+    ConfigError,
+    DataError,
+    ModelError,
+    OutputError,
+    TrustError,
+)
 
 _UNIT = """\
 [Unit]
@@ -105,6 +118,8 @@ def outside(settings: Settings, name: str) -> list[Path]:
     given = [settings.node.output]
     if "cache" in settings.model.model_fields_set:
         given.append(settings.model.cache)
+    if settings.trust.folder is not None:
+        given.append(settings.trust.folder)
     home = Path("/var/lib") / name
     return [path for path in given if path.is_absolute() and not path.is_relative_to(home)]
 

@@ -50,6 +50,7 @@ def test_what_must_be_mended_first_is_not_tried_again(config):
     """Settings, data, model, output folder; a lost device or a taken port may come back."""
     (codes,) = values(printed("--config", config), "RestartPreventExitStatus")
     hopeless = {errors.ConfigError, errors.DataError, errors.ModelError, errors.OutputError}
+    hopeless.add(errors.TrustError)
     assert set(codes.split()) == {str(error.exit_code) for error in hopeless}
     assert str(errors.DeviceError.exit_code) not in codes.split()
 
