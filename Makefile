@@ -68,6 +68,7 @@ protos: .tools/stamp
 	.tools/bin/python -m grpc_tools.protoc -I protos \
 	  --python_out=build/protos --pyi_out=build/protos deca/v1/node.proto
 	mv build/protos/deca/v1/node_pb2.py build/protos/deca/v1/node_pb2.pyi deca_node/pb/
+	.tools/bin/python protos/reference.py protos docs/api.md
 
 clean:
 	rm -rf .venv .tools build deca_node.egg-info .mypy_cache .pytest_cache .ruff_cache \

@@ -11,7 +11,6 @@ writes all of it as JSON and a picture, and says which bar is missed.
 
 import argparse
 import asyncio
-import datetime as dt
 import functools
 import gc
 import importlib.util
@@ -22,6 +21,7 @@ import platform
 import socket
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -34,13 +34,17 @@ from deca_node import memory
 from deca_node.blocks import Visit
 from deca_node.config import Timing
 from deca_node.exchange import Exchange
+from deca_node.guard import Guard
+from deca_node.identity import Authority, new_key, new_request
+from deca_node.keyring import Keyring
+from deca_node.keyring import Pair as KeyPair
 from deca_node.membership import Phase
 from deca_node.methods.deca import Deca
 from deca_node.models import ActiveBlock
 from deca_node.moments import Rule
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.transport import Credentials, GrpcTransport
+from deca_node.transport import GrpcTransport
 from deca_node.worker import TrainingThread
 
 MB = 1_000_000
@@ -95,10 +99,10 @@ class OneTensor:
 class Side:
     """One node on one transport: the daemon's swarm and exchange; answers peers."""
 
-    def __init__(self, name, credentials):
+    def __init__(self, name, guard):
         self.name = name
         self.stopping = asyncio.Event()
-        self.transport = GrpcTransport("127.0.0.1", 0, credentials)
+        self.transport = GrpcTransport("127.0.0.1", 0, guard)
         self.ready = []
         self.serial = -1
 
@@ -121,6 +125,7 @@ class Side:
 
     async def meet(self, address, other):
         self.link = self.transport.link(address)
+        await self.link.hello(self.swarm.greeting(), 10)  # under TLS it learns who is there
         self.swarm.propose(address, lasting=True)
         while other not in self.swarm.members(0):
             await self.exchange.changed()
@@ -139,7 +144,7 @@ class Side:
         return self.exchange.answer_degree(request)
 
     async def pull(self, request):
-        if not request.HasField("sender"):  # the transport alone
+        if not request.sender.run:  # the transport alone
             for message in self.ready:
                 yield message
             return
@@ -159,11 +164,9 @@ class Side:
 class End:
     """One of the two processes."""
 
-    def __init__(self, name, credentials):
+    def __init__(self, name, guard):
         self.name = name
-        self.sides = {"": Side(name, None)}
-        if credentials is not None:
-            self.sides["mTLS"] = Side(name, credentials)
+        self.sides = {"": Side(name, None), "mTLS": Side(name, guard)}
 
     async def listen(self):
         self.server = socket.create_server(("127.0.0.1", 0))
@@ -232,8 +235,8 @@ class End:
             left -= min(left, PIECE)
 
     async def _pull(self, side):
-        got = 0
-        async for message in side.link.pull(pb.PullRequest(), 60):
+        got, request = 0, pb.PullRequest(sender=pb.Sender(node=self.name))
+        async for message in side.link.pull(request, 60):
             got += len(message)
         assert got > 4 * self.count, f"{got} bytes came"
 
@@ -247,13 +250,13 @@ class End:
             assert gathered.complete, gathered
 
 
-def end_main(connection, name, credentials):
+def end_main(connection, name, guard):
     """Do what the parent says, one thing after the other."""
     memory.tune()
     torch.set_num_threads(1)
 
     async def serve():
-        end = End(name, credentials)
+        end = End(name, guard)
         while (command := await asyncio.to_thread(connection.recv)) is not None:
             verb, *arguments = command
             connection.send(await getattr(end, verb)(*arguments))
@@ -349,41 +352,22 @@ def run_case(ours, theirs, case, megabytes):
     return seconds, sum(ours.ask(*(("rest", cpu) for _, _, cpu in times)))
 
 
-def make_credentials():
-    """A key and a self-signed certificate for both ends; None without `cryptography`."""
-    if importlib.util.find_spec("cryptography") is None:
-        return None
-    from cryptography import x509  # noqa: PLC0415
-    from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
-
-    name = "bench.deca"
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    shown = certificate.public_bytes(pem)
-    private = key.private_bytes(
-        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return Credentials(private, shown, shown, name)
+def make_guards():
+    """A guard for each end, with an authority of their own; their folders are not needed again."""
+    authority = Authority.new("bench", time.time())
+    guards = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in NAMES:
+            keyring = Keyring.made(Path(folder) / name, authority.certificate)
+            key = new_key()
+            certificate = authority.issue(new_request(key), name, time.time(), 1.0)
+            keyring.keep_node(name, KeyPair(key, certificate))
+            guards.append(Guard(keyring, name))
+    return guards
 
 
 def measure(sizes, repeat, with_hivemind):
-    credentials = make_credentials()
-    ours = Pair(end_main, (NAMES[0], credentials), (NAMES[1], credentials))
+    ours = Pair(end_main, *zip(NAMES, make_guards(), strict=True))
     theirs = None
     try:
         first, second = ours.ask(("listen",), ("listen",))
@@ -396,12 +380,7 @@ def measure(sizes, repeat, with_hivemind):
             theirs.pipes[1].recv()
             for pipe in theirs.pipes:
                 pipe.recv()
-        cases = [
-            case
-            for case in CASES
-            if (credentials is not None or "mTLS" not in case)
-            and (theirs is not None or "hivemind" not in case)
-        ]
+        cases = [case for case in CASES if theirs is not None or "hivemind" not in case]
         found = {}
         for megabytes in sizes:
             ours.ask(("size", megabytes), ("size", megabytes))

@@ -6,6 +6,7 @@ peers as a node that is still starting, which nobody counts as a member, and tak
 
 import asyncio
 import contextlib
+import datetime as dt
 import json
 import os
 import secrets
@@ -23,15 +24,25 @@ from google.protobuf.message import Message
 from rich.table import Table
 from rich.text import Text
 
-from deca_node import __version__, estimate, health, registry, status
+from deca_node import __version__, access, estimate, health, registry, status
 from deca_node.blocks import Schedule
 from deca_node.compression import Format
-from deca_node.config import Settings, Timing
+from deca_node.config import Settings, Timing, is_loopback
 from deca_node.data import Example, examples, label_counts, label_token_ids, label_words, read_rows
 from deca_node.discovery import Discovery, loops_back, multicast_addresses, own_addresses
 from deca_node.dns import NamedPeers
-from deca_node.errors import ConfigError, DecaError, ListenError, PeerError, PeerRefused
+from deca_node.errors import (
+    ConfigError,
+    DecaError,
+    ListenError,
+    PeerError,
+    PeerRefused,
+    TrustError,
+    UnreachableError,
+)
 from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint, schedule_for
+from deca_node.guard import Guard
+from deca_node.keyring import Keyring
 from deca_node.membership import Peer, Phase, State
 from deca_node.methods.choose import added, state_bytes
 from deca_node.models import LanguageModel, Outline, outline, pick_device, pick_dtype
@@ -78,6 +89,7 @@ class Facts:
         trained: trained tokens of an example, at most.
         added: parameters of the adapters that are trained, None without any.
         running: the status of the very node, where it runs on this machine.
+        guard: whom it would believe, where it meets others under TLS.
     """
 
     settings: Settings
@@ -88,6 +100,7 @@ class Facts:
     trained: int = 0
     added: int | None = None
     running: pb.NodeStatus | None = None
+    guard: Guard | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -162,6 +175,7 @@ async def examine(
         ("weights", _full_weights if full else _weights),
         ("memory", _memory),
         ("disk", _disk),
+        ("trust", _trust),
     ):
         tell(name)
         checks += await asyncio.to_thread(_guarded, name, look, facts)
@@ -169,6 +183,8 @@ async def examine(
     checks += await _multicast(facts)
     if facts.running is not None:
         return [*checks, *_running(facts.running)]
+    if settings.needs_trust() and facts.guard is None:
+        return [*checks, Check("peers", Verdict.WARN, "not looked for without a certificate")]
     tell("port and peers")
     return [*checks, *await _meet(facts, patience)]
 
@@ -273,6 +289,33 @@ def _full_weights(facts: Facts) -> Iterable[Check]:
     facts.weights = model.weights_digest()
     facts.model = replace(facts.model, config_digest=model.config_digest(), to_convert=False)
     yield Check("weights", Verdict.OK, f"readable, digest {facts.weights[:12]}… in {facts.dtype}")
+
+
+# Trust
+
+
+def _trust(facts: Facts) -> Iterable[Check]:
+    settings = facts.settings
+    if not settings.needs_trust():
+        if is_loopback(settings.node.host):
+            yield Check("trust", Verdict.OK, "plain text, on this machine only")
+        else:
+            found = "plain text on the network: whoever reaches the port can join the run"
+            yield Check("trust", Verdict.WARN, found, "make certificates (docs/securing.md)")
+        return
+    keyring = Keyring.of_run(settings.trust_folder(), settings.run.name)
+    facts.guard = guard = Guard(keyring, settings.node.name, settings.trust.allow)
+    ends = dt.datetime.fromtimestamp(guard.ends, dt.UTC).strftime("%Y-%m-%d")
+    found = f"{settings.node.name} is certified until {ends}, in {keyring.folder}"
+    if guard.revoked:
+        found += f"; revoked: {', '.join(sorted(guard.revoked))}"
+    if guard.is_renewal_due and not keyring.has_authority:
+        remedy = "run a node where the authority's key is, or have this one invited anew"
+        yield Check("trust", Verdict.WARN, found, remedy)
+    else:
+        yield Check("trust", Verdict.OK, found)
+    for line in keyring.readable_by_others():
+        yield Check("trust", Verdict.WARN, *line.split("; ", 1))
 
 
 # Memory and disk
@@ -429,8 +472,11 @@ async def _find_running(facts: Facts) -> None:
     own = facts.settings
     for entry in registry.local_nodes():
         if (entry.run, entry.node) == (own.run.name, own.node.name):
-            with contextlib.suppress(PeerError):
-                facts.running = await ask_status(entry.address, ASK_SECONDS)
+            with contextlib.suppress(PeerError, TrustError):
+                shown = await access.credentials([entry.address])
+                facts.running = await ask_status(
+                    entry.address, ASK_SECONDS, shown.get(entry.address)
+                )
 
 
 def _running(now: pb.NodeStatus) -> Iterable[Check]:
@@ -508,7 +554,7 @@ def _drop(*_: Any) -> NoReturn:
 async def _meet(facts: Facts, patience: float | None) -> list[Check]:
     """Listen as the node would, greet whoever can be found, and see who greets back."""
     settings, desk = facts.settings, _Desk()
-    transport = GrpcTransport(settings.node.host, settings.node.port)
+    transport = GrpcTransport(settings.node.host, settings.node.port, facts.guard)
     try:
         port = await transport.listen(desk, None)
     except ListenError as error:
@@ -615,9 +661,11 @@ async def _occupied(settings: Settings, error: ListenError) -> list[Check]:
     """Who has the port?"""
     node = settings.node
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(node.host, node.host)  # noqa: S104
+    there = f"{host}:{node.port}"
     try:
-        now = await ask_status(f"{host}:{node.port}", ASK_SECONDS)
-    except PeerError:
+        shown = await access.credentials([there])
+        now = await ask_status(there, ASK_SECONDS, shown.get(there))
+    except (PeerError, TrustError, UnreachableError):
         return [failed("port", error)]
     if (now.run, now.node) == (settings.run.name, node.name):
         return list(_running(now))

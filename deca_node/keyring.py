@@ -237,6 +237,15 @@ class Keyring:
         with _written(self.folder):
             _write(self.folder / REVOKED, text.encode())
 
+    def readable_by_others(self) -> list[str]:
+        """Keys that more than their owner can read, in words with a remedy each."""
+        keys = [*self.folder.glob("*.key"), *self.folder.glob("nodes/*.key")]
+        return [
+            f"{path}: others can read this key; chmod 600 {path}"
+            for path in sorted(keys)
+            if path.stat().st_mode & 0o077
+        ]
+
     def stamp(self, node: str) -> tuple[int, ...]:
         """Changes when another process has changed what a running node uses."""
         found = []

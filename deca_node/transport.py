@@ -367,7 +367,7 @@ class GrpcLink:
         self._connection = self._connect()
         self._named = self._connection
         self._closing: set[asyncio.Task[None]] = set()
-        self._fruitless = 0  # the digest of revocations that told us nothing new
+        self._compared = 0, 0  # digests of revocations, ours and theirs, whose lists were swapped
 
     def _connect(self, node: str | None = None) -> _Connection:
         if self._credentials is None:
@@ -413,10 +413,11 @@ class GrpcLink:
                 f"{self.address}: has the certificate of {self._node}, says it is another",
             )
         self._uncertain = False
-        if reply.revoked not in (guard.digest(), self._fruitless):
+        digests = guard.digest(), reply.revoked
+        if digests[0] != digests[1] and digests != self._compared:
             told = await self._call("ExchangeRevocations", guard.revocations(), timeout)
             guard.learn(told)
-            self._fruitless = reply.revoked if reply.revoked != guard.digest() else 0
+            self._compared = digests
             guard.vouch(reply.sender.node)
         return reply
 

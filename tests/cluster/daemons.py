@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deca_node.errors import PeerTimeout
+from deca_node.guard import Visitor
+from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
 from deca_node.registry import local_nodes
 from deca_node.transport import ask_status
@@ -74,8 +76,9 @@ class Daemon:
         """The status, or None while it does not answer yet."""
         for entry in local_nodes():
             if (entry.run, entry.node) == (self.run_name, self.name):
+                shown = Visitor(Keyring(Path(entry.trust))).credentials() if entry.trust else None
                 try:
-                    return asyncio.run(ask_status(entry.address, 5))
+                    return asyncio.run(ask_status(entry.address, 5, shown))
                 except PeerTimeout:  # a busy machine
                     return None
         return None

@@ -20,6 +20,7 @@ from deca_node.pb import node_pb2 as pb
 from tests.cluster.daemons import DEADLINE
 from tests.lab.hosts import REPOSITORY, Lab, LabDaemon, unavailable
 from tests.tiny import make_model
+from tests.trust import Run
 
 RING = {"a": "bd", "b": "ac", "c": "bd", "d": "ac"}  # its neighbours with all four there
 GONE_ON = 2.0  # seconds that a killed neighbour may cost the others on the lan preset, once
@@ -52,13 +53,17 @@ def lab(whole_lab):
 
 @pytest.fixture
 def swarm(lab, tmp_path, model):
-    """A function that makes a host with its daemon; each has data of its own."""
+    """A function that makes a host with its daemon; each has data of its own.
+
+    ``secure``: it trains under TLS, with certificates of an authority of the run.
+    """
     run = f"lab-{uuid.uuid4().hex[:8]}"
     common = [f"run.name={run}", f"model.path={model}", "model.dtype=fp32"]
     common += ["optimizer.learning_rate=1e-3", "data.batch_size=2"]
     numbers = itertools.count()
+    authority = Run(tmp_path / "trust", run)
 
-    def factory(name, *settings):
+    def factory(name, *settings, secure=False):
         number = next(numbers)
         rows = [
             {"text": f"{'abcd'[(i + number) % 4]} {i}", "label": "abcd"[(i * number) % 4]}
@@ -68,7 +73,9 @@ def swarm(lab, tmp_path, model):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         lab.host(name)
         labels = 'data.labels={a = "a", b = "b", c = "c", d = "d"}'
-        return LabDaemon(lab, tmp_path, name, [*common, f"data.train={data}", labels, *settings])
+        keyring = authority.keyring(name) if secure else None
+        chosen = [*common, f"data.train={data}", labels, *settings]
+        return LabDaemon(lab, tmp_path, name, chosen, keyring)
 
     return factory
 
@@ -235,9 +242,9 @@ sys.stdin.read()
 
 
 def test_a_swarm_found_by_multicast_trains_and_finishes(swarm):
-    """Four hosts that know nothing of each other but the run's name."""
+    """Four hosts that know nothing of each other but the run's name and authority."""
     common = ["run.start_when=4", "schedule.rounds=2", "schedule.steps=40"]
-    daemons = [swarm(name, *common).start(anew=True) for name in RING]
+    daemons = [swarm(name, *common, secure=True).start(anew=True) for name in RING]
     finish(daemons)
     for daemon, expected in zip(daemons, RING.values(), strict=True):
         history = daemon.history()
@@ -349,7 +356,7 @@ def test_one_static_peer_introduces_everybody_where_multicast_is_blocked(lab, sw
 def test_a_node_whose_address_changes_is_met_again(lab, swarm):
     """The others find its new address and exchange with it there; it never stopped."""
     common = ["run.start_when=3", "schedule.rounds=1000", "schedule.steps=25"]
-    daemons = {name: swarm(name, *common).start() for name in "abc"}
+    daemons = {name: swarm(name, *common, secure=True).start() for name in "abc"}
     for name, each in daemons.items():
         each.until(trains_with(*daemons.keys() - {name}))
     lab.move("c")

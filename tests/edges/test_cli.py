@@ -234,7 +234,7 @@ def test_json_has_one_shape(
     now = pb.NodeStatus(run="bbc", node="alice")
     now.peers.add(node="bob")
 
-    async def answer(address: str, timeout: float) -> pb.NodeStatus:
+    async def answer(address: str, timeout: float, credentials: object) -> pb.NodeStatus:
         return now
 
     entry = registry.Entry("192.0.2.1:7430", "bbc", "alice", 1)

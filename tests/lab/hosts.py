@@ -18,8 +18,10 @@ from typing import Any
 import psutil
 
 from deca_node.errors import PeerError
+from deca_node.guard import Visitor
+from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import ask_status
+from deca_node.transport import Credentials, ask_status
 from tests.cluster.daemons import Daemon
 from tests.lab.server import PORT, SOCKETS
 from tests.lab.switch import Link
@@ -180,10 +182,10 @@ class Lab:
         (child,) = psutil.Process(self._unshare.pid).children()
         return child.pid
 
-    def status(self, host: str) -> pb.NodeStatus | None:
+    def status(self, host: str, shown: Credentials | None = None) -> pb.NodeStatus | None:
         """Status of the host's daemon, asked inside the host; None while it does not answer."""
         try:
-            question = ask_status(f"unix:{self.seen(SOCKETS / host)}", STATUS_SECONDS)
+            question = ask_status(f"unix:{self.seen(SOCKETS / host)}", STATUS_SECONDS, shown)
             return asyncio.run(question)
         except PeerError:
             return None
@@ -223,8 +225,18 @@ class LabDaemon(Daemon):
 
     deadline = 300.0  # bad links take their time
 
-    def __init__(self, lab: Lab, folder: Path, name: str, settings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        folder: Path,
+        name: str,
+        settings: Sequence[str],
+        keyring: Keyring | None = None,
+    ) -> None:
+        trust = f"trust.folder={keyring.folder}" if keyring else "trust.insecure=true"
+        self._shown = Visitor(keyring).credentials() if keyring else None
         network = [
+            trust,
             "node.host=0.0.0.0",
             f"node.port={PORT}",
             "network.interfaces=[]",
@@ -246,7 +258,7 @@ class LabDaemon(Daemon):
         return self
 
     def status(self) -> pb.NodeStatus | None:
-        return self.lab.status(self.name)
+        return self.lab.status(self.name, self._shown)
 
 
 @functools.cache

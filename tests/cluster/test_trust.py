@@ -1,0 +1,618 @@
+"""Attacks over real sockets: none of them gets in."""
+
+import asyncio
+import json
+import socket
+import ssl
+import time
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+
+from deca_node import identity
+from deca_node.access import credentials
+from deca_node.errors import PeerError, PeerRefused, PeerUnavailable, TrustError, UnreachableError
+from deca_node.guard import Guard, Visitor
+from deca_node.keyring import Keyring
+from deca_node.limits import MAX_JOIN_ATTEMPTS
+from deca_node.pairing import Inviter, Terms, join
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import GrpcLink, GrpcTransport, ask_status
+from deca_node.trust import read_token, token
+from tests.edges.test_transport import Answers
+from tests.trust import Run
+
+BACK = -10 * 86400
+
+
+class Desk(Answers):
+    """A handler that says who it is."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    async def hello(self, request, source):
+        self.asked.append((request.sender.node, source))
+        return pb.HelloReply(sender=pb.Sender(run="run", node=self.name, session=1), visit=7)
+
+
+@asynccontextmanager
+async def listening(guard, name="alice", says=None):
+    """A node of a run; its handler, its address."""
+    desk, transport = Desk(says or name), GrpcTransport("127.0.0.1", 0, guard)
+    port = await transport.listen(desk, desk)
+    try:
+        yield desk, f"127.0.0.1:{port}"
+    finally:
+        desk.hold.set()
+        await transport.close(0)
+
+
+def greeting(node):
+    return pb.HelloRequest(sender=pb.Sender(run="run", node=node, session=3))
+
+
+async def refused(address, guard, node="eve", **shown):
+    """Every call that a peer can make, as this caller; the reasons why each was refused."""
+    link, sender = GrpcLink(address, guard, **shown), pb.Sender(run="run", node=node, session=3)
+    reasons = []
+
+    async def streamed(stream):
+        async with aclosing(stream) as messages:
+            async for _ in messages:
+                pass
+
+    link._node = "alice"  # the attacker does not wait until it has met the callee
+    for call in (
+        link.hello(pb.HelloRequest(sender=sender), 5),
+        link.open_visit(pb.VisitOffer(sender=sender), 5),
+        link.settle_visit(pb.VisitDegree(sender=sender), 5),
+        link.list_blocks(pb.ListBlocksRequest(sender=sender), 5),
+        link.goodbye(pb.GoodbyeRequest(sender=sender), 5),
+        streamed(link.pull(pb.PullRequest(sender=sender, serial=3), 5)),
+        streamed(link.fetch_block(pb.FetchBlockRequest(sender=sender), 5)),
+    ):
+        with pytest.raises(PeerError) as caught:
+            await call
+        reasons.append(caught.value.reason)
+    await link.close()
+    return set(reasons)
+
+
+class Naive:
+    """A guard without any scruples: the attacker's own."""
+
+    def __init__(self, shown):
+        self._shown = shown
+
+    def credentials(self):
+        return self._shown
+
+    def vouch(self, node):
+        pass
+
+    def digest(self):
+        return 0
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def naive(run, node, **options):
+    """Credentials of a member, used without its own checks."""
+    pair = run.keyring(node, **options).node(node)
+    from deca_node.transport import Credentials
+
+    return Naive(Credentials(pair.key, pair.certificate, run.authority.certificate, run.name))
+
+
+async def test_members_talk(run):
+    """All calls pass between two members, and each knows who the other is."""
+    async with listening(run.guard("alice")) as (desk, address):
+        link = GrpcLink(address, run.guard("bob"))
+        sender = pb.Sender(run="run", node="bob", session=3)
+        assert (await link.hello(greeting("bob"), 5)).visit == 7
+        assert link._node == "alice"
+        answer = await link.settle_visit(pb.VisitDegree(sender=sender, visit=4, degree=2), 5)
+        assert answer.visit == 6
+        request = pb.PullRequest(sender=sender, serial=3)
+        async with aclosing(link.pull(request, 5)) as messages:
+            assert len([message async for message in messages]) == 3
+        await link.close()
+        assert {node for node, _ in desk.asked} == {"bob"}
+
+
+async def test_entry_in_plain_text(run):
+    """Not even status."""
+    async with listening(run.guard("alice")) as (desk, address):
+        assert await refused(address, None) <= {"unavailable", "late"}
+        with pytest.raises(PeerError):
+            await ask_status(address, 3)
+        assert not desk.asked
+
+
+async def test_entry_without_a_certificate(run):
+    """TLS alone is not enough."""
+    context = ssl.create_default_context(cadata=run.authority.certificate.decode())
+    context.check_hostname = False
+    context.set_alpn_protocols(["h2"])
+
+    def knock(address):
+        host, port = address.split(":")
+        with (
+            socket.create_connection((host, int(port)), 5) as plain,
+            context.wrap_socket(plain) as secure,
+        ):
+            secure.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
+            return secure.recv(100)
+
+    async with listening(run.guard("alice")) as (desk, address):
+        try:
+            answer = await asyncio.to_thread(knock, address)
+        except OSError:  # ssl.SSLError is one
+            answer = b""
+        assert answer == b""
+        assert not desk.asked
+
+
+async def test_entry_with_a_certificate_of_another_run(run, tmp_path):
+    """Of the same name, with the same node's name; the callee is not believed either."""
+    other = Run(tmp_path / "other")
+    async with listening(run.guard("alice")) as (desk, address):
+        stranger = naive(other, "bob")
+        assert await refused(address, stranger, "bob") <= {"unavailable"}
+        mixed = naive(other, "bob")  # believes in our authority, shows its own certificate
+        shown = mixed.credentials()
+        mixed._shown = type(shown)(shown.key, shown.certificate, run.authority.certificate, "run")
+        assert await refused(address, mixed, "bob") <= {"unavailable"}
+        assert not desk.asked
+
+
+@pytest.mark.parametrize("begins", [BACK, 86400])
+async def test_entry_out_of_time(run, begins):
+    """Expired, or of a machine whose clock ran ahead when it was issued."""
+    async with listening(run.guard("alice")) as (desk, address):
+        assert await refused(address, naive(run, "bob", begins=begins), "bob") <= {"unavailable"}
+        assert not desk.asked
+
+
+async def test_a_certificate_ends_on_an_open_connection(run):
+    """It was good when the connection was made; the clock of the callee decides."""
+    now = time.time()
+    clock = [now]
+    guard = Guard(run.keyring("alice", days=5), "alice", clock=lambda: clock[0])
+    async with listening(guard) as (_, address):
+        link = GrpcLink(address, run.guard("bob"))
+        await link.hello(greeting("bob"), 5)
+        clock[0] = now + 2 * 86400
+        with pytest.raises(PeerRefused) as caught:
+            await link.hello(greeting("bob"), 5)
+        assert caught.value.reason == "expired"
+        await link.close()
+
+
+async def test_a_revoked_node_is_out_at_once(run):
+    """As a caller, in a stream under way, as a callee."""
+    guard, mark = run.guard("alice"), run.authority.revoke("eve")
+    async with listening(guard) as (desk, address):
+        link = GrpcLink(address, naive(run, "eve"))
+        await link.hello(greeting("eve"), 5)
+        sender = pb.Sender(run="hold", node="eve", session=3)
+        request = pb.PullRequest(sender=sender, serial=1)
+        async with aclosing(link.pull(request, 20)) as messages:
+            assert await anext(messages)
+        guard.learn(pb.Revocations(revoked=[pb.Revocation(node="eve", signature=mark)]))
+        before = len(desk.asked)
+        assert await refused(address, naive(run, "eve"), "eve") == {"revoked"}
+        assert len(desk.asked) == before
+        await link.close()
+    async with listening(naive_guard(run, "eve"), "eve") as (_, address):
+        link = GrpcLink(address, guard)
+        with pytest.raises(PeerRefused) as caught:
+            await link.hello(greeting("alice"), 5)
+        assert caught.value.reason == "revoked"
+        await link.close()
+
+
+def naive_guard(run, node):
+    """A member's guard that knows of no revocations."""
+    return Guard(run.keyring(node), node)
+
+
+async def test_a_stream_ends_with_a_revocation(run):
+    """What is under way is cut between two messages."""
+    guard = run.guard("alice")
+    eve = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+
+    class Endless(Desk):
+        async def pull(self, request):
+            while True:
+                yield b"x" * 100_000
+                await asyncio.sleep(0)
+
+    transport = GrpcTransport("127.0.0.1", 0, guard)
+    port = await transport.listen(Endless("alice"), None)
+    link = GrpcLink(f"127.0.0.1:{port}", naive(run, "eve"))
+    try:
+        await link.hello(greeting("eve"), 5)
+        request = pb.PullRequest(sender=pb.Sender(run="run", node="eve"))
+        with pytest.raises(PeerRefused) as caught:
+            async with aclosing(link.pull(request, 60)) as messages:
+                async for _ in messages:
+                    guard.learn(pb.Revocations(revoked=[eve]))
+        assert caught.value.reason == "revoked"
+    finally:
+        await link.close()
+        await transport.close(0)
+
+
+async def test_who_is_not_on_the_list_stays_out(run):
+    """A certificate of the run is not enough where trust.allow names others."""
+    async with listening(run.guard("alice", allow=("bob",))) as (_, address):
+        assert await refused(address, naive(run, "eve"), "eve") == {"not_allowed"}
+        link = GrpcLink(address, run.guard("bob"))
+        assert (await link.hello(greeting("bob"), 5)).visit == 7
+        await link.close()
+
+
+async def test_a_member_cannot_speak_for_another(run):
+    """In none of the calls."""
+    async with listening(run.guard("alice")) as (desk, address):
+        assert await refused(address, naive(run, "eve"), "bob") == {"impostor"}
+        assert not desk.asked
+
+
+async def test_an_operator_is_no_member(run):
+    """Its certificate makes no peer's call, and no node."""
+    visitor = Visitor(run.head())
+    async with listening(run.guard("alice")) as (desk, address):
+        assert await refused(address, Naive(visitor.credentials()), "alice") == {"not_a_node"}
+        assert not desk.asked
+        assert (await ask_status(address, 5, visitor.credentials())).node == "bob"
+    shown = visitor.credentials()
+
+    class Posing(Naive):
+        def admit(self, certificate):
+            raise AssertionError
+
+    async with listening(Posing(shown)) as (_, address):
+        link = GrpcLink(address, run.guard("bob"))
+        with pytest.raises(PeerUnavailable):
+            await link.hello(greeting("bob"), 5)
+        await link.close()
+
+
+async def test_who_answers_is_who_it_says(run):
+    """A member that says it is another is not believed, nor one that took another's place."""
+    bob = run.guard("bob")
+    async with listening(run.guard("eve"), "eve", says="alice") as (_, address):
+        link = GrpcLink(address, bob)
+        with pytest.raises(PeerError):
+            await link.hello(greeting("bob"), 5)
+        await link.close()
+    alice = run.guard("alice")
+    transport = GrpcTransport("127.0.0.1", 0, alice)
+    port = await transport.listen(Desk("alice"), None)
+    link = GrpcLink(f"127.0.0.1:{port}", bob)
+    await link.hello(greeting("bob"), 5)
+    await transport.close(0)
+    # Another member at the same address: what is meant for alice does not reach it.
+    usurper, desk = GrpcTransport("127.0.0.1", port, run.guard("eve")), Desk("eve")
+    await usurper.listen(desk, None)
+    try:
+        sender = pb.Sender(run="run", node="bob", session=3)
+        with pytest.raises(PeerError):
+            await link.goodbye(pb.GoodbyeRequest(sender=sender), 5)
+        # A greeting finds out who is there now, and only then others are sent.
+        for _ in range(3):
+            try:
+                reply = await link.hello(greeting("bob"), 5)
+                break
+            except PeerError:
+                continue
+        assert reply.sender.node == "eve"
+        assert link._node == "eve"
+    finally:
+        await link.close()
+        await usurper.close(0)
+
+
+async def test_downgrade_to_plain_text(run):
+    """A member does not call a node, or whoever sits between, that offers no TLS."""
+    async with listening(None) as (desk, address):
+        assert await refused(address, run.guard("bob"), "bob") == {"unavailable"}
+        assert not desk.asked
+        link = GrpcLink(address, run.guard("bob"))
+        with pytest.raises(PeerUnavailable, match="not under TLS"):
+            await link.hello(greeting("bob"), 5)
+        await link.close()
+
+
+async def test_downgrade_to_tls_1_2(run):
+    """Neither end accepts it."""
+    pair = run.keyring("bob").node("bob")
+    files = run.folder / "bob" / "nodes"
+    assert pair.key
+
+    def shake(address):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(files / "bob.pem", files / "bob.key")
+        context.set_alpn_protocols(["h2"])
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), 5) as plain:
+            context.wrap_socket(plain).close()
+
+    async with listening(run.guard("alice")) as (_, address):
+        with pytest.raises((ssl.SSLError, OSError)):
+            await asyncio.to_thread(shake, address)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(files / "bob.pem", files / "bob.key")
+    context.set_alpn_protocols(["h2"])
+    versions = []
+
+    async def serve(_, writer):
+        versions.append(writer.get_extra_info("ssl_object").version())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        link = GrpcLink(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", run.guard("alice"))
+        with pytest.raises(PeerUnavailable):
+            await link.hello(greeting("alice"), 5)
+        await link.close()
+    assert versions == []
+
+
+async def test_revocations_spread_with_greetings(run):
+    """Told to one, known to all that meet, in either direction of the call."""
+    guards = {name: run.guard(name) for name in ("alice", "bob", "carol")}
+    eve = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    guards["alice"].learn(pb.Revocations(revoked=[eve]))
+    async with (
+        listening(guards["alice"]) as (_, alice),
+        listening(guards["carol"], "carol") as (_, carol),
+    ):
+        for address in (alice, carol):  # bob asks alice, and carries it to carol
+            link = GrpcLink(address, guards["bob"])
+            await link.hello(greeting("bob"), 5)
+            await link.close()
+    assert all(guard.revoked == {"eve"} for guard in guards.values())
+
+
+async def test_an_operator_can_tell_of_a_revocation(run):
+    """Where no node runs beside the authority."""
+    guard, visitor = run.guard("alice"), Visitor(run.head())
+    eve = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    async with listening(guard) as (_, address):
+        link = GrpcLink(address, credentials=visitor.credentials())
+        await link.exchange_revocations(pb.Revocations(revoked=[eve]), 5)
+        await link.close()
+    assert guard.revoked == {"eve"}
+
+
+async def test_renewal_over_the_network(run):
+    """A member in its last third gets a new certificate from one that has the authority's key."""
+    run.keyring("hub")
+    hub = Guard(Keyring(run.folder / "hub"), "hub")
+    Keyring(run.folder / "hub").keep_authority(run.authority)
+    bob = Guard(run.keyring("bob", begins=-0.9 * 86400), "bob")
+    async with listening(hub, "hub") as (_, address):
+        link = GrpcLink(address, bob)
+        await link.hello(greeting("bob"), 5)
+        key = identity.new_key()
+        bob.renewed(key, await link.renew(identity.new_request(key), 5))
+        assert not bob.is_renewal_due
+        # The old connection is given up for one with the new certificate.
+        assert (await link.hello(greeting("bob"), 5)).visit == 7
+        await link.close()
+
+
+async def test_a_person_is_told_what_a_node_wants(run, tmp_path, monkeypatch):
+    """No folder, the run's default folder, another program."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    async with listening(run.guard("alice")) as (_, address):
+        with pytest.raises(TrustError, match=r"run 'run'.*--trust"):
+            await credentials([address])
+        (tmp_path / "config" / "deca-node").mkdir(parents=True)
+        run.head().folder.rename(tmp_path / "config" / "deca-node" / "run")
+        shown = await credentials([address])
+        assert (await ask_status(address, 5, shown[address])).node == "bob"
+        with pytest.raises(TrustError, match="no such file"):
+            await credentials([address], tmp_path)
+    async with listening(None) as (_, address):
+        assert await credentials([address]) == {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    key = identity.new_key()
+    request = identity.new_request(key)
+    both = tmp_path / "other.pem"
+    both.write_bytes(key + run.authority.issue_pairing(request, time.time(), 1))
+    context.load_cert_chain(both)
+    server = await asyncio.start_server(
+        lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=context
+    )
+    async with server:
+        with pytest.raises(UnreachableError, match="not as a deca-node"):
+            await credentials([f"127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+
+
+# Invitations
+
+
+@asynccontextmanager
+async def inviting(run, node=None, ttl=60.0, **options):
+    """An inviter that waits; it, its token, and what it tells."""
+    told = []
+    inviter = Inviter(run.head(), Terms(node, 1.0, ttl), told.append, **options)
+    port = await inviter.listen("127.0.0.1", 0)
+    word = token(inviter.invitation([f"127.0.0.1:{port}"]))
+    waiting = asyncio.create_task(inviter.joined())
+    await asyncio.sleep(0)  # it begins to wait
+    try:
+        yield waiting, read_token(word), told
+    finally:
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+def opener(folder):
+    return lambda authority: Keyring.made(folder, authority)
+
+
+async def test_joining_by_an_invitation(run, tmp_path):
+    """The joiner has a certificate over a key that it made; the token is used up."""
+    run.head().keep_revoked({"eve": run.authority.revoke("eve")})
+    async with inviting(run) as (waiting, invitation, _):
+        joined = await join(invitation, "bob", opener(tmp_path / "bob"), invitation.addresses)
+        assert await waiting == "bob"
+        guard = Guard(joined.keyring, "bob")
+        assert guard.revoked == {"eve"}
+        with pytest.raises(TrustError, match="no inviter"):
+            await join(invitation, "mallory", opener(tmp_path / "m"), invitation.addresses)
+    assert "bob" in run.head().issued()
+    async with listening(run.guard("alice")) as (_, address):
+        link = GrpcLink(address, guard)
+        assert (await link.hello(greeting("bob"), 5)).visit == 7
+        await link.close()
+
+
+async def test_a_token_is_good_once(run, tmp_path):
+    """Of many that come with it at once, one is let in."""
+    async with inviting(run) as (waiting, invitation, _):
+        found = await asyncio.gather(
+            *(
+                join(invitation, f"bob-{i}", opener(tmp_path / f"b{i}"), invitation.addresses)
+                for i in range(6)
+            ),
+            return_exceptions=True,
+        )
+        joined = [one for one in found if not isinstance(one, BaseException)]
+        assert len(joined) == 1
+        assert all(isinstance(one, TrustError) for one in found if one not in joined)
+        assert await waiting == joined[0].node
+    assert set(run.head().issued()) == {joined[0].node}
+
+
+async def test_an_old_token_does_not_open_a_new_invitation(run, tmp_path):
+    """At the same address, from the same authority."""
+    async with inviting(run) as (_, old, _), inviting(run) as (_, new, told):
+        with pytest.raises(TrustError, match="not let in"):
+            await join(old, "eve", opener(tmp_path / "eve"), new.addresses)
+        assert len(told) == 1
+        assert not run.head().issued()
+        assert (await join(new, "bob", opener(tmp_path / "bob"), new.addresses)).node == "bob"
+
+
+async def test_a_token_is_over_in_time(run, tmp_path):
+    """By the clock of the inviter, whatever the joiner's says; and of an honest joiner, too."""
+    clock = [time.time()]
+    async with inviting(run, ttl=60.0, clock=lambda: clock[0]) as (_, invitation, _):
+        clock[0] += 61
+        with pytest.raises(TrustError, match="over"):
+            await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+        with pytest.raises(TrustError, match="by this machine's clock"):
+            late = time.time() + 7200
+            await join(
+                invitation, "bob", opener(tmp_path / "b"), invitation.addresses, lambda: late
+            )
+    assert not run.head().issued()
+    async with inviting(run, ttl=0.05) as (waiting, _, _):
+        with pytest.raises(TrustError, match="in time"):
+            await waiting
+
+
+async def test_the_secret_goes_to_the_authority_alone(run, tmp_path):
+    """Another authority, or who shows ours without its key, is told nothing."""
+    heard = []
+    other = Run(tmp_path / "other")
+    async with inviting(run) as (_, invitation, _), inviting(other) as (_, _, told):
+        async with inviting(other) as (_, imposter, _):
+            with pytest.raises(TrustError, match="not who made"):
+                await join(invitation, "bob", opener(tmp_path / "b"), imposter.addresses)
+        assert not told
+
+        # It copies our authority's certificate, which is no secret, and shows one of its own.
+        key = identity.new_key()
+        shown = other.authority.issue_pairing(identity.new_request(key), time.time(), 1)
+        both = tmp_path / "fake.pem"
+        both.write_bytes(key + shown)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(both)
+
+        async def serve(reader, writer):
+            said = {"authority": run.authority.certificate.decode()}
+            writer.write(json.dumps(said).encode() + b"\n")
+            heard.append(await reader.read(1000))
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        async with server:
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            with pytest.raises(TrustError, match="not who made"):
+                await join(invitation, "bob", opener(tmp_path / "b"), [address])
+        # A member's certificate does not pass for an invitation's either.
+        async with listening(run.guard("eve"), "eve") as (_, address):
+            with pytest.raises(TrustError, match="no inviter"):
+                await join(invitation, "bob", opener(tmp_path / "b"), [address])
+        assert (await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)).node
+    assert not any(heard)
+
+
+async def test_guessing_ends_an_invitation(run, tmp_path):
+    """The person who waits is told; the right secret does not help any more."""
+    async with inviting(run) as (waiting, invitation, _):
+        wrong = type(invitation)(**{**vars(invitation), "secret": bytes(16)})
+        for _ in range(MAX_JOIN_ATTEMPTS):
+            with pytest.raises(TrustError):
+                await join(wrong, "eve", opener(tmp_path / "e"), invitation.addresses)
+        with pytest.raises(TrustError, match="somebody guesses"):
+            await waiting
+        with pytest.raises(TrustError):
+            await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+    assert not run.head().issued()
+
+
+async def test_nobody_joins_as_another(run, tmp_path):
+    """A name that was given is given again only by the inviter; a revoked one never."""
+    head = run.head()
+    head.issue("bob", identity.new_request(identity.new_key()), time.time(), 1)
+    head.keep_revoked({"eve": run.authority.revoke("eve")})
+    async with inviting(run) as (_, invitation, _):
+        for name, words in (("bob", "already"), ("eve", "revoked"), ("Bob/", "48 characters")):
+            with pytest.raises(TrustError, match=words):
+                await join(invitation, name, opener(tmp_path / "x"), invitation.addresses)
+    async with inviting(run, node="bob") as (_, invitation, _):
+        with pytest.raises(TrustError, match="for node 'bob'"):
+            await join(invitation, "carol", opener(tmp_path / "x"), invitation.addresses)
+        assert (
+            await join(invitation, "", opener(tmp_path / "x"), invitation.addresses)
+        ).node == "bob"
+    with pytest.raises(TrustError, match="for good"):
+        async with inviting(run, node="eve"):
+            pass
+
+
+async def test_noise_at_an_inviter_changes_nothing(run, tmp_path):
+    """Plain text, a browser, half a line, nonsense, a line without end."""
+    async with inviting(run) as (_, invitation, _):
+        host, port = invitation.addresses[0].split(":")
+        anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+        for context in (None, anybody):
+            for noise in (b"GET / HTTP/1.1\r\n\r\n", b"{", b"[]\n", b"\xff\n", b"x" * 2_000_000):
+                reader, writer = await asyncio.open_connection(host, port, ssl=context)
+                try:
+                    writer.write(noise)
+                    await writer.drain()
+                    await reader.read(100)
+                except OSError:
+                    pass
+                finally:
+                    writer.close()
+        assert (await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)).node

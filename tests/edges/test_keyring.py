@@ -1,0 +1,220 @@
+"""The trust folder: what is in it, who can read it, what is wrong with it."""
+
+import stat
+import time
+
+import pytest
+
+from deca_node import identity
+from deca_node.errors import PeerRefused, TrustError
+from deca_node.guard import Guard, Visitor
+from deca_node.identity import Authority
+from deca_node.keyring import Keyring, Pair
+from deca_node.pb import node_pb2 as pb
+from deca_node.trust import Holder
+from tests.trust import Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def test_keys_are_for_their_owner_alone(run):
+    """Files of mode 0600 in folders of mode 0700, and no temporary ones left."""
+    keyring = run.head()
+    run.keyring("alice")
+    for path in run.folder.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+        assert path.suffix != ".tmp"
+    assert keyring.open_authority().run == "run"
+
+
+def test_a_certificate_says_whom_it_names(run):
+    """A node's, an operator's; the authority's and an invitation's name nobody."""
+    assert run.keyring("alice").node("alice").says.holder == Holder("run", "alice", operator=False)
+    head = run.head()
+    assert head.operator().says.holder == Holder("run", None, operator=True)
+    assert identity.read(head.authority).holder is None
+    request = identity.new_request(identity.new_key())
+    pairing = run.authority.issue_pairing(request, time.time(), 1)
+    assert identity.read(pairing).holder is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: path.write_bytes(b""), "not a private key"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "not a private key"),
+        (lambda path: path.write_bytes(b"x" * 10_000), "too long"),
+        (lambda path: path.write_bytes(identity.new_key()), "not the certificate's"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),  # also for root
+        (lambda path: path.chmod(0o644), "chmod 600"),
+        (lambda path: path.chmod(0o660), "chmod 600"),
+    ],
+)
+def test_a_bad_key_is_one_line(run, damage, words):
+    """The file is named, whatever is wrong with it."""
+    keyring = run.keyring("alice")
+    path = keyring.folder / "nodes" / "alice.key"
+    damage(path)
+    with pytest.raises(TrustError, match=words) as caught:
+        keyring.node("alice")
+    assert "alice" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_may_read_a_key(run):
+    """That is how orchestrators hand secrets to a daemon that is not root."""
+    keyring = run.keyring("alice")
+    (keyring.folder / "nodes" / "alice.key").chmod(0o440)
+    assert keyring.node("alice").key
+
+
+def test_a_folder_belongs_to_one_authority(run, tmp_path):
+    """Another run's of the same name is another."""
+    keyring = run.keyring("alice")
+    with pytest.raises(TrustError, match="another authority"):
+        Keyring.made(keyring.folder, Authority.new("run", time.time()).certificate)
+    with pytest.raises(TrustError, match="'run', not 'other'"):
+        Keyring.of_run(keyring.folder, "other")
+    with pytest.raises(TrustError, match="swarm init"):
+        Keyring(tmp_path / "nowhere")
+
+
+def test_a_certificate_of_another_authority_is_no_good(run, tmp_path):
+    """Although it names the same node of a run of the same name."""
+    keyring = run.keyring("alice")
+    other = Run(tmp_path / "other").keyring("alice").node("alice")
+    keyring.keep_node("alice", other)
+    with pytest.raises(TrustError, match="another authority"):
+        Guard(keyring, "alice")
+
+
+@pytest.mark.parametrize(
+    ("begins", "days", "words"),
+    [(-3 * 86400, 1, "its time is over"), (86400, 1, "set the clock")],
+)
+def test_a_node_whose_certificate_is_out_of_time_does_not_start(run, begins, days, words):
+    """Expired, or the clock is wrong."""
+    with pytest.raises(TrustError, match=words):
+        Guard(run.keyring("alice", begins=begins, days=days), "alice")
+
+
+def test_revocations_are_signed(run):
+    """One that the authority has not signed, or for another node or run, is refused."""
+    guard, mark = run.guard("alice"), run.authority.revoke("eve")
+    other = Authority.new("run", time.time()).revoke("eve")
+    for node, signature in (
+        ("bob", mark),
+        ("eve", other),
+        ("eve", b""),
+        ("", mark),
+        ("a\nb", mark),
+    ):
+        with pytest.raises(PeerRefused, match="not signed"):
+            guard.learn(pb.Revocations(revoked=[pb.Revocation(node=node, signature=signature)]))
+    assert not guard.revoked
+    assert guard.digest() == 0
+    guard.learn(pb.Revocations(revoked=[pb.Revocation(node="eve", signature=mark)]))
+    assert guard.revoked == {"eve"}
+    assert Guard(Keyring(run.folder / "alice"), "alice").revoked == {"eve"}
+
+
+def test_two_that_know_different_revocations_come_to_know_both(run):
+    """In whatever order; then their digests are equal."""
+    guards = [run.guard(name) for name in ("alice", "bob")]
+    for guard, node in zip(guards, ("eve", "mallory"), strict=True):
+        signed = pb.Revocation(node=node, signature=run.authority.revoke(node))
+        guard.learn(pb.Revocations(revoked=[signed]))
+    assert guards[0].digest() != guards[1].digest()
+    guards[1].learn(guards[0].revocations())
+    guards[0].learn(guards[1].revocations())
+    assert guards[0].digest() == guards[1].digest()
+    assert guards[0].revoked == {"eve", "mallory"}
+
+
+def test_a_damaged_list_of_revocations_trusts_nobody(run):
+    """Empty would mean that all are welcome."""
+    keyring = run.keyring("alice")
+    for text in ("", "[]", '{"eve": "00"}', '{"eve": 1}', "{" * 100):
+        (keyring.folder / "revoked.json").write_text(text)
+        with pytest.raises(TrustError, match="damaged"):
+            Guard(keyring, "alice")
+
+
+def test_a_revoked_node_does_not_start(run):
+    """It is told why."""
+    keyring = run.keyring("alice")
+    keyring.keep_revoked({"alice": run.authority.revoke("alice")})
+    with pytest.raises(TrustError, match="another name"):
+        Guard(keyring, "alice")
+
+
+def test_what_another_process_changes_is_taken_up(run):
+    """A revocation and a renewal; damage leaves what was known in force."""
+    keyring = run.keyring("alice")
+    guard = Guard(keyring, "alice")
+    before = guard.credentials()
+    assert not guard.refresh()
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    assert guard.refresh()
+    assert guard.revoked == {"eve"}
+    run.keyring("alice", days=2)
+    assert guard.refresh()
+    assert guard.credentials() is not before
+    (keyring.folder / "revoked.json").write_text("nonsense")
+    with pytest.raises(TrustError, match="damaged"):
+        guard.refresh()
+    assert not guard.refresh()  # told once
+    assert guard.revoked == {"eve"}
+
+
+def test_only_who_is_due_is_renewed_and_only_by_the_authority(run):
+    """The new certificate names who shows the old one, whatever the request says."""
+    head = run.head()
+    head.keep_node("head", run.keyring("head2").node("head2"))
+    run.keyring("hub")
+    Keyring(run.folder / "hub").keep_authority(run.authority)
+    hub = Guard(Keyring(run.folder / "hub"), "hub")
+    fresh = run.keyring("alice").node("alice")
+    request = identity.new_request(identity.new_key())
+    with pytest.raises(PeerRefused, match="last third"):
+        hub.renew_for(fresh.certificate, request)
+    due = run.keyring("bob", begins=-0.9 * 86400).node("bob")
+    renewed = identity.read(hub.renew_for(due.certificate, request))
+    assert renewed.holder == Holder("run", "bob", operator=False)
+    assert renewed.ends > due.says.ends
+    with pytest.raises(PeerRefused, match="not a request"):
+        hub.renew_for(due.certificate, b"nonsense")
+    with pytest.raises(PeerRefused, match="not here"):
+        run.guard("carol").renew_for(due.certificate, request)
+    with pytest.raises(PeerRefused, match="only nodes"):
+        hub.renew_for(head.operator().certificate, request)
+
+
+def test_a_renewal_is_of_the_same_node_and_longer(run):
+    """What a peer hands us instead is refused."""
+    keyring = run.keyring("alice", begins=-0.9 * 86400)
+    guard = Guard(keyring, "alice")
+    assert guard.is_renewal_due
+    for wrong in (run.keyring("bob").node("bob"), keyring.node("alice")):
+        with pytest.raises(TrustError, match="not a renewal"):
+            guard.renewed(wrong.key, wrong.certificate)
+    key = identity.new_key()
+    longer = run.authority.issue(identity.new_request(key), "alice", time.time(), 1)
+    guard.renewed(key, longer)
+    assert not guard.is_renewal_due
+    assert keyring.node("alice") == Pair(key, longer)
+
+
+def test_a_visitor_shows_the_operators_certificate_or_a_nodes(run):
+    """Whoever has neither is told what to copy."""
+    head = run.head()
+    assert Visitor(head).credentials().certificate == head.operator().certificate
+    alice = run.keyring("alice")
+    assert Visitor(alice).credentials().certificate == alice.node("alice").certificate
+    with pytest.raises(TrustError, match=r"operator\.pem"):
+        Visitor(Keyring.made(run.folder / "empty", run.authority.certificate))
