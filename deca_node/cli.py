@@ -175,6 +175,9 @@ def start(
     config: ConfigOption = None,
     settings: SetOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain text on the network: trust.insecure = true.")
+    ] = False,
 ) -> None:
     """Run this machine's node until the run is finished, or a signal ends it.
 
@@ -184,7 +187,8 @@ def start(
     logs.configure(human=human, verbose=verbose)
     log = structlog.get_logger()
     try:
-        chosen = load(config, settings or ())
+        given = [*(settings or ()), *(["trust.insecure=true"] if insecure else ())]
+        chosen = load(config, given)
         from deca_node.node import Node  # noqa: PLC0415 - imports torch
 
         with _progress_bar(shown=human) as report:

@@ -26,7 +26,6 @@ from deca_node import identity
 from deca_node.errors import ListenError, TrustError
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import (
-    HANDSHAKE_SECONDS,
     MAX_JOIN_ATTEMPTS,
     MAX_JOIN_BYTES,
     MAX_JOINERS,
@@ -41,6 +40,7 @@ from deca_node.trust import (
     pairing_name,
 )
 
+# What each of the two ends gives the other for a handshake, and for what it has to say.
 CONNECT_SECONDS = 5.0
 # OpenSSL's numbers for a certificate whose time has not begun, or is over.
 _TIMES = (9, 10)
@@ -108,7 +108,7 @@ class Inviter:
                 port,
                 limit=MAX_JOIN_BYTES,
                 ssl=self._context(),
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_handshake_timeout=CONNECT_SECONDS,
             )
         except OSError as error:
             raise ListenError(

@@ -1,5 +1,6 @@
 """A node's status for people (rich) and for scripts (plain dicts)."""
 
+import datetime as dt
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -109,12 +110,21 @@ def render(status: pb.NodeStatus) -> RenderableType:
     facts.add_row("sent", f"{size(status.bytes_sent)}  {rate(status.send_rate)}")
     facts.add_row("received", f"{size(status.bytes_received)}  {rate(status.receive_rate)}")
     facts.add_row("address", Text(f"{status.address}  pid {status.pid}  {status.version}"))
+    facts.add_row("security", _security(status))
     facts.add_row("up", duration(status.uptime_seconds))
     if status.refusals:
         facts.add_row("refused", Text(_reasons(status.refusals), "yellow"))
     for warning in status.warnings:
         facts.add_row("warning", Text(warning, "yellow"))
     return Group(facts, render_peers(status.peers)) if status.peers else facts
+
+
+def _security(status: pb.NodeStatus) -> Text:
+    if not status.certificate_ends:
+        return Text(status.security, "yellow" if "network" in status.security else "")
+    ends = dt.datetime.fromtimestamp(status.certificate_ends, dt.UTC).strftime("%Y-%m-%d")
+    out = f"  revoked: {', '.join(status.revoked)}" if status.revoked else ""
+    return Text(f"{status.security}, until {ends}{out}")
 
 
 def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:

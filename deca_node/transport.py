@@ -32,8 +32,6 @@ from deca_node.errors import (
     known_reason,
 )
 from deca_node.limits import (
-    HANDSHAKE_SECONDS,
-    MAX_CONNECTIONS,
     MAX_HEALTH_CHECKS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
@@ -192,8 +190,6 @@ _SERVER = [
     ("grpc.so_reuseport", 0),  # two nodes on one port would share its callers
     ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # under the client's keepalive
-    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
-    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
 ]
 _CLIENT = [
     *_COMMON,
