@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 with grpc.insecure_channel(f"127.0.0.1:{os.environ['DECA_NODE__HEALTH_PORT']}") as channel:
     try:
         reply = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(), timeout=8
+            health_pb2.HealthCheckRequest(), timeout=25
         )
     except grpc.RpcError as error:
         sys.exit(f"no answer: {error.code().name}")

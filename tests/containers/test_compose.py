@@ -22,8 +22,8 @@ NODES = ("node-0", "node-1", "node-2", "node-3")
 NEIGHBOURS = {
     name: {NODES[(index - 1) % 4], NODES[(index + 1) % 4]} for index, name in enumerate(NODES)
 }
-DEADLINE = 240.0  # a bound on failure; nothing waits this long when all is well
-UP_SECONDS = 300.0
+DEADLINE = 600.0  # a bound on failure; nothing waits this long when all is well
+UP_SECONDS = 600.0
 
 pytestmark = [
     pytest.mark.slow,
