@@ -9,6 +9,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -47,8 +48,6 @@ def unavailable() -> str:
 
 def compose_binary() -> Path:
     """Compose itself, as its Python package carries it."""
-    import sys
-
     return Path(sys.executable).with_name("docker-compose")
 
 
@@ -168,6 +167,8 @@ def running() -> Iterator[Engine]:
 def _own(folder: Path) -> Iterator[str]:
     """An engine of ours; where it listens."""
     socket, log = f"unix://{folder}/docker.sock", folder / "log"
+    bridge = Path("/sys/class/net/docker0")
+    was_there = bridge.exists()
     command = ["dockerd", "--data-root", str(CACHE / "data"), "--exec-root", str(folder / "exec")]
     command += ["--host", socket, "--pidfile", str(folder / "pid")]
     with log.open("wb") as file:
@@ -186,3 +187,5 @@ def _own(folder: Path) -> Iterator[str]:
     finally:
         daemon.terminate()
         daemon.wait(START_SECONDS)
+        if bridge.exists() and not was_there:
+            subprocess.run(["ip", "link", "delete", bridge.name], check=False)
