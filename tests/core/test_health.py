@@ -99,8 +99,8 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
         ({"static": ["h:2"], "silent": frozenset({"h:2"}), "looking": 14.0}, None, ""),
         (
             {"unresolved": {"swarm:7430": "Name or service not known"}},
-            "swarm:7430 has no address (Name or service not known)",
-            "network.dns_peers",
+            "unresolved:swarm:7430",
+            "swarm:7430 has no address (Name or service not known); correct network.dns_peers",
         ),
         # multicast
         ({"heard_itself": False}, "multicast", "network.interfaces"),
