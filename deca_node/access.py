@@ -28,6 +28,7 @@ async def credentials(
         TrustError: a node wants a certificate, and there is none here.
         UnreachableError: something else answers.
     """
+    addresses = [each for each in addresses if not each.startswith("unix:")]  # asks for none
     if trust is not None:
         shown = Visitor(Keyring(trust)).credentials()
         return dict.fromkeys(addresses, shown)

@@ -129,6 +129,10 @@ class Peers(Protocol):
         """Links to those that can hand out blocks."""
         ...
 
+    def is_paused(self, peer: str) -> bool:
+        """Whether the peer has said that it takes no part for now."""
+        ...
+
     def trouble(self, peer: str, error: PeerError) -> None:
         """A call to the peer failed or what it sent was refused."""
         ...
@@ -410,6 +414,8 @@ class CatchUp:
                 await self._pause(self._timing.redial)
                 continue
             silent = 0
+            # The end of a visit in which all the others pause is not waited for.
+            overtaken = overtaken and not all(map(self._peers.is_paused, others))
             if not overtaken and not self._behind(visit):
                 return visit  # those ahead have turned out to be of no use
             step = next_step(

@@ -24,8 +24,10 @@ from rich.text import Text
 from deca_node import (
     __version__,
     access,
+    cli_dashboard,
     cli_service,
     cli_swarm,
+    cli_watch,
     logs,
     registry,
     status,
@@ -56,6 +58,7 @@ app = typer.Typer(
 app.command("install-service")(cli_service.install_service)
 
 app.add_typer(cli_swarm.app, name="swarm")
+cli_watch.register(app, cli_swarm.app)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; `deca-node init` writes one.")
@@ -263,7 +266,7 @@ def _addresses(given: str | None) -> list[str]:
             return [checked_address(given)]
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    found = [entry.address for entry in registry.local_nodes()]
+    found = [entry.target for entry in registry.local_nodes()]
     if not found:
         raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
     return found
@@ -335,19 +338,38 @@ def _unreachable(error: PeerError) -> UnreachableError:
 
 @app.command("export")
 def export_model(
-    to: Annotated[Path, typer.Option("--to", help="A new folder for the model.")],
+    node: cli_watch.NodeArgument = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="A new folder for the model; read from the disk.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Let the running node write it, into OUTPUT/exports/NAME."),
+    ] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     consensus: Annotated[
         bool,
         typer.Option("--consensus", help="Only a model that the nodes have agreed on at the end."),
     ] = False,
+    trust: TrustOption = None,
 ) -> None:
     """Write this node's model as far as it is trained, also while the node runs.
 
     The folder can be loaded by transformers, like the one that a finished run
-    leaves in node.output.
+    leaves in node.output. With --to it is put together here from the state on
+    disk; with --name a running node, this machine's or another's, does so.
     """
+    if (to is None) == (name is None):
+        raise ConfigError("give either --to DIR, or --name NAME for a running node")
+    if name is not None:
+        if config is not None or settings:
+            raise ConfigError("--name asks a running node, which has its settings")
+        typer.echo(cli_watch.export_of_node(node, name, trust, consensus=consensus))
+        return
+    if node is not None:
+        raise ConfigError(f"{node}: to ask a running node give --name in place of --to")
+    assert to is not None  # noqa: S101 - one of the two is given
     from deca_node import export  # noqa: PLC0415 - imports torch
 
     done = export.export(load(config, settings or ()), to, consensus=consensus)
@@ -578,3 +600,6 @@ def write_report(
 
     for path in report.write(folder, to):
         typer.echo(str(path))
+
+
+app.command()(cli_dashboard.dashboard)

@@ -277,6 +277,11 @@ class DataSettings(Section):
         "prompt and response.",
     )
     text_field: str = Field("text", description="text: the field of the text.")
+    share_label_counts: bool = Field(
+        False,
+        description="classification: tell in the status how many examples of each label there are, "
+        "for a dashboard to show the skew. Whoever can ask for the status then knows.",
+    )
     max_tokens: int = Field(
         512,
         ge=8,
@@ -475,8 +480,11 @@ class TrustSettings(Section):
 
 def default_trust_folder(run: str) -> Path:
     """Where a run's certificates are, unless trust.folder says otherwise."""
-    home = os.environ.get("XDG_CONFIG_HOME", "")
-    base = Path(home) if Path(home).is_absolute() else Path("~/.config").expanduser()
+    home = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    try:
+        base = home if home.is_absolute() else Path("~/.config").expanduser()
+    except RuntimeError:
+        raise ConfigError("nobody knows whose home ~ is here; set trust.folder") from None
     return base / "deca-node" / run
 
 
@@ -539,8 +547,8 @@ class NetworkSettings(Section):
     overlap: bool = Field(
         True,
         description="While blocks travel, run the next batch through the frozen layers below the "
-        "active block. The numbers stay the same to the last bit; it costs the memory of one "
-        "hidden state.",
+        "active block; and send a block's first messages while the rest of it is being updated. "
+        "The numbers stay the same to the last bit; it costs the memory of one hidden state.",
     )
     step_deadline: Positive | None = Field(
         None,
@@ -604,6 +612,35 @@ class NetworkSettings(Section):
         return tuple(map(checked_address, value))
 
 
+class MetricsSettings(Section):
+    """Measurements for Prometheus (docs/watching.md)."""
+
+    port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port of /metrics; 0 takes a free one, which the log names. Unset: no "
+        "metrics.",
+        examples=[9464],
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to serve them on. Whoever reaches it can read them, so other "
+        "addresses than the loopback are for networks that you trust.",
+    )
+
+
+class TensorboardSettings(Section):
+    """Curves for TensorBoard; needs the extra [tensorboard]."""
+
+    folder: Path | None = Field(
+        None,
+        description="Folder of the event files: this node's go to a folder of its name in it, so "
+        "that nodes can share one. Unset: none.",
+        examples=["out/tensorboard"],
+    )
+
+
 @dataclass(frozen=True)
 class Timing:
     """Deadlines and intervals in seconds.
@@ -665,6 +702,8 @@ class Settings(BaseSettings):
     consensus: ConsensusSettings = ConsensusSettings()
     network: NetworkSettings = NetworkSettings()
     trust: TrustSettings = TrustSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tensorboard: TensorboardSettings = TensorboardSettings()
 
     @model_validator(mode="after")
     def _fit_the_method(self) -> "Settings":
@@ -677,6 +716,16 @@ class Settings(BaseSettings):
                 "models that may be given away; set it elsewhere"
             )
         return self
+
+    def resolved(self) -> "Settings":
+        """The same with absolute paths, good in any working directory."""
+        sections = {
+            name: section.model_copy(
+                update={k: v.absolute() for k, v in section if isinstance(v, Path)}
+            )
+            for name, section in self
+        }
+        return self.model_copy(update=sections)
 
     def trust_folder(self) -> Path:
         """Of this run, on this machine."""

@@ -14,6 +14,7 @@
     ├── SwarmError                   10      a testbed's node failed, or a swarm died of chaos
     ├── CheckError                   11      a check of deca-node doctor failed
     ├── TrustError                   12      a key, certificate or invitation is missing or no good
+    ├── ControlError                 13      a node refused what it was told to do
     └── PeerError                     -      a peer's fault: counted, never ends a run
         ├── PeerUnavailable                  nobody answers, or the connection broke
         ├── PeerTimeout                      it did not answer in time
@@ -97,6 +98,12 @@ class TrustError(DecaError):
     exit_code = 12
 
 
+class ControlError(DecaError):
+    """A running node refused what it was told to do."""
+
+    exit_code = 13
+
+
 # The words under which peers' faults and refusals are counted. A peer cannot add one.
 REASONS = frozenset(
     {
@@ -110,8 +117,18 @@ REASONS = frozenset(
         *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
         *("too_many_greetings", "busy"),
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.
-        *("no_certificate", "expired", "revoked", "not_allowed", "impostor", "not_a_node"),
+        *(
+            "handshake",
+            "no_certificate",
+            "expired",
+            "revoked",
+            "not_allowed",
+            "impostor",
+            "not_a_node",
+        ),
         *("bad_request", "not_due", "no_authority"),
+        # Of what an operator asks for, and of a node that takes no part because it was asked to.
+        *("paused", "not_now", "not_saved", "exists", "busy", "failed", "permission_denied"),
     }
 )
 

@@ -5,6 +5,7 @@ and collects theirs. A peer's failure is an entry in a report here, never an exc
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
@@ -56,6 +57,10 @@ class Neighbourhood(Protocol):
 
     def is_down(self, peer: str) -> bool:
         """Whether its connection broke or nobody listens there."""
+        ...
+
+    def is_paused(self, peer: str) -> bool:
+        """Whether the peer has said that it takes no part for now."""
         ...
 
     def trouble(self, peer: str, error: PeerError) -> None:
@@ -218,7 +223,10 @@ class Exchange:
         self._idle: set[str] = set()  # let the last visit's beginning wait in vain
         self._pulls: Counter[str] = Counter()
         self._sent = 0
+        self._resting = False
+        self._missed = False  # a neighbour asked for a step that this node did not do meanwhile
         self._changed = asyncio.Event()
+        self._grown = asyncio.Event()
 
     # --- agreeing on the edges of a visit
 
@@ -240,6 +248,7 @@ class Exchange:
         that this node would have; None takes fp32 for all edges, whatever the neighbours wish.
         """
         self._drop_references()
+        self._resting = False
         self._steps_per_visit = steps_per_visit
         self._graph = graph
         self._newest = first_serial - 1
@@ -305,7 +314,7 @@ class Exchange:
         return self._timing.visit_deadline
 
     def _given_up(self, peer: str) -> bool:
-        return self._peers.link(peer) is None
+        return self._peers.link(peer) is None or self._peers.is_paused(peer)
 
     def _offer(self, peer: str) -> "asyncio.Task[None]":
         async def offer() -> None:
@@ -389,7 +398,17 @@ class Exchange:
         self._have, self._gave, self._failed = set(), set(), set()
         self._served = frozenset(self.edges.weights)
         self._formats, self._encoded = self.edges.formats, snapshot.encoded
+        loop = asyncio.get_running_loop()
+        snapshot.grown = lambda: _soon(loop, self._has_grown)
         self._pulse()
+
+    @property
+    def early(self) -> bool:
+        """Whether all edges take a snapshot that is still being made.
+
+        A compressed stream begins with scales, or is of a difference: these need all values.
+        """
+        return not self.edges.formats
 
     async def make_room(self, *, patient: bool = False) -> float:
         """Let the last step's snapshot go before memory is taken for the next one.
@@ -439,6 +458,7 @@ class Exchange:
         if self._held is not None:
             self._held.release()
             self._held = None
+            self._has_grown()
 
     def give_up(self, peers: Collection[str]) -> None:
         """Use the edges to these neighbours no more in this visit: neither take nor serve."""
@@ -592,6 +612,7 @@ class Exchange:
         sink: Sink | None = mix
         if mix is not None and wire is not Format.FP32:
             sink = partial(mix, own=self._encoded[wire])
+        own = self._held  # None when every neighbour has it already, so that it is made
         mixed = 0
         started = loop.time()
         edge = report.edges[peer] = EdgeUse()
@@ -613,6 +634,12 @@ class Exchange:
                     self._peers.received(peer, len(message))
                     begin = loop.time()
                     arrived = receiver.feed(message)
+                    if arrived is not None and own is not None:
+                        end = arrived[0] + len(arrived[1])
+                        while not own.covers(end):  # the block is still being updated there
+                            report.mix += loop.time() - begin
+                            await self._grown.wait()
+                            begin = loop.time()
                     if arrived is not None and wire is not Format.FP32:
                         values = followed.take(*arrived, is_difference=receiver.is_difference)
                         arrived = arrived[0], values
@@ -649,6 +676,23 @@ class Exchange:
                     if loop.time() >= deadline:
                         self._late.add(peer)
 
+    def rest(self) -> None:
+        """Take no part in further steps: whoever asks for one hears so at once.
+
+        What is published is handed out still. It ends with ``wake_up``, or with the next visit.
+        """
+        self._resting, self._missed = True, False
+        self._pulse()
+
+    def wake_up(self) -> bool:
+        """Go on with the visit, unless a neighbour has gone on in it meanwhile.
+
+        Returns:
+            Whether one has; then this node stays out of the visit.
+        """
+        self._resting = self._missed
+        return self._missed
+
     async def drain(self) -> frozenset[str]:
         """Serve the last block until every neighbour has it, at most ``step_deadline``.
 
@@ -684,9 +728,11 @@ class Exchange:
             wish = Format(request.wire_format)
         except ValueError:
             raise PeerRefused("bad_format", f"no format {request.wire_format}") from None
-        verdict = self._agreement.offered(
-            peer, request.visit, request.sender.session, request.step, wish
-        )
+        verdict = Verdict.NOT_WANTED
+        if not self._resting:
+            verdict = self._agreement.offered(
+                peer, request.visit, request.sender.session, request.step, wish
+            )
         self._pulse()
         return self._answer(verdict)
 
@@ -756,6 +802,8 @@ class Exchange:
 
     async def _next_message(self, peer: str, snapshot: Snapshot, index: int) -> bytes:
         """A message when it is its turn."""
+        while not snapshot.has(index) and snapshot.messages:
+            await self._grown.wait()
         message = snapshot.message(index)
         now = asyncio.get_running_loop().time()
         if pause := self._rates.take(peer, len(message), now):
@@ -781,6 +829,9 @@ class Exchange:
                 raise PeerRefused("ended", f"visit {visit} is over here")
             if serial <= self._newest:
                 raise PeerRefused("passed", f"step {serial} is over here")
+            if self._resting:
+                self._missed = self._missed or peer in self.edges.weights
+                raise PeerRefused("paused", "this node takes no part for now")
             settled = self.edges.visit == self._agreement.visit and self._agreement.closed
             if visit == self._agreement.visit and settled and peer not in self.edges.weights:
                 raise PeerRefused("not_a_neighbour", f"no edge in visit {visit}")
@@ -824,5 +875,15 @@ class Exchange:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def _has_grown(self) -> None:
+        self._grown.set()
+        self._grown = asyncio.Event()
+
     async def _wait_change(self, seconds: float) -> None:
         await happens(self._changed, seconds)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Call on the loop's thread, if there is somebody left to be told."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(call)

@@ -1,12 +1,14 @@
 """Whom a running node believes, and what it shows itself (transport.Guard)."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import xxhash
 
 from deca_node import identity
-from deca_node.errors import PeerRefused, TrustError
+from deca_node.errors import DecaError, PeerRefused, TrustError
 from deca_node.keyring import Keyring, Pair, lifetime_days
 from deca_node.limits import MAX_REVOKED
 from deca_node.pb import node_pb2 as pb
@@ -36,7 +38,9 @@ class Guard:
     ) -> None:
         self._keyring, self._node, self._clock = keyring, node, clock
         self._allow = frozenset((*allow, node)) if allow else frozenset[str]()
+        self.refused: Counter[str] = Counter()
         self._revoked = keyring.revoked()
+        self._unsaved = False
         self._stamp = keyring.stamp(node)
         self._pair = keyring.node(node)
         self._credentials = self._shown()
@@ -97,10 +101,9 @@ class Guard:
                 raise PeerRefused("bad_list", "a revocation that the authority has not signed")
             found[each.node] = each.signature
         if len(found) > len(self._revoked):
-            # What another process has written meanwhile counts as well.
-            self._revoked = {**self._keyring.revoked(), **found}
-            self._keyring.keep_revoked(self._revoked)
-            self._stamp = self._keyring.stamp(self._node)
+            self._revoked, self._unsaved = found, True
+            with suppress(DecaError):  # in force all the same; refresh tries again, and tells
+                self._save()
 
     def renew_for(self, certificate: bytes, request: bytes) -> bytes:
         """See transport.Guard."""
@@ -140,7 +143,10 @@ class Guard:
 
         Raises:
             TrustError: what is there now is damaged; what was known before stays in force.
+            DiskFullError: what was learned cannot be kept yet.
         """
+        if self._unsaved:
+            self._save()
         stamp = self._keyring.stamp(self._node)
         if stamp == self._stamp:
             return False
@@ -150,10 +156,21 @@ class Guard:
         self._credentials = self._shown()
         return True
 
+    def _save(self) -> None:
+        # What another process has written meanwhile counts as well.
+        self._revoked = {**self._keyring.revoked(), **self._revoked}
+        self._keyring.keep_revoked(self._revoked)
+        self._stamp, self._unsaved = self._keyring.stamp(self._node), False
+
     @property
     def is_renewal_due(self) -> bool:
         """Whether this node's certificate should be renewed."""
         return is_renewal_due(self._pair.says, self._clock())
+
+    @property
+    def has_authority(self) -> bool:
+        """Whether the authority's key is here."""
+        return self._keyring.has_authority
 
     def renew_here(self) -> bool:
         """Renew this node's certificate where the authority's key is; False where it is not."""

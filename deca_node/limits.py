@@ -66,6 +66,11 @@ MAX_CALLS_PER_ADDRESS = MAX_CALLS // 2
 # A request must be there so many seconds after its call was opened. The largest takes less on a
 # line of 64 kB/s; who sends it byte by byte keeps a place that others wait for.
 REQUEST_SECONDS = 10.0
+# Connections. Members need one each way, and under TLS a second one each to learn a name; watchers
+# one each; the rest is for when nodes restart and their old connections are not known to be dead.
+MAX_CONNECTIONS = 4 * MAX_MEMBERS
+# What a new connection has for the first exchange of HTTP/2 and TLS.
+HANDSHAKE_SECONDS = 10
 # One on which nothing was called for so long is closed: members greet at least every minute.
 IDLE_SECONDS = 300
 # Greetings per second of callers that are not known, from one address: 256 nodes of another run on
@@ -86,6 +91,8 @@ REFUSAL_LINES_BURST = 50
 MAX_STREAMS_PER_CONNECTION = 32
 # Calls answered at once on the port that serves health checks alone: those of an orchestrator.
 MAX_HEALTH_CHECKS = 16
+# Nodes that one look at a swarm asks, whatever others say that they know.
+MAX_SURVEYED = MAX_MEMBERS
 # Watchers of WatchStatus over all connections.
 MAX_WATCHERS = 64
 # Addresses of one DNS name that are called: those of a run's members, as many as there may be.
@@ -125,3 +132,21 @@ MAX_JOINERS = 16
 # Wrong secrets until an invitation ends. None of them could have been right by chance (128 bits),
 # but a person who waits should know.
 MAX_JOIN_ATTEMPTS = 16
+# What a node tells of its past: the latest events, each a line, in every status, ...
+MAX_EVENTS = 64
+# ... and the points of its curve in one answer, of 60 bytes each: more than a screen is wide.
+MAX_HISTORY_POINTS = 1024
+# Labels whose counts are told, with data.share_label_counts.
+MAX_LABELS = 64
+# Warnings of one node that a dashboard shows; health and the node itself tell fewer.
+MAX_WARNINGS_SHOWN = 64
+# Blocks of a model that a dashboard draws: the deepest known have some 130 layers.
+MAX_BLOCKS_SHOWN = 1024
+# Edges in a dashboard's picture: a full graph of 90 nodes; of more, those in trouble come first.
+MAX_LINKS_SHOWN = 4096
+# Events that a dashboard keeps, of all nodes.
+MAX_EVENTS_KEPT = 500
+# Points of all curves together that a dashboard keeps and a browser draws.
+MAX_POINTS_SHOWN = 30_000
+# Browsers that one dashboard serves at once.
+MAX_BROWSERS = 32

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from deca_node.errors import ListenError, PeerRefused, PeerTimeout, PeerUnavailable
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import Handler, StatusHandler
+from deca_node.transport import ControlHandler, Handler, StatusHandler
 
 T = TypeVar("T")
 
@@ -59,9 +60,15 @@ class LoopbackTransport:
         """HOST:PORT of this node."""
         return f"{self._host}:{self._port}"
 
-    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
-        """See Transport."""
-        del status
+    async def listen(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None = None,
+        socket: Path | None = None,
+    ) -> int:
+        """See Transport. Peers alone are answered."""
+        del status, control, socket
         if self._port == 0:
             ports = [int(address.rpartition(":")[2]) for address in self._network.handlers]
             self._port = max(ports, default=0) + 1

@@ -104,6 +104,7 @@ class Member:
         self.phase = Phase.STARTING
         self.visit = 0
         self._lost_asked = False
+        self._rest = _Rest(self)
         schedule, timing = run.schedule, run.timing
         self.swarm = Swarm(
             identity, transport, timing, self.position, schedule.steps, self.wake, log
@@ -113,7 +114,7 @@ class Member:
         self.giver = Giver(
             self.swarm,
             blocks,
-            lambda: (min(self.visit, schedule.visits), self.exchange.is_closed(self.visit)),
+            self._place,
             timing,
             run.catch_up_rate
             if run.send_rate is None
@@ -143,11 +144,46 @@ class Member:
             return Position(Phase.CATCHING_UP, self.visit, gain.entry)
         return Position(self.phase, self.visit)
 
+    def _place(self) -> tuple[int, bool]:
+        """The visit, and whether it is closed, for those that catch up.
+
+        A paused node's visit is open: nobody is to wait for its end.
+        """
+        is_closed = self.exchange.is_closed(self.visit) and self.phase != Phase.PAUSED
+        return min(self.visit, self._run.schedule.visits), is_closed
+
     def enter(self, phase: Phase) -> None:
         """Begin another phase and tell everybody."""
         self.phase = phase
         self.swarm.nudge()
         self.giver.moved()
+
+    @property
+    def is_to_pause(self) -> bool:
+        """Whether this member pauses, or will after the step under way."""
+        return self._rest.wanted
+
+    def pause(self) -> None:
+        """Take no part after the step under way; members that are waited for come without it."""
+        self._rest.wanted = True
+        if self.phase == Phase.WAITING:
+            self.enter(Phase.PAUSED)
+
+    def resume(self) -> None:
+        """Take part again."""
+        self._rest.wanted = False
+        if self.phase == Phase.PAUSED:
+            self.enter(self._rest.before)
+        self.wake()
+
+    async def rest(self) -> bool:
+        """See rounds.Pause."""
+        self.exchange.rest()
+        while self._rest.wanted and not self._stopping.is_set():
+            if self.phase != Phase.PAUSED:
+                self.enter(Phase.PAUSED)
+            await self._pause(REMIND_SECONDS)
+        return self.exchange.wake_up()
 
     def wake(self) -> None:
         """Something changed outside (a peer's state, the stop signal): look again."""
@@ -241,6 +277,7 @@ class Member:
             Where it ended, and whether a visit is still open in ``method``.
         """
         self.visit = start.visit
+        self._rest.before = Phase.TRAINING
         rounds = Rounds(
             self._run.schedule,
             method,
@@ -248,12 +285,14 @@ class Member:
             batches,
             self.neighbours,
             self._in_step,
+            self._rest,
             _Watched(self, observer),
             worker,
             self._stopping,
             self._run.wire_format,
         )
         visit, step = await rounds.run(start)
+        self._rest.wanted = False  # it came too late
         self.moved(visit)
         return Start(visit, step), rounds.is_open
 
@@ -307,6 +346,24 @@ class Member:
         return pb.GoodbyeReply()
 
 
+class _Rest:
+    """rounds.Pause of a member.
+
+    Attributes:
+        wanted: see rounds.Pause.
+        before: the phase that the member comes back to.
+    """
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self.wanted = False
+        self.before = Phase.WAITING
+
+    async def __call__(self) -> bool:
+        """See rounds.Pause."""
+        return await self._member.rest()
+
+
 class _Watched:
     """rounds.Observer that keeps the member's own position and passes everything on."""
 
@@ -320,6 +377,10 @@ class _Watched:
     async def step_done(self, record: StepRecord) -> None:
         """See Observer."""
         await self._observer.step_done(record)
+
+    async def paused(self, *, within: bool) -> None:
+        """See Observer."""
+        await self._observer.paused(within=within)
 
     async def visit_closed(self, visit: Visit) -> None:
         """See Observer. Only then can those who catch up have the block."""

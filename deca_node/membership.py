@@ -23,6 +23,7 @@ class Phase(IntEnum):
     STOPPING = 6
     CATCHING_UP = 7
     AGREEING = 8
+    PAUSED = 9
 
     @classmethod
     def _missing_(cls, value: object) -> "Phase":  # noqa: ARG003 - the enum's own signature
@@ -121,10 +122,12 @@ def heard(
 
 def _placed(peer: Peer, own_visit: int, near: int) -> Peer:
     """The peer as alive, ahead or behind."""
+    paused = "paused by its operator" if peer.phase == Phase.PAUSED else ""
     if abs(peer.visit - own_visit) <= near:
-        return replace(peer, state=State.ALIVE, detail="")
+        return replace(peer, state=State.ALIVE, detail=paused)
     state = State.AHEAD if peer.visit > own_visit else State.BEHIND
-    return replace(peer, state=state, detail=f"at visit {peer.visit}, we are at {own_visit}")
+    where = f"at visit {peer.visit}, we are at {own_visit}"
+    return replace(peer, state=state, detail=f"{paused} {where}".strip())
 
 
 def overhauled(peer: Peer, own_visit: int, near: int) -> Peer:
@@ -174,8 +177,8 @@ def departed(peer: Peer, now: float, *, finished: bool) -> Peer:
 def takes_part(peer: Peer, visit: int) -> bool:
     """Whether a present peer comes to a visit.
 
-    One that is still starting (loading, evaluating) does not, nor one that catches up, unless it
-    has said that this is where it enters.
+    One that is still starting (loading, evaluating) does not, nor one that is paused, nor one that
+    catches up, unless it has said that this is where it enters.
     """
     if peer.phase == Phase.CATCHING_UP:
         return 0 < peer.entry <= visit
@@ -232,6 +235,8 @@ def _why_not(peer: Peer) -> str:
         return f"{peer.name} {peer.state}: {peer.detail}"
     if not peer.reached:
         return f"{peer.name} calls us, but does not answer at {peer.address}"
+    if peer.phase == Phase.PAUSED:
+        return f"{peer.name} {peer.detail}"
     return f"{peer.name} still starting"
 
 

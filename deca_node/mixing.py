@@ -1,11 +1,15 @@
 """Who counts how much, and the mix itself. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from deca_node.moments import slices
+# Values mixed at once: scratch, own and received ones and the block's take 1 MB of fp32 together.
+MIX_SLICE = 65_536
 
 # κ, the part of a mix that is taken when it comes a step late: x_{r+1} = x½_r + κ (W − I) x½_{r−1}.
 # Along an eigenvector of W with eigenvalue λ that is z² − z + κ(1 − λ) = 0, whose roots lie within
@@ -47,17 +51,40 @@ def mix_arrival(x: Tensor, own: Tensor, received: Tensor, weight: float) -> None
         received: x½_j, shape (P,), CPU, same dtype as ``own``.
         weight: w_ij.
     """
-    for part in slices(own):
-        difference = torch.sub(received[part], own[part])
-        x[part].add_(difference.to(x.device), alpha=weight)
+    for part, difference in _differences(own, received):
+        _add(x[part], difference, weight)
 
 
 def mix_measured(x: Tensor, own: Tensor, received: Tensor, weight: float) -> float:
     """The same with any weight, 0 included, and ‖x_j − x_i‖₂² of what was received."""
     square = 0.0
-    for part in slices(own):
-        difference = torch.sub(received[part], own[part])
-        square += float(torch.dot(difference, difference))
+    for part, difference in _differences(own, received):
+        values = torch.from_numpy(difference)
+        square += float(torch.dot(values, values))
         if weight:
-            x[part].add_(difference.to(x.device), alpha=weight)
+            _add(x[part], difference, weight)
     return square
+
+
+def _differences(own: Tensor, received: Tensor) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Received minus own, slice by slice, in scratch that each next slice overwrites.
+
+    By NumPy, which takes half of torch's time for slices that fit a cache, and never its threads.
+    """
+    mine, theirs = own.numpy(), received.numpy()
+    scratch = np.empty(min(MIX_SLICE, mine.size), mine.dtype)
+    for low in range(0, mine.size, MIX_SLICE):
+        part = slice(low, min(low + MIX_SLICE, mine.size))
+        difference = scratch[: part.stop - low]
+        np.subtract(theirs[part], mine[part], out=difference)
+        yield part, difference
+
+
+def _add(x: Tensor, difference: NDArray[Any], weight: float) -> None:
+    """Add weight · difference to x; the difference is scratch afterwards."""
+    np.multiply(difference, difference.dtype.type(weight), out=difference)
+    if x.device.type == "cpu":
+        values = x.numpy()
+        np.add(values, difference, out=values)
+    else:
+        x.add_(torch.from_numpy(difference).to(x.device))

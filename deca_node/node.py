@@ -23,6 +23,7 @@ from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.consensus import Plan
+from deca_node.control import Control
 from deca_node.data import (
     BatchStream,
     Example,
@@ -37,6 +38,7 @@ from deca_node.disk import translated
 from deca_node.dns import NamedPeers
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
+from deca_node.events import Heard, Ring
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
 from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
@@ -49,10 +51,12 @@ from deca_node.methods import Method
 from deca_node.methods.choose import build, prepare
 from deca_node.models import LanguageModel, pick_device
 from deca_node.pb import node_pb2 as pb
+from deca_node.prometheus import Endpoint, Measurements
 from deca_node.record import History, history_line, read_summary, write_summary
 from deca_node.rounds import Start, StepRecord
 from deca_node.standing import Standing
 from deca_node.swarm import Identity
+from deca_node.tensorboard import Scalars, scalars
 from deca_node.topology import TopologySpec
 from deca_node.transport import GrpcTransport, Transport
 from deca_node.upkeep import Upkeep
@@ -88,7 +92,8 @@ class Node:
     ) -> None:
         self.settings = settings
         self.timing = settings.timing()
-        self._log = log
+        ring = Ring()
+        self._log = log = Heard(log, ring, time.monotonic)
         self._report = progress or (lambda _: None)
         self._guard = None
         if transport is None and settings.needs_trust():
@@ -102,7 +107,7 @@ class Node:
             health_port=settings.node.health_port,
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
-        self._standing = Standing(settings, log)
+        self._standing = Standing(settings, log, ring)
         self._standing.guard = self._guard
         self._upkeep = (
             Upkeep(self._guard, self._standing.warn, log) if self._guard is not None else None
@@ -114,8 +119,11 @@ class Node:
         self._named: NamedPeers | None = None
         self._left = False
         self._history: History | None = None
+        self._measurements = Measurements()
+        self._scalars: Scalars | None = None
         self._kept: KeptBlocks | None = None
         self._saved_at = time.monotonic()
+        self._kept_at = 0, 0  # visit and step of what is on disk
         self._sent_before_step = 0
         self._met_before: dict[str, str] = {}
         self._caught_up_before = 0, 0
@@ -134,6 +142,7 @@ class Node:
         memory.tune()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
+        self._control = Control(self.settings, self._standing, self.stop, self._stopping)
         self._worker = TrainingThread()
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
@@ -172,14 +181,31 @@ class Node:
                 "plain text (trust.insecure): whoever reaches this port can read the blocks, join "
                 "the run and contribute to it"
             )
-        port = await self._transport.listen(self, self)
+        socket = registry.socket_path()
+        if socket is not None:
+            stack.callback(socket.unlink, missing_ok=True)
+        port = await self._transport.listen(self, self, self._control, socket)
+        if socket is None or not socket.exists():
+            socket = None
+            self._log.warning("no socket file: pause, resume and so on need a certificate")
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
         here = _reachable(settings.node.host)
         called = settings.node.advertise_port or port  # by others
         standing.address = _joined(settings.node.advertise or here, called)
         trust = str(settings.trust_folder().absolute()) if self._guard is not None else ""
-        entry = _joined(here, port), settings.run.name, settings.node.name, trust
+        entry = (
+            _joined(here, port),
+            settings.run.name,
+            settings.node.name,
+            trust,
+            str(socket or ""),
+        )
         stack.enter_context(registry.announce(*entry))
+        if settings.metrics.port is not None:
+            endpoint = Endpoint(settings.metrics.host, settings.metrics.port, self._measurements)
+            stack.callback(endpoint.close)
+            at = _joined(settings.metrics.host, endpoint.port)
+            self._log.info("metrics", address=f"http://{at}/metrics")
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
 
         model = await self._compute(partial(LanguageModel.load, settings.model, standing.device))
@@ -200,6 +226,7 @@ class Node:
         # The data first: what is wrong with it must not mark the folder as this run's.
         standing.waiting_for = "the data"
         train, test, counts, completions = await self._compute(partial(self._read_data, model))
+        standing.label_counts = counts
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
@@ -227,8 +254,14 @@ class Node:
             settings.node.output / "history.jsonl",
             schedule.serial(start.visit, start.step),
             schedule.steps,
+            standing.curve,
         )
         stack.callback(self._history.close)
+        if settings.tensorboard.folder is not None:
+            folder = settings.tensorboard.folder / settings.node.name
+            curves = self._scalars = Scalars(folder, schedule.serial(start.visit, start.step))
+            stack.callback(lambda: self._save(curves.close))
+        self._kept_at = start.visit, start.step
         self._log.info(
             "resuming" if resumed else "ready",
             model=model.name,
@@ -248,6 +281,7 @@ class Node:
             self._log.info("before training", **before)
 
         member = self._member = self._make_member(marks, called, schedule, kept)
+        self._control.member = member
         await self._join(stack, member, checkpoint.state.peers, called)
         if start.visit < schedule.visits or settings.consensus.tolerance > 0:
             why = await member.wait_for_members(
@@ -259,14 +293,15 @@ class Node:
                 standing.warn(why)
         method = build(settings, model, settings.node.name)
         standing.waiting_for = ""
-        self._enter(Phase.TRAINING)
+        if not member.is_to_pause:
+            self._enter(Phase.TRAINING)
         standing.began = self._saved_at = time.monotonic()
         end, is_open = await member.train(
             start, method, batches, _Keeper(self, kept, method, batches), self._worker
         )
         if end.visit < schedule.visits:
             self._enter(Phase.STOPPING)
-            untouched = not is_open and (end.visit, end.step) == (start.visit, start.step)
+            untouched = not is_open and (end.visit, end.step) == self._kept_at
             standing.at(end.visit, end.step, batches.position)
             # At the same time as the goodbyes, each of which may take a second.
             _, saved = await asyncio.gather(
@@ -648,8 +683,14 @@ class Node:
                 self._lookout.look(self._member, self._discovery, self._named, met)
             if self._upkeep is not None and not self._left:
                 self._upkeep.look(self._member)
-            self._report(self.status())
+            self._tell()
             await happens(self._changed, 1.0)
+
+    def _tell(self) -> None:
+        """Tell who watches from within this process."""
+        now = self.status()
+        self._measurements.stands(now)
+        self._report(now)
 
     # --- answers to peers (transport.Handler), before and after there is a member
 
@@ -706,6 +747,10 @@ class Node:
         finally:
             self._watchers -= 1
 
+    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """See StatusHandler."""
+        return self._standing.history(request)
+
     def status(self) -> pb.NodeStatus:
         """Everything there is to know about this node now."""
         return self._standing.status(self._member, self._lookout.findings)
@@ -749,7 +794,12 @@ class Node:
         history = self._history
         self._save(lambda: history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
-        self._report(self.status())
+        self._measurements.stepped(record)
+        if (curves := self._scalars) is not None and standing.schedule is not None:
+            serial = standing.schedule.serial(record.visit.index, record.step)
+            values = scalars(row, record.edges.weights)
+            self._save(lambda: curves.write(serial, values))
+        self._tell()
 
     def agreeing(self, block: int, edges: Edges, plan: str) -> None:
         """The agreement on a block begins."""
@@ -759,15 +809,27 @@ class Node:
     def is_save_due(self) -> bool:
         """Whether the open visit's state is old enough to be kept again."""
         every = self.settings.node.save_every
+        if self._control.is_save_due:
+            return True
         return every > 0 and time.monotonic() - self._saved_at >= every
 
     async def keep(self, save: Callable[[], None]) -> None:
         """Save on the training thread, so that nothing changes meanwhile."""
         begin = time.monotonic()
-        await self._worker(lambda: self._save(save))
+        saved = await self._worker(lambda: self._save(save))
+        if saved:
+            self._kept_at = self._standing.progress.visit, self._standing.progress.step
+        self._control.saved(done=saved)
         end = time.monotonic()
+        if saved:
+            at = self._standing.progress
+            self._log.debug("saved", visit=at.visit, step=at.step)
         # On a slow disk less often: saving within visits costs at most a fiftieth of the time.
         self._saved_at = end + max(0.0, 50 * (end - begin) - self.settings.node.save_every)
+
+    def paused(self) -> None:
+        """This node takes no part until it is resumed."""
+        self._log.info("paused: serves what it has; deca-node resume lets it go on")
 
     def visit_closed(self, visit: Visit, data_position: int) -> None:
         """The block is final for this visit."""
@@ -788,7 +850,16 @@ class _Keeper:
         """See Observer."""
         self._node.step_done(record, self._batches.position)
         if self._node.is_save_due():
-            await self._node.keep(lambda: self._kept.save(self._method.state(), within=True))
+            await self._keep_open_visit()
+
+    async def paused(self, *, within: bool) -> None:
+        """See Observer."""
+        if within:
+            await self._keep_open_visit()
+        self._node.paused()
+
+    async def _keep_open_visit(self) -> None:
+        await self._node.keep(lambda: self._kept.save(self._method.state(), within=True))
 
     async def visit_closed(self, visit: Visit) -> None:
         """See Observer."""

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import IO, Any
 
+from deca_node.curve import Curve, Point
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import DecaError
 from deca_node.rounds import StepRecord
@@ -45,6 +46,25 @@ def history_line(record: StepRecord, bytes_sent: int) -> dict[str, Any]:
     }
 
 
+def _point(row: dict[str, Any], steps_per_visit: int) -> Point:
+    """A line as a point of the curve."""
+    serial = row["visit"] * steps_per_visit + row["step"]
+
+    def value(name: str) -> float:
+        found = row.get(name)
+        return float(found) if isinstance(found, int | float) else math.nan
+
+    return Point(
+        serial,
+        serial,
+        value("loss"),
+        value("gradient_norm"),
+        value("h_norm"),
+        value("disagreement"),
+        value("seconds_step"),
+    )
+
+
 def _finite(value: float) -> float | None:
     """JSON has no NaN: a loss that is none is null."""
     return value if math.isfinite(value) else None
@@ -54,21 +74,28 @@ class History:
     """history.jsonl, appended to step by step.
 
     A run that resumes takes back the lines from its starting point on, which it will do again.
+
+    Args:
+        path: the file.
+        first_serial: the step that comes next.
+        steps_per_visit: of the schedule.
+        curve: gets a point for every line that is kept or appended.
     """
 
-    def __init__(self, path: Path, first_serial: int, steps_per_visit: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, first_serial: int, steps_per_visit: int, curve: Curve) -> None:
+        self._path, self._steps, self._curve = path, steps_per_visit, curve
         with translated(path):
             kept: list[bytes] = []
             if path.exists():
                 for line in path.read_bytes().splitlines(keepends=True):
                     try:
                         row = json.loads(line)
-                        serial = row["visit"] * steps_per_visit + row["step"]
+                        point = _point(row, steps_per_visit)
                     except (ValueError, KeyError, TypeError):
                         break  # a line torn by a crash, and whatever follows it
-                    if serial >= first_serial:
+                    if point.first >= first_serial:
                         break
+                    curve.add(point)
                     kept.append(line)
             write_atomically(path, b"".join(kept))
             self._file: IO[str] = path.open("a", encoding="utf-8")
@@ -79,6 +106,7 @@ class History:
         Raises:
             DecaError: it could not be written.
         """
+        self._curve.add(_point(row, self._steps))
         with translated(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()

@@ -7,6 +7,7 @@ where the folder cannot be used loses that convenience and no more.
 import contextlib
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Entry:
         node: the node's.
         pid: of the daemon.
         trust: its trust folder, empty when it answers in plain text.
+        socket: its socket file, which its user alone can open; empty when it has none.
     """
 
     address: str
@@ -36,12 +38,37 @@ class Entry:
     node: str
     pid: int
     trust: str = ""
+    socket: str = ""
+
+    @property
+    def target(self) -> str:
+        """What this machine's tools call: the socket file, which asks for no certificate."""
+        return f"unix:{self.socket}" if self.socket else self.address
+
+
+# The system's bound on a socket's path with its end: 108 bytes on Linux, 104 on macOS.
+MAX_SOCKET_PATH_BYTES = 103
+
+
+def socket_path() -> Path | None:
+    """Where a node of this process can have its socket file; None where there is no place."""
+    name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+    for candidate in (_folder, lambda: _own(Path("/tmp") / f"deca-node-{os.getuid()}")):  # noqa: S108
+        try:
+            path = candidate() / name
+        except OSError:
+            continue
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+            return path
+    return None
 
 
 @contextlib.contextmanager
-def announce(address: str, run: str, node: str, trust: str = "") -> Iterator[None]:
+def announce(
+    address: str, run: str, node: str, trust: str = "", socket: str = ""
+) -> Iterator[None]:
     """List this process's node for as long as the context lasts."""
-    entry = Entry(_local(address), run, node, os.getpid(), trust)
+    entry = Entry(_local(address), run, node, os.getpid(), trust, socket)
     port = address.rpartition(":")[2]
     try:
         folder = _folder()
@@ -82,8 +109,9 @@ def local_nodes() -> list[Entry]:
         if alive:
             found.append(entry)
         else:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            for left in (path, *([Path(entry.socket)] if entry.socket else [])):
+                with contextlib.suppress(OSError):
+                    left.unlink()
     return sorted(found, key=lambda entry: (entry.run, entry.node, entry.address))
 
 
@@ -98,6 +126,11 @@ def _folder() -> Path:
         folder = Path(runtime) / "deca-node"
     else:
         folder = Path(tempfile.gettempdir()) / f"deca-node-{os.getuid()}"
+    return _own(folder)
+
+
+def _own(folder: Path) -> Path:
+    """The folder, made if need be, and certainly this user's alone; see _folder."""
     folder.mkdir(mode=0o700, exist_ok=True)
     # In a shared folder anybody could have made it first, to tell us of nodes that are theirs.
     found = folder.lstat()

@@ -31,7 +31,7 @@ class Seconds:
 
     Attributes:
         gradient: the gradient, without what was computed ahead in the step before.
-        swap: waiting for neighbours' blocks and mixing them.
+        swap: waiting for neighbours' blocks and mixing them, without what an update took meanwhile.
         ahead: of that, computing for the next step's gradient.
         step: all of it; the rest is the local update, publishing and what follows the mix.
     """
@@ -128,6 +128,10 @@ class Observer(Protocol):
         """A step is complete."""
         ...
 
+    async def paused(self, *, within: bool) -> None:
+        """This node takes no part from now on; ``within`` says that a visit is open."""
+        ...
+
     async def visit_closed(self, visit: Visit) -> None:
         """The block's values are final for this visit."""
         ...
@@ -144,6 +148,23 @@ class CatchUp(Protocol):
         Args:
             visit: about to begin.
             overtaken: no edge of it could be had, because the neighbours are past its beginning.
+        """
+        ...
+
+
+class Pause(Protocol):
+    """Taking no part for a while; member.Member has one."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this node is to pause."""
+        ...
+
+    async def __call__(self) -> bool:
+        """Pause until it is not wanted any more, or the node is told to stop.
+
+        Returns:
+            Whether neighbours have gone on in the open visit without this node.
         """
         ...
 
@@ -168,6 +189,7 @@ class Rounds:
         neighbours: wanted neighbours in a visit, by the topology over the members present; asked
             at the start of every visit.
         catch_up: asked before every visit, and when one was missed.
+        pause: asked before every visit and step.
         observer: told of visits and steps.
         worker: runs torch work on the training thread.
         stopping: ends the run between two steps.
@@ -181,6 +203,7 @@ class Rounds:
     batches: Batches
     neighbours: Callable[[int], frozenset[str]]
     catch_up: CatchUp
+    pause: Pause
     observer: Observer
     worker: Worker
     stopping: asyncio.Event
@@ -202,6 +225,7 @@ class Rounds:
         """
         here = start
         while here.visit < self.schedule.visits:
+            await self._pause()
             entry, anew = await self.catch_up(here.visit, overtaken=False)
             if entry == here.visit:
                 here = Start(here.visit) if anew else here
@@ -220,19 +244,50 @@ class Rounds:
             if self.stopping.is_set():
                 return here.visit, here.step
             done = await self._visit(here, edges, wanted)
-            if done < self.schedule.steps:
+            if done == self.schedule.steps:
+                here = Start(here.visit + 1)
+            elif self.stopping.is_set():
                 return here.visit, done
-            here = Start(here.visit + 1)
+            else:
+                here = await self._enter_anew(here.visit, done)
+                if self.stopping.is_set():
+                    return here.visit, here.step
         return here.visit, 0
 
+    async def _pause(self) -> bool:
+        """Pause if that is wanted; whether the open visit is lost by it."""
+        if not self.pause.wanted or self.stopping.is_set():
+            return False
+        await self._take_in()
+        await self.observer.paused(within=self.is_open)
+        return await self.pause() and not self.stopping.is_set()
+
+    async def _enter_anew(self, visit: int, step: int) -> Start:
+        """Neighbours went on while this node was paused: take part again like a late joiner."""
+        saved = await self.worker(self._set_aside)
+        self.is_open = False
+        entry, anew = await self.catch_up(visit, overtaken=True)
+        return Start(visit, step, saved) if (entry, anew) == (visit, False) else Start(entry)
+
+    def _set_aside(self) -> Mapping[str, Tensor]:
+        """Close the visit half-way; what it takes to go on with it."""
+        saved = self.method.state()
+        self.method.close()
+        return saved
+
     async def _visit(self, start: Start, edges: Edges, wanted: frozenset[str]) -> int:
-        """The steps of one visit; returns the number done, fewer than all when told to stop."""
+        """The steps of one visit; returns the number done.
+
+        Fewer than all when told to stop, or when a pause has cost it the rest.
+        """
         visit = self.schedule.visit(start.visit)
         await self.worker(partial(self.method.open, visit, start.saved))
         self.is_open = True
         self.observer.visit_opened(visit, edges, wanted)
         try:
             for step in range(start.step, self.schedule.steps):
+                if await self._pause():
+                    return step
                 record = None if self.stopping.is_set() else await self._step(visit, step, edges)
                 if record is None:
                     await self._take_in()
@@ -260,15 +315,17 @@ class Rounds:
             self._reader.position = position
             return None
         seconds = Seconds(time.perf_counter() - begin)
-        await self.worker(partial(self.method.advance, step))
+        update = partial(self.method.advance, step)
         serial = self.schedule.serial(visit.index, step)
         last = step + 1 == self.schedule.steps
         gathered = Gathered()
-        if edges.weights and self.method.exchanges(step):
-            if self.method.stale:
-                gathered = await self._swap_late(serial, seconds)
-            else:
-                gathered = await self._swap(serial, seconds, last=last)
+        if not (edges.weights and self.method.exchanges(step)):
+            await self.worker(update)
+        elif self.method.stale:
+            await self.worker(update)
+            gathered = await self._swap_late(serial, seconds)
+        else:
+            gathered = await self._swap(serial, seconds, update, last=last)
         settled = await self.worker(partial(self.method.settle, step))
         if last:
             began = time.perf_counter()
@@ -277,25 +334,50 @@ class Rounds:
         seconds.step = time.perf_counter() - begin
         return StepRecord(visit, step, local, settled, gathered, edges, seconds)
 
-    async def _swap(self, serial: int, seconds: Seconds, *, last: bool) -> Gathered:
-        """Publish, and mix what comes, while the visit's next batch is worked ahead."""
-        room = await self.exchange.make_room()
-        self.exchange.publish(await self.worker(partial(self._outgoing, serial)))
+    async def _swap(
+        self, serial: int, seconds: Seconds, update: Callable[[], None], *, last: bool
+    ) -> Gathered:
+        """Update and publish, and mix what comes, while the visit's next batch is worked ahead.
+
+        Where the edges allow it what is updated is on its way before the rest of the block is.
+        """
+        first: Callable[[], None] | None = update
+        promised = self.method.promise(serial) if self.exchange.early else None
+        if promised is not None:
+            room = await self.exchange.make_room()
+        else:
+            await self.worker(update)
+            room = await self.exchange.make_room()
+            promised, first = await self.worker(partial(self._outgoing, serial)), None
+        self.exchange.publish(promised)
         began = time.perf_counter()
         following = None if last else self._reader.peek()
-        ahead = asyncio.ensure_future(self.worker(partial(self._ahead, following)))
-        gathered = await self._gather(serial, ahead)
-        seconds.ahead = await ahead
-        seconds.swap = room + time.perf_counter() - began
+        busy = asyncio.ensure_future(self.worker(partial(self._meanwhile, first, following)))
+        travelling = asyncio.ensure_future(self._gather(serial, busy))
+        try:
+            updating, seconds.ahead = await busy
+            gathered = await travelling
+        finally:
+            travelling.cancel()  # the update failed
+        seconds.swap = room + time.perf_counter() - began - updating
         gathered.waited(room)
         return gathered
 
-    def _ahead(self, batch: Batch | None) -> float:
-        """What can be done for the next batch while blocks travel; the seconds that it took."""
+    def _meanwhile(
+        self, update: Callable[[], None] | None, batch: Batch | None
+    ) -> tuple[float, float]:
+        """The update if it is still to be made, then what can be done for the next batch.
+
+        Returns:
+            Seconds of both.
+        """
         begin = time.perf_counter()
+        if update is not None:
+            update()
+        updated = time.perf_counter()
         if batch is not None:
             self.method.ahead(batch, self.stopping.is_set)
-        return time.perf_counter() - begin
+        return updated - begin, time.perf_counter() - updated
 
     async def _swap_late(self, serial: int, seconds: Seconds) -> Gathered:
         """Publish, and mix what has come of the step before, which had a gradient's time for it.

@@ -398,6 +398,9 @@ class _Watch:
         self._node.step_done(record, sent - self._sent)
         self._sent = sent
 
+    async def paused(self, *, within: bool) -> None:
+        """See Observer. Nobody pauses a simulated node."""
+
     async def visit_closed(self, visit: Visit) -> None:
         """See Observer."""
         self._node.visit_closed(visit)

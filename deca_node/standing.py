@@ -1,10 +1,11 @@
 """Where a node stands in its run, and the status that tells of it."""
 
 import asyncio
+import math
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -15,8 +16,11 @@ from deca_node.blocks import Schedule, Visit
 from deca_node.catchup import Gain
 from deca_node.checkpoint import Progress
 from deca_node.config import Settings, is_loopback
+from deca_node.curve import Curve
+from deca_node.events import Ring
 from deca_node.guard import Guard
 from deca_node.health import Finding
+from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
 from deca_node.member import Member
 from deca_node.membership import Edges, Phase
 from deca_node.pb import node_pb2 as pb
@@ -32,6 +36,7 @@ class Standing:
     Args:
         settings: of the node.
         log: a structlog logger.
+        events: what it lately said.
 
     Attributes:
         phase: of the node while it has no member, which knows it better.
@@ -46,12 +51,16 @@ class Standing:
         model: its name.
         began: when training began in this process, by the monotonic clock.
         warnings: said once, the latest last.
+        curve: the steps made, thinned; those of earlier processes as well.
+        label_counts: examples by label; told only when the settings say so.
         guard: whom it believes; None in plain text.
     """
 
-    def __init__(self, settings: Settings, log: Any) -> None:
+    def __init__(self, settings: Settings, log: Any, events: Ring) -> None:
         self._settings = settings
         self._log = log
+        self._events = events
+        self._disagreements: dict[int, float] = {}  # by block, at its last step
         self._started = time.monotonic()
         self._steps_here = 0
         self._seconds_before = 0.0
@@ -67,6 +76,8 @@ class Standing:
         self.model = settings.model.path.name
         self.began: float | None = None
         self.warnings: list[str] = []
+        self.curve = Curve(MAX_HISTORY_POINTS)
+        self.label_counts: Mapping[str, int] = {}
         self.guard: Guard | None = None
 
     def resume(self, progress: Progress) -> None:
@@ -92,6 +103,7 @@ class Standing:
     def step_done(self, record: StepRecord) -> None:
         """A step is complete."""
         self.last = record
+        self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
 
     def warn(self, text: str) -> None:
@@ -126,10 +138,26 @@ class Standing:
             pid=os.getpid(),
             members_wanted=settings.run.start_when,
             security=self._security(),
+            method=settings.run.method,
+            topology=settings.topology.kind,
         )
         if self.guard is not None:
             status.certificate_ends = self.guard.ends
             status.revoked.extend(sorted(self.guard.revoked))
+            for reason, count in self.guard.refused.items():
+                status.refusals[reason] += count
+        if status.phase == pb.PHASE_PAUSED:
+            status.waiting_for = f"its operator: deca-node resume {settings.node.name}"
+        for event in self._events:
+            status.events.add(
+                serial=event.serial,
+                age_seconds=now - event.at,
+                kind=event.kind,
+                text=event.text,
+                peer=event.peer,
+            )
+        if settings.data.share_label_counts:
+            status.label_counts.update(list(self.label_counts.items())[:MAX_LABELS])
         if self.device.type == "cuda":
             status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
         if self.schedule is not None:
@@ -137,11 +165,19 @@ class Standing:
         if self.last is not None:
             status.loss = self.last.local.loss
             status.gradient_norm = self.last.local.gradient_norm
+            status.h_norm = self.last.settled.h_norm
             status.disagreement = self.last.settled.disagreement
         if member is not None:
             self._add_peers(status, member.swarm)
             _add_catch_up(status, member.catch_up.gain)
         return status
+
+    def history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """The steps made so far, thinned to what is asked for."""
+        after = request.after if request.HasField("after") else None
+        limit = min(request.limit or MAX_HISTORY_POINTS, MAX_HISTORY_POINTS)
+        points = self.curve.points(after, limit)
+        return pb.HistoryReply(points=[pb.HistoryPoint(**asdict(point)) for point in points])
 
     def _security(self) -> str:
         if self.guard is not None:
@@ -158,6 +194,11 @@ class Standing:
         cursor = schedule.cursor(visit, step)
         status.round, status.position, status.step = cursor.round, cursor.position, cursor.step
         status.block = schedule.visit(min(visit, schedule.visits - 1)).block
+        status.round_order.extend(schedule.round_order(min(cursor.round, schedule.rounds - 1)))
+        known = self._disagreements
+        status.block_disagreement.extend(
+            known.get(block, math.nan) for block in range(len(schedule.blocks))
+        )
         status.steps_done = done
         if self.began is not None and self._steps_here:
             pace = (now - self.began) / self._steps_here
@@ -183,6 +224,7 @@ class Standing:
                 weight=self.edges.weights.get(name, 0.0),
                 last_seen_seconds=max(0.0, clock - peer.last_seen),
                 detail=peer.detail,
+                wire_format=self.edges.format(name).word if name in self.edges.weights else "",
             )
             if traffic is not None:
                 row.bytes_sent, row.bytes_received = traffic.sent, traffic.received

@@ -2,7 +2,7 @@
 
 import datetime as dt
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from google.protobuf.message import Message
@@ -21,6 +21,7 @@ _STATE_STYLES = {
     "gone": "red",
     "refused": "red",
 }
+PEER_STATES = frozenset({*_STATE_STYLES, "done"})
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 140
 
@@ -132,7 +133,7 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("peer", "state", "phase"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("weight", "visit", "seen", "sent", "received", "waited", "retries"):
+    for heading in ("weight", "format", "visit", "seen", "sent", "received", "waited", "retries"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("refused", "address", "detail"):
         table.add_column(heading, overflow="fold")
@@ -142,6 +143,7 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
             Text(peer.state, _STATE_STYLES.get(peer.state, "")),
             phase(peer.phase),
             f"{peer.weight:.3f}" if peer.neighbour else "-",
+            Text(peer.wire_format or "-"),
             str(peer.visit),
             f"{duration(peer.last_seen_seconds)} ago",
             _traffic(peer.bytes_sent, peer.send_rate),
@@ -254,8 +256,8 @@ def _reasons(refusals: Mapping[str, int]) -> str:
 # For scripts
 
 
-def as_json(message: Message) -> dict[str, Any]:
-    """A message as plain values, with every field under its name in the .proto.
+def as_json(message: Message, only: Collection[str] | None = None) -> dict[str, Any]:
+    """A message as plain values, with every field (or ``only`` these) under its name in the .proto.
 
     Enums are lower-case words without their prefix, NaN and infinity are None. 64-bit numbers stay
     numbers: protobuf's own JSON mapping would make texts of them.
@@ -263,6 +265,7 @@ def as_json(message: Message) -> dict[str, Any]:
     return {
         field.name: _plain(field, getattr(message, field.name))
         for field in message.DESCRIPTOR.fields
+        if only is None or field.name in only
     }
 
 

@@ -59,6 +59,9 @@ REPEAT_SECONDS = 30.0
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
 UNMET = "unmet"
 
+# Reasons why two do not even greet: a certificate is missing, over, taken back or another's.
+_OF_TRUST = ("handshake", "no_certificate", "expired", "revoked", "not_allowed", "impostor")
+
 # Why a peer that was revoked is gone.
 REVOKED = "revoked: out of the run"
 
@@ -340,6 +343,8 @@ class Swarm:
             if len(self._vain) >= MAX_CONTACTS:
                 self._vain.clear()
             self._vain.setdefault(address, self._now())
+        if error.reason in _OF_TRUST:
+            self._note_refusal(address, "the node", error.reason, str(error))
         for name, (at, _) in list(self._links.items()):
             if at == address and name in self.peers:
                 self._update(
@@ -502,6 +507,9 @@ class Swarm:
                 Peer(name, sender.session, address, State.REFUSED, phase, 0, now, text[:200])
             )
             return
+        self._note_refusal(address, name, reason, text)
+
+    def _note_refusal(self, address: str, name: str, reason: str, text: str) -> None:
         if len(self.refusals) >= MAX_CONTACTS:
             self.refusals.clear()
         self.refusals[address] = Refusal(name, reason, text[:200], self._now())
@@ -590,7 +598,7 @@ class Swarm:
 
     def givers(self) -> dict[str, Link]:
         """Peers that can hand out blocks to a node that catches up."""
-        giving = (Phase.TRAINING, Phase.WAITING, Phase.AGREEING, Phase.SERVING)
+        giving = (Phase.TRAINING, Phase.WAITING, Phase.AGREEING, Phase.SERVING, Phase.PAUSED)
         return {
             peer.name: self._link(peer.name)
             for peer in self.peers.values()
@@ -603,6 +611,11 @@ class Swarm:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         return known is None or not (known.state == State.ALIVE or _serves(known))
+
+    def is_paused(self, peer: str) -> bool:
+        """See Neighbourhood."""
+        known = self.peers.get(peer)
+        return known is not None and known.phase == Phase.PAUSED
 
     def is_down(self, peer: str) -> bool:
         """See Neighbourhood."""
@@ -625,7 +638,7 @@ class Swarm:
             )
         elif not isinstance(error, PeerTimeout):
             # A node that stops, starts or goes on without us is nothing to warn about.
-            usual = error.reason in ("passed", "ended", "stopping", "starting")
+            usual = error.reason in ("passed", "ended", "stopping", "starting", "paused")
             now, key = self._now(), (peer, error.reason)
             if now - self._complained.get(key, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 if len(self._complained) >= MAX_CONTACTS:

@@ -6,6 +6,8 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 import asyncio
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -19,6 +21,7 @@ from collections.abc import (
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 # gRPC has no setting for the least version of TLS. It has one for the ciphers of TLS 1.2, and this
@@ -124,6 +127,34 @@ class StatusHandler(Protocol):
         """The status now and every ``interval`` seconds until the run ends."""
         ...
 
+    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
+        """The steps made so far, thinned."""
+        ...
+
+
+class ControlHandler(Protocol):
+    """What a node answers its operator. A PeerRefused raised here reaches the caller as one."""
+
+    async def pause(self, request: pb.PauseRequest) -> pb.PauseReply:
+        """Take no part after the step under way."""
+        ...
+
+    async def resume(self, request: pb.ResumeRequest) -> pb.ResumeReply:
+        """Take part again."""
+        ...
+
+    async def checkpoint(self, request: pb.CheckpointRequest) -> pb.CheckpointReply:
+        """Save between two steps."""
+        ...
+
+    async def stop(self, request: pb.StopRequest) -> pb.StopReply:
+        """End as after SIGTERM."""
+        ...
+
+    async def export(self, request: pb.ExportRequest) -> pb.ExportReply:
+        """Write the model as last saved."""
+        ...
+
 
 class Link(Protocol):
     """Calls to one peer. All raise PeerUnavailable, PeerTimeout or PeerRefused."""
@@ -168,8 +199,22 @@ class Link(Protocol):
 class Transport(Protocol):
     """A way to be reached and to reach."""
 
-    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
-        """Start answering; returns the port. Raises ListenError."""
+    async def listen(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None = None,
+        socket: Path | None = None,
+    ) -> int:
+        """Start answering; returns the port. Raises ListenError.
+
+        Args:
+            handler: answers peers.
+            status: answers people.
+            control: answers operators, where the transport can tell them from others.
+            socket: a file to listen on as well, for tools of the same user on this machine; where
+                that fails it is not there afterwards.
+        """
         ...
 
     def link(self, address: str) -> Link:
@@ -191,9 +236,15 @@ RELISTEN_SECONDS = 0.1
 
 # A connection that another has replaced may end the calls under way on it.
 OLD_CONNECTION_SECONDS = 60.0
+# What a handshake may take; a cut that heals is noticed so much later.
+HANDSHAKE_MS = 4_000
+# Connections to a node are made anew so often: the certificate of who answers is looked at by TLS
+# alone, and only then.
+RECONNECT_SECONDS = 3600.0
 
 PEER = pb.DESCRIPTOR.services_by_name["Peer"]
 STATUS = pb.DESCRIPTOR.services_by_name["Status"]
+CONTROL = pb.DESCRIPTOR.services_by_name["Control"]
 
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -231,6 +282,12 @@ _CLIENT = [
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+# That least pause is also what a connection has to be made in, and the other end of a handshake may
+# be a machine that trains.
+_SECURE_CLIENT = [
+    *(option for option in _CLIENT if option[0] != "grpc.min_reconnect_backoff_ms"),
+    ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
+]
 
 
 @dataclass(frozen=True)
@@ -254,7 +311,7 @@ class Credentials:
         ours = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
         name = common_name(self.run) if node is None else node_name(self.run, node)
         named = ("grpc.ssl_target_name_override", name)
-        return grpc.aio.secure_channel(address, ours, options=[*_CLIENT, named])
+        return grpc.aio.secure_channel(address, ours, options=[*_SECURE_CLIENT, named])
 
     def configuration(self) -> Any:
         """The same for a server's port."""
@@ -263,7 +320,13 @@ class Credentials:
 
 
 class Guard(Protocol):
-    """Whom a node believes, beyond what TLS checks when a connection is made."""
+    """Whom a node believes, beyond what TLS checks when a connection is made.
+
+    Attributes:
+        refused: calls that were refused for who made them, by reason.
+    """
+
+    refused: Counter[str]
 
     def credentials(self) -> Credentials:
         """What to show now; another object once it has changed."""
@@ -321,6 +384,7 @@ def _path(service: Any, method: str) -> str:
 
 # What gRPC says of a handshake that failed, by a part of it, and what that means.
 _HANDSHAKES = (
+    ("http1.x server", "a web server is there (a dashboard?), not a node"),
     ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
     ("Hostname Verification Check failed", "its certificate names another node or another run"),
@@ -333,6 +397,8 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     code = error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerTimeout(f"{address}: no answer in time")
+    if details != said[:MAX_REASON_BYTES]:
+        return PeerRefused("handshake", f"{address}: {details}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return PeerUnavailable(f"{address}: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details == BUSY:
@@ -351,7 +417,8 @@ class _Connection:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
         self.unary: dict[str, Callable[..., Awaitable[Any]]] = {}
-        for service, names in ((PEER, None), (STATUS, {"GetStatus", "ListPeers"})):
+        asked = {"GetStatus", "ListPeers", "GetHistory"}
+        for service, names in ((PEER, None), (STATUS, asked), (CONTROL, None)):
             for method in service.methods:
                 if method.server_streaming or (names and method.name not in names):
                     continue
@@ -394,7 +461,9 @@ class GrpcLink:
         self._closed = False
         self._node: str | None = None  # whose certificate the second connection asks for
         self._uncertain = True  # somebody else may be there now: ask for the name again
+        self._outdated = False  # the second connection is to be replaced whoever answers
         self._credentials = credentials or (guard.credentials() if guard else None)
+        self._since = time.monotonic()
         self._connection = self._connect()
         self._named = self._connection
         self._closing: set[asyncio.Task[None]] = set()
@@ -425,13 +494,14 @@ class GrpcLink:
     async def _greet(self, guard: Guard, request: pb.HelloRequest, timeout: float) -> pb.HelloReply:
         """Greet, and be sure of who answers."""
         request.revoked = guard.digest()
-        if guard.credentials() is not self._credentials:  # renewed
-            self._leave(self._connection, self._named)
-            self._credentials = guard.credentials()
-            self._connection = self._named = self._connect()
-            self._node = None
+        now = time.monotonic()
+        if guard.credentials() is not self._credentials or now - self._since > RECONNECT_SECONDS:
+            self._credentials, self._since = guard.credentials(), now
+            old, self._connection = self._connection, self._connect()
+            self._uncertain = self._outdated = True
+            self._leave(old)
         try:
-            if self._node is None or self._uncertain:
+            if self._uncertain:
                 first = await self._call("Hello", request, timeout, self._connection)
                 self._name(guard, first.sender.node)
             reply: pb.HelloReply = await self._call("Hello", request, timeout)
@@ -457,13 +527,14 @@ class GrpcLink:
         if not is_name(node):
             raise PeerRefused("bad_name", f"{self.address}: no name of a node")
         guard.vouch(node)
-        if node != self._node:
-            self._leave(self._named)
-            self._node, self._named = node, self._connect(node)
+        if node != self._node or self._outdated:
+            self._outdated = False
+            old, self._node, self._named = self._named, node, self._connect(node)
+            self._leave(old)
 
-    def _leave(self, *connections: _Connection) -> None:
-        """Close connections; what is under way on them may end."""
-        for connection in {*connections} - {self._connection}:
+    def _leave(self, connection: _Connection) -> None:
+        """Close a connection that is used no more; what is under way on it may end."""
+        if connection not in (self._connection, self._named):
             closing = asyncio.ensure_future(connection.channel.close(OLD_CONNECTION_SECONDS))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
@@ -547,6 +618,18 @@ class GrpcLink:
         status: pb.NodeStatus = await self._call("GetStatus", pb.GetStatusRequest(), timeout)
         return status
 
+    async def control(self, verb: str, request: Any, timeout: float) -> Any:
+        """Tell the node something, as its operator: a call of the service Control by its name."""
+        return await self._call(verb, request, timeout)
+
+    async def get_history(
+        self, after: int | None, limit: int, timeout: float
+    ) -> Sequence[pb.HistoryPoint]:
+        """At most ``limit`` points of the node's steps after step ``after``, of all if None."""
+        request = pb.GetHistoryRequest(after=after, limit=limit)
+        reply: pb.HistoryReply = await self._call("GetHistory", request, timeout)
+        return reply.points
+
     async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
         """The node's status, again and again until it ends."""
         call = self._named.watch(pb.WatchStatusRequest(interval_seconds=interval))
@@ -595,17 +678,31 @@ class GrpcTransport:
         self._keepers: list[asyncio.Task[None]] = []
         self._health = health.aio.HealthServicer()
 
-    async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
+    async def listen(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None = None,
+        socket: Path | None = None,
+    ) -> int:
         """See Transport."""
-        port = await self._serve(handler, status, self._port)
-        self._keep_serving(lambda: self._server, lambda: self._serve(handler, status, port))
+        begin = partial(self._serve, handler, status, control, socket)
+        port = await begin(self._port)
+        self._keep_serving(lambda: self._server, partial(begin, port))
         if self._health_port is not None:
             await self._serve_health(self._health_port)
             again = partial(self._serve_health, self._health_port)
             self._keep_serving(lambda: self._health_server, again)
         return port
 
-    async def _serve(self, handler: Handler, status: StatusHandler | None, port: int) -> int:
+    async def _serve(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None,
+        socket: Path | None,
+        port: int,
+    ) -> int:
         gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
         server = grpc.aio.server(options=_SERVER, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience, self._guard)])
@@ -613,6 +710,9 @@ class GrpcTransport:
         if status is not None:
             server.add_generic_rpc_handlers([_status_handlers(status, self._guard)])
             names.append(STATUS.full_name)
+        if control is not None:
+            server.add_generic_rpc_handlers([_control_handlers(control, self._guard)])
+            names.append(CONTROL.full_name)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
@@ -629,6 +729,8 @@ class GrpcTransport:
                 f"cannot listen on {host}:{port}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
+        if socket is not None:
+            _listen_locally(server, socket)
         await server.start()
         self._server = server
         for name in ("", PEER.full_name, STATUS.full_name):
@@ -816,8 +918,8 @@ async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:
     await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{error.reason}: {error}")
 
 
-def _unary(name: str, call: Callable[..., Awaitable[Any]]) -> Any:
-    kind = PEER.methods_by_name[name]
+def _unary(service: Any, name: str, call: Callable[..., Awaitable[Any]]) -> Any:
+    kind = service.methods_by_name[name]
     return grpc.unary_unary_rpc_method_handler(
         call,
         request_deserializer=GetMessageClass(kind.input_type).FromString,
@@ -843,17 +945,22 @@ def admitted(context: grpc.aio.ServicerContext, guard: Guard | None) -> Caller:
     # The list of ciphers (above) leaves TLS 1.3 only; this holds where another one has set it.
     if b"TLSv1.2" in context.auth_context().get("ssl_tls_version", ()):
         raise PeerRefused("no_certificate", "TLS 1.3 is needed")
-    return guard.admit(_certificate(context))
+    try:
+        return guard.admit(_certificate(context))
+    except PeerRefused as error:
+        guard.refused[error.reason] += 1
+        raise
 
 
-def _speaking(caller: Caller, guard: Guard | None, sender: pb.Sender) -> None:
-    """Raises PeerRefused when a call is made in the name of another node than the caller."""
-    if guard is None:
+def _check_peer(context: grpc.aio.ServicerContext, guard: Guard | None, sender: pb.Sender) -> None:
+    """Raises PeerRefused when a peer's call is made by none, or in the name of another."""
+    caller = admitted(context, guard)
+    if guard is None or sender.node == caller.node:
         return
-    if caller.node is None:
-        raise PeerRefused("not_a_node", "peers' calls need a node's certificate")
-    if sender.node != caller.node:
-        raise PeerRefused("impostor", f"this is the certificate of {caller.node}")
+    reason = "not_a_node" if caller.node is None else "impostor"
+    guard.refused[reason] += 1
+    whose = "no node" if caller.node is None else caller.node
+    raise PeerRefused(reason, f"this is the certificate of {whose}")
 
 
 def _peer_handlers(
@@ -862,12 +969,12 @@ def _peer_handlers(
     def unary(answer: Callable[[Any, str], Awaitable[Any]], name: str) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
-                _speaking(admitted(context, guard), guard, request.sender)
+                _check_peer(context, guard, request.sender)
                 return await answer(request, _host_of(context.peer()))
             except PeerError as error:
                 await _refuse(context, error)
 
-        return _unary(name, call)
+        return _unary(PEER, name, call)
 
     async def hello(request: pb.HelloRequest, source: str) -> pb.HelloReply:
         reply = await handler.hello(request, source)
@@ -900,7 +1007,7 @@ def _peer_handlers(
     def stream(answer: Callable[[Any], AsyncGenerator[bytes]], name: str) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> None:
             try:
-                _speaking(admitted(context, guard), guard, request.sender)
+                _check_peer(context, guard, request.sender)
                 async with aclosing(answer(request)) as messages:
                     async for message in messages:
                         if guard is not None:  # it may be out since it asked
@@ -929,8 +1036,8 @@ def _peer_handlers(
             "ListBlocks": unary(lambda request, _: handler.list_blocks(request), "ListBlocks"),
             "Pull": stream(handler.pull, "Pull"),
             "FetchBlock": stream(handler.fetch_block, "FetchBlock"),
-            "ExchangeRevocations": _unary("ExchangeRevocations", exchange_revocations),
-            "Renew": _unary("Renew", renew),
+            "ExchangeRevocations": _unary(PEER, "ExchangeRevocations", exchange_revocations),
+            "Renew": _unary(PEER, "Renew", renew),
         },
     )
 
@@ -945,6 +1052,15 @@ def _status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.Generic
 
     async def peers(_: pb.ListPeersRequest, context: grpc.aio.ServicerContext) -> Any:
         return pb.ListPeersReply(peers=(await get(pb.GetStatusRequest(), context)).peers)
+
+    async def history(
+        request: pb.GetHistoryRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HistoryReply:
+        try:
+            admitted(context, guard)
+        except PeerError as error:
+            await _refuse(context, error)
+        return await status.get_history(request)
 
     async def watch(
         request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext
@@ -970,10 +1086,52 @@ def _status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.Generic
             "ListPeers": grpc.unary_unary_rpc_method_handler(
                 peers, pb.ListPeersRequest.FromString, pb.ListPeersReply.SerializeToString
             ),
+            "GetHistory": grpc.unary_unary_rpc_method_handler(
+                history, pb.GetHistoryRequest.FromString, pb.HistoryReply.SerializeToString
+            ),
             "WatchStatus": grpc.unary_stream_rpc_method_handler(
                 watch, pb.WatchStatusRequest.FromString, pb.NodeStatus.SerializeToString
             ),
         },
+    )
+
+
+def _listen_locally(server: grpc.aio.Server, socket: Path) -> None:
+    """Open a socket file for this user's own tools; its folder is the user's alone already."""
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+        socket.chmod(0o600)
+    except (RuntimeError, OSError) as error:
+        socket.unlink(missing_ok=True)
+        _log.warning("no socket file for this machine's own tools: %s", error)
+
+
+def _control_handlers(control: ControlHandler, guard: Guard | None) -> grpc.GenericRpcHandler:
+    def unary(name: str, answer: Callable[[Any], Awaitable[Any]]) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                caller = admitted(context, guard)
+                if not (caller.local or caller.operator):
+                    await context.abort(
+                        grpc.StatusCode.PERMISSION_DENIED,
+                        "a node is told what to do through its own machine's socket file, or with "
+                        "the operator's certificate",
+                    )
+                return await answer(request)
+            except PeerError as error:
+                await _refuse(context, error)
+
+        return _unary(CONTROL, name, call)
+
+    answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
+        "Pause": control.pause,
+        "Resume": control.resume,
+        "Checkpoint": control.checkpoint,
+        "Stop": control.stop,
+        "Export": control.export,
+    }
+    return grpc.method_handlers_generic_handler(
+        CONTROL.full_name, {name: unary(name, answer) for name, answer in answers.items()}
     )
 
 

@@ -40,7 +40,7 @@ def node_name(run: str, node: str) -> str:
 
 def pairing_name(run: str) -> str:
     """The DNS name of an invitation, which no node has."""
-    return f"{run}.pairing.{DOMAIN}"
+    return f"invitation.{run}.pairing.{DOMAIN}"
 
 
 def node_uri(run: str, node: str) -> str:

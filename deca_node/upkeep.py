@@ -28,7 +28,7 @@ class Upkeep:
 
     def __init__(self, guard: Guard, warn: Callable[[str], None], log: Any) -> None:
         self._guard, self._warn, self._log = guard, warn, log
-        self._out = ""
+        self._out = self._trouble = ""
         self._known = guard.revoked
         self._tried = -RENEW_EVERY_SECONDS
         self._renewing: asyncio.Task[None] | None = None
@@ -39,8 +39,11 @@ class Upkeep:
         try:
             if guard.refresh():
                 self._log.info("certificates read anew", ends=_date(guard.ends))
+            self._trouble = ""
         except DecaError as error:
-            self._warn(f"what was known before stays in force: {error}")
+            if str(error) != self._trouble:
+                self._warn(f"what was known before stays in force: {error}")
+            self._trouble = str(error)
         for name in sorted(guard.revoked - self._known):
             self._log.warning("revoked", peer=name)
         self._known = guard.revoked
@@ -52,7 +55,8 @@ class Upkeep:
             self._warn(f"the others refuse this node: {out}")
         self._out = out
         now = time.monotonic()
-        if guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS:
+        late = guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS
+        if late and (guard.has_authority or (member is not None and _anybody(member))):
             self._tried = now
             self._renewing = asyncio.create_task(self._renew(member))
 
@@ -93,6 +97,10 @@ class Upkeep:
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
+
+
+def _anybody(member: Member) -> bool:
+    return any(peer.state == State.ALIVE for peer in member.swarm.peers.values())
 
 
 def _date(seconds: float) -> str:

@@ -142,19 +142,54 @@ class Pieces(Protocol):
 class Snapshot:
     """One published state of a block: messages built once, handed to every neighbour.
 
+    It may be published while its messages are still being made (``promised``, ``grow``).
+
     Attributes:
         serial: the step that it belongs to.
         messages: the header's and then the values' messages.
-        count: of the messages, also once they are released.
+        count: of the messages in the end, also once they are released.
         encoded: what neighbours on compressed edges get in its place, by format.
+        grown: called after each message that ``grow`` has made, on its thread.
     """
 
     serial: int
     messages: Sequence[bytes]
     encoded: dict[Format, "Encoded"] = field(default_factory=dict)
+    count: int = 0
+    grown: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def __post_init__(self) -> None:
-        self.count = len(self.messages)
+        self.count = self.count or len(self.messages)
+        self._header_bytes = len(self.messages[0]) - PREFIX_BYTES if self.messages else 0
+        self._made = len(self.messages)
+
+    def grow(self, flat: Tensor, end: int) -> None:
+        """Make the messages of values of which all elements lie before ``end``.
+
+        Args:
+            flat: the whole block, contiguous float32, any device; final up to ``end``.
+            end: at most its number of elements, and then everything is made.
+        """
+        while self._made < self.count:
+            low = (self._made - 1) * CHUNK_ELEMENTS
+            high = min(low + CHUNK_ELEMENTS, flat.numel())
+            if high > end:
+                break
+            data = flat[low:high].cpu().numpy().view("u1").data
+            message = frame(self.serial, self._header_bytes + low * ELEMENT_BYTES, data)
+            messages = self.messages
+            if isinstance(messages, list) and messages:  # not released meanwhile
+                messages.append(message)
+            self._made += 1
+            self.grown()
+
+    def covers(self, end: int) -> bool:
+        """Whether the messages of all elements before ``end`` are made, or were."""
+        return self._made == self.count or (self._made - 1) * CHUNK_ELEMENTS >= end
+
+    def has(self, index: int) -> bool:
+        """Whether a message is made, or was."""
+        return index < self._made
 
     def release(self) -> None:
         """Give the memory back, also from under a reader that has stopped reading."""
@@ -334,12 +369,15 @@ def snapshot(flat: Tensor, layout: Layout, serial: int, about: Mapping[str, str]
         serial: the step's number.
         about: the header's metadata.
     """
-    header = layout.header(about)
-    messages = [frame(serial, 0, header)]
-    for low in range(0, flat.numel(), CHUNK_ELEMENTS):
-        data = flat[low : low + CHUNK_ELEMENTS].cpu().numpy().view("u1").data
-        messages.append(frame(serial, len(header) + low * ELEMENT_BYTES, data))
-    return Snapshot(serial, messages)
+    made = promised(layout, serial, about)
+    made.grow(flat, flat.numel())
+    return made
+
+
+def promised(layout: Layout, serial: int, about: Mapping[str, str]) -> Snapshot:
+    """The same with no more than its header: the values follow with ``grow``."""
+    count = 1 + -(-layout.numel // CHUNK_ELEMENTS)
+    return Snapshot(serial, [frame(serial, 0, layout.header(about))], count=count)
 
 
 @dataclass(frozen=True)

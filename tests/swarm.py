@@ -179,6 +179,7 @@ class Story:
 
     steps: list = field(default_factory=list)  # (time, life, StepRecord)
     visits: list = field(default_factory=list)  # (life, Visit, Edges)
+    pauses: list = field(default_factory=list)  # (time, whether within a visit)
     finished: bool = False
 
 
@@ -283,6 +284,9 @@ class _Watch:
         self.node.story.steps.append((now, self.node.life, record))
         self.node.swarm.check(self.node, record)
         self.node.swarm.after_step(self.node, record)
+
+    async def paused(self, *, within):
+        self.node.story.pauses.append((asyncio.get_running_loop().time(), within))
 
     async def visit_closed(self, visit):
         self.keeping.keep(visit.block, visit.index)

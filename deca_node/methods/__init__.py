@@ -47,7 +47,8 @@ class Method(Protocol):
 
     Called by one thread at a time, but for what ``intake`` gives: that comes from another
     thread, one call at a time, during ``ahead``, and of a stale method at any time between two
-    calls of ``outgoing``.
+    calls of ``outgoing``. Of what was promised it may come during ``advance``, for elements of
+    which the messages are made.
     """
 
     @property
@@ -72,6 +73,14 @@ class Method(Protocol):
         """Compute what the next batch's gradient needs and no mix can change.
 
         Called while arrivals are mixed in on another thread; ``stop()`` says to leave it at that.
+        """
+        ...
+
+    def promise(self, serial: int) -> Snapshot | None:
+        """What ``advance`` makes of ``outgoing``, message by message, as it updates the block.
+
+        It may be handed out before ``advance`` is called. None where all of the update comes first:
+        ``outgoing`` is to be called then.
         """
         ...
 

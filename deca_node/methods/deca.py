@@ -17,7 +17,7 @@ from deca_node.mixing import STALE_STEP, mix_arrival
 from deca_node.models import ActiveBlock, LanguageModel, Prefix
 from deca_node.moments import Rule, discrepancy_norm, fold, half_step, scale, slices
 from deca_node.robust import MEAN, Aggregation, Arrivals
-from deca_node.wire import CHUNK_ELEMENTS, Layout, Pieces, Snapshot, metadata, snapshot
+from deca_node.wire import CHUNK_ELEMENTS, Layout, Pieces, Snapshot, metadata, promised, snapshot
 
 _log = structlog.get_logger(__name__)
 
@@ -52,7 +52,7 @@ class Deca:
         self._aggregation = aggregation
         self._kept: Arrivals | None = None  # where the mix is not the mean
         self._clipped: Mapping[str, float] = {}
-        self._overlap = overlap
+        self._overlap = self._overlap_wished = overlap  # the first is given up where it fails
         self._exact: set[int] = set()  # depths at which a resumed pass was held against a whole one
         self._below = 0
         self._prefix: Prefix | None = None
@@ -61,6 +61,7 @@ class Deca:
         self._block: ActiveBlock | None = None
         self._m = self._v = torch.empty(0)
         self._own: Snapshot | None = None
+        self._growing: Snapshot | None = None  # promised, of the update that comes next
         self._finite = True
 
     @property
@@ -146,10 +147,18 @@ class Deca:
         neighbours.
         """
         block = self._active
+        growing, self._growing = self._growing, None
         with torch.no_grad():
             for part, gradient in block.gradients():
                 usable = gradient if self._finite else torch.zeros_like(gradient)
-                self._update(part, usable, step)
+                if growing is None:
+                    self._update(part, usable, step)
+                    continue
+                for few in _messages(part, block.master):
+                    self._update(
+                        few, usable[few.start - part.start :][: few.stop - few.start], step
+                    )
+                    growing.grow(block.master, few.stop)
         block.drop_gradients()
 
     def _update(self, part: slice, gradient: Tensor, step: int) -> None:
@@ -160,6 +169,15 @@ class Deca:
     def exchanges(self, step: int) -> bool:  # noqa: ARG002
         """See Method. Always."""
         return True
+
+    def promise(self, serial: int) -> Snapshot | None:
+        """See Method. When stale the snapshot before is mixed against until ``outgoing``."""
+        if not self._overlap_wished or self._stale:
+            return None
+        self._own = self._growing = promised(
+            self.layout, serial, metadata(self._run, self._node, serial)
+        )
+        return self._own
 
     def outgoing(self, serial: int) -> Snapshot:
         """See Method. The snapshot is x½, the only further copy of the block."""
@@ -255,6 +273,12 @@ class Deca:
     def close(self) -> None:
         """See Method."""
         self._model.release()
-        self._block = self._prefix = self._own = None
+        self._block = self._prefix = self._own = self._growing = None
         self._m = self._v = self._late = torch.empty(0)
         self._kept = None
+
+
+def _messages(part: slice, master: Tensor) -> Iterator[slice]:
+    """A part of the master as messages take it; on a GPU whole, since slices cost launches."""
+    size = CHUNK_ELEMENTS if master.device.type == "cpu" else part.stop - part.start
+    return (slice(low, min(low + size, part.stop)) for low in range(part.start, part.stop, size))

@@ -18,6 +18,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_STOPPING: _ClassVar[Phase]
     PHASE_CATCHING_UP: _ClassVar[Phase]
     PHASE_AGREEING: _ClassVar[Phase]
+    PHASE_PAUSED: _ClassVar[Phase]
 
 class WireFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -33,6 +34,7 @@ PHASE_DONE: Phase
 PHASE_STOPPING: Phase
 PHASE_CATCHING_UP: Phase
 PHASE_AGREEING: Phase
+PHASE_PAUSED: Phase
 WIRE_FORMAT_FP32: WireFormat
 WIRE_FORMAT_BF16: WireFormat
 WIRE_FORMAT_INT8: WireFormat
@@ -290,8 +292,15 @@ class ListPeersReply(_message.Message):
     def __init__(self, peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted", "catch_up_bytes", "catch_up_total", "security", "certificate_ends", "revoked")
+    __slots__ = ("run", "node", "version", "phase", "round", "position", "step", "rounds", "blocks", "steps_per_visit", "block", "steps_done", "steps_total", "eta_seconds", "uptime_seconds", "loss", "gradient_norm", "disagreement", "degree", "own_weight", "incomplete_mixes", "device", "memory_bytes", "device_memory_bytes", "bytes_sent", "bytes_received", "send_rate", "receive_rate", "address", "model", "waiting_for", "peers", "refusals", "warnings", "pid", "members_wanted", "catch_up_bytes", "catch_up_total", "security", "certificate_ends", "revoked", "h_norm", "events", "label_counts", "block_disagreement", "round_order", "method", "topology")
     class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LabelCountsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +348,13 @@ class NodeStatus(_message.Message):
     SECURITY_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_ENDS_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    H_NORM_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_DISAGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_ORDER_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     run: str
     node: str
     version: str
@@ -380,10 +396,63 @@ class NodeStatus(_message.Message):
     security: str
     certificate_ends: float
     revoked: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ..., catch_up_bytes: _Optional[int] = ..., catch_up_total: _Optional[int] = ..., security: _Optional[str] = ..., certificate_ends: _Optional[float] = ..., revoked: _Optional[_Iterable[str]] = ...) -> None: ...
+    h_norm: float
+    events: _containers.RepeatedCompositeFieldContainer[NodeEvent]
+    label_counts: _containers.ScalarMap[str, int]
+    block_disagreement: _containers.RepeatedScalarFieldContainer[float]
+    round_order: _containers.RepeatedScalarFieldContainer[int]
+    method: str
+    topology: str
+    def __init__(self, run: _Optional[str] = ..., node: _Optional[str] = ..., version: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., round: _Optional[int] = ..., position: _Optional[int] = ..., step: _Optional[int] = ..., rounds: _Optional[int] = ..., blocks: _Optional[int] = ..., steps_per_visit: _Optional[int] = ..., block: _Optional[int] = ..., steps_done: _Optional[int] = ..., steps_total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., degree: _Optional[int] = ..., own_weight: _Optional[float] = ..., incomplete_mixes: _Optional[int] = ..., device: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., waiting_for: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[PeerStatus, _Mapping]]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., warnings: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ..., members_wanted: _Optional[int] = ..., catch_up_bytes: _Optional[int] = ..., catch_up_total: _Optional[int] = ..., security: _Optional[str] = ..., certificate_ends: _Optional[float] = ..., revoked: _Optional[_Iterable[str]] = ..., h_norm: _Optional[float] = ..., events: _Optional[_Iterable[_Union[NodeEvent, _Mapping]]] = ..., label_counts: _Optional[_Mapping[str, int]] = ..., block_disagreement: _Optional[_Iterable[float]] = ..., round_order: _Optional[_Iterable[int]] = ..., method: _Optional[str] = ..., topology: _Optional[str] = ...) -> None: ...
+
+class NodeEvent(_message.Message):
+    __slots__ = ("serial", "age_seconds", "kind", "text", "peer")
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    serial: int
+    age_seconds: float
+    kind: str
+    text: str
+    peer: str
+    def __init__(self, serial: _Optional[int] = ..., age_seconds: _Optional[float] = ..., kind: _Optional[str] = ..., text: _Optional[str] = ..., peer: _Optional[str] = ...) -> None: ...
+
+class GetHistoryRequest(_message.Message):
+    __slots__ = ("after", "limit")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    after: int
+    limit: int
+    def __init__(self, after: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class HistoryReply(_message.Message):
+    __slots__ = ("points",)
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[HistoryPoint]
+    def __init__(self, points: _Optional[_Iterable[_Union[HistoryPoint, _Mapping]]] = ...) -> None: ...
+
+class HistoryPoint(_message.Message):
+    __slots__ = ("first", "last", "loss", "gradient_norm", "h_norm", "disagreement", "seconds")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    H_NORM_FIELD_NUMBER: _ClassVar[int]
+    DISAGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    loss: float
+    gradient_norm: float
+    h_norm: float
+    disagreement: float
+    seconds: float
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ..., loss: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., h_norm: _Optional[float] = ..., disagreement: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
-    __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail", "send_rate", "receive_rate", "waited_seconds", "retries")
+    __slots__ = ("node", "address", "state", "phase", "visit", "neighbour", "weight", "last_seen_seconds", "bytes_sent", "bytes_received", "refusals", "detail", "send_rate", "receive_rate", "waited_seconds", "retries", "wire_format")
     class RefusalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -407,6 +476,7 @@ class PeerStatus(_message.Message):
     RECEIVE_RATE_FIELD_NUMBER: _ClassVar[int]
     WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RETRIES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     node: str
     address: str
     state: str
@@ -423,4 +493,63 @@ class PeerStatus(_message.Message):
     receive_rate: float
     waited_seconds: float
     retries: int
-    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., neighbour: bool = ..., weight: _Optional[float] = ..., last_seen_seconds: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., detail: _Optional[str] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., retries: _Optional[int] = ...) -> None: ...
+    wire_format: str
+    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., phase: _Optional[_Union[Phase, str]] = ..., visit: _Optional[int] = ..., neighbour: bool = ..., weight: _Optional[float] = ..., last_seen_seconds: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., detail: _Optional[str] = ..., send_rate: _Optional[float] = ..., receive_rate: _Optional[float] = ..., waited_seconds: _Optional[float] = ..., retries: _Optional[int] = ..., wire_format: _Optional[str] = ...) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PauseReply(_message.Message):
+    __slots__ = ("already",)
+    ALREADY_FIELD_NUMBER: _ClassVar[int]
+    already: bool
+    def __init__(self, already: bool = ...) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeReply(_message.Message):
+    __slots__ = ("already",)
+    ALREADY_FIELD_NUMBER: _ClassVar[int]
+    already: bool
+    def __init__(self, already: bool = ...) -> None: ...
+
+class CheckpointRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointReply(_message.Message):
+    __slots__ = ("visit", "step")
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    visit: int
+    step: int
+    def __init__(self, visit: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class StopRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StopReply(_message.Message):
+    __slots__ = ("pid",)
+    PID_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    def __init__(self, pid: _Optional[int] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("name", "consensus")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONSENSUS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    consensus: bool
+    def __init__(self, name: _Optional[str] = ..., consensus: bool = ...) -> None: ...
+
+class ExportReply(_message.Message):
+    __slots__ = ("path", "model")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    model: str
+    def __init__(self, path: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...

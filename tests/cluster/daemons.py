@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from deca_node.errors import PeerTimeout
+from deca_node.errors import PeerTimeout, PeerUnavailable
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
@@ -79,7 +79,7 @@ class Daemon:
                 shown = Visitor(Keyring(Path(entry.trust))).credentials() if entry.trust else None
                 try:
                     return asyncio.run(ask_status(entry.address, 5, shown))
-                except PeerTimeout:  # a busy machine
+                except (PeerTimeout, PeerUnavailable):  # a busy machine
                     return None
         return None
 

@@ -5,13 +5,14 @@ import json
 import socket
 import ssl
 import time
+from collections import Counter
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
 from deca_node import identity
 from deca_node.access import credentials
-from deca_node.errors import PeerError, PeerRefused, PeerUnavailable, TrustError, UnreachableError
+from deca_node.errors import PeerError, PeerRefused, TrustError, UnreachableError
 from deca_node.guard import Guard, Visitor
 from deca_node.keyring import Keyring
 from deca_node.limits import MAX_JOIN_ATTEMPTS
@@ -85,6 +86,7 @@ class Naive:
 
     def __init__(self, shown):
         self._shown = shown
+        self.refused = Counter()
 
     def credentials(self):
         return self._shown
@@ -94,6 +96,12 @@ class Naive:
 
     def digest(self):
         return 0
+
+    def revocations(self):
+        return pb.Revocations()
+
+    def learn(self, told):
+        pass
 
 
 @pytest.fixture
@@ -163,11 +171,11 @@ async def test_entry_with_a_certificate_of_another_run(run, tmp_path):
     other = Run(tmp_path / "other")
     async with listening(run.guard("alice")) as (desk, address):
         stranger = naive(other, "bob")
-        assert await refused(address, stranger, "bob") <= {"unavailable"}
+        assert await refused(address, stranger, "bob") <= {"unavailable", "handshake"}
         mixed = naive(other, "bob")  # believes in our authority, shows its own certificate
         shown = mixed.credentials()
         mixed._shown = type(shown)(shown.key, shown.certificate, run.authority.certificate, "run")
-        assert await refused(address, mixed, "bob") <= {"unavailable"}
+        assert await refused(address, mixed, "bob") <= {"unavailable", "handshake"}
         assert not desk.asked
 
 
@@ -175,7 +183,10 @@ async def test_entry_with_a_certificate_of_another_run(run, tmp_path):
 async def test_entry_out_of_time(run, begins):
     """Expired, or of a machine whose clock ran ahead when it was issued."""
     async with listening(run.guard("alice")) as (desk, address):
-        assert await refused(address, naive(run, "bob", begins=begins), "bob") <= {"unavailable"}
+        assert await refused(address, naive(run, "bob", begins=begins), "bob") <= {
+            "unavailable",
+            "handshake",
+        }
         assert not desk.asked
 
 
@@ -260,9 +271,11 @@ async def test_who_is_not_on_the_list_stays_out(run):
 
 async def test_a_member_cannot_speak_for_another(run):
     """In none of the calls."""
-    async with listening(run.guard("alice")) as (desk, address):
+    alice = run.guard("alice")
+    async with listening(alice) as (desk, address):
         assert await refused(address, naive(run, "eve"), "bob") == {"impostor"}
         assert not desk.asked
+        assert alice.refused == {"impostor": 7}  # each of the calls
 
 
 async def test_an_operator_is_no_member(run):
@@ -280,8 +293,22 @@ async def test_an_operator_is_no_member(run):
 
     async with listening(Posing(shown)) as (_, address):
         link = GrpcLink(address, run.guard("bob"))
-        with pytest.raises(PeerUnavailable):
+        with pytest.raises(PeerError):
             await link.hello(greeting("bob"), 5)
+        await link.close()
+
+
+async def test_a_nodes_past_is_told_to_who_is_admitted(run):
+    """GetHistory answers as GetStatus does: not whoever has a certificate and is not allowed."""
+    async with listening(run.guard("alice", allow=("bob",))) as (_, address):
+        told = GrpcLink(address, credentials=run.guard("bob").credentials())
+        assert await told.get_history(None, 9, 5)
+        await told.close()
+        link = GrpcLink(address, credentials=naive(run, "eve").credentials())
+        for call in (link.get_history(None, 9, 5), link.get_status(5)):
+            with pytest.raises(PeerRefused) as caught:
+                await call
+            assert caught.value.reason == "not_allowed"
         await link.close()
 
 
@@ -323,10 +350,10 @@ async def test_who_answers_is_who_it_says(run):
 async def test_downgrade_to_plain_text(run):
     """A member does not call a node, or whoever sits between, that offers no TLS."""
     async with listening(None) as (desk, address):
-        assert await refused(address, run.guard("bob"), "bob") == {"unavailable"}
+        assert await refused(address, run.guard("bob"), "bob") == {"handshake"}
         assert not desk.asked
         link = GrpcLink(address, run.guard("bob"))
-        with pytest.raises(PeerUnavailable, match="not under TLS"):
+        with pytest.raises(PeerRefused, match="not under TLS"):
             await link.hello(greeting("bob"), 5)
         await link.close()
 
@@ -364,7 +391,7 @@ async def test_downgrade_to_tls_1_2(run):
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     async with server:
         link = GrpcLink(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", run.guard("alice"))
-        with pytest.raises(PeerUnavailable):
+        with pytest.raises(PeerError):
             await link.hello(greeting("alice"), 5)
         await link.close()
     assert versions == []
@@ -411,6 +438,23 @@ async def test_renewal_over_the_network(run):
         assert not bob.is_renewal_due
         # The old connection is given up for one with the new certificate.
         assert (await link.hello(greeting("bob"), 5)).visit == 7
+        await link.close()
+
+
+async def test_connections_are_made_anew_after_an_hour(run):
+    """With the next greeting; a stream under way goes on, and calls meanwhile have a connection."""
+    async with listening(run.guard("alice")) as (desk, address):
+        link = GrpcLink(address, run.guard("bob"))
+        await link.hello(greeting("bob"), 5)
+        before = link._connection, link._named
+        request = pb.PullRequest(sender=pb.Sender(run="hold", node="bob", session=3), serial=1)
+        async with aclosing(link.pull(request, 20)) as messages:
+            await anext(messages)
+            link._since -= 3601
+            await link.hello(greeting("bob"), 5)
+            assert not {link._connection, link._named} & set(before)
+            desk.hold.set()
+            assert [message async for message in messages] == []
         await link.close()
 
 

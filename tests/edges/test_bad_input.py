@@ -100,9 +100,23 @@ def test_each_culprit_is_named(start, change, code, words):
     """Wrong settings, paths, labels and devices have their own exit code and line."""
     if "cuda" in change and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    found, error = start(change)
+    found, error = start(change, "trust.insecure=true")
     assert found == code, error
     assert words in error
+
+
+def test_a_node_for_others_without_a_certificate_is_told_where_to_get_one(start, monkeypatch):
+    """Exit 12, before anything is loaded; nor may keys lie where models are."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/absent")
+    found, error = start("node.host=0.0.0.0")
+    assert found == 12, error
+    assert "/absent/deca-node/" in error
+    assert "deca-node swarm join TOKEN" in error
+    found, error = start(
+        "node.host=0.0.0.0", "node.output=/absent/out", "trust.folder=/absent/out/t"
+    )
+    assert found == 2, error
+    assert "trust.folder" in error
 
 
 @pytest.mark.parametrize(

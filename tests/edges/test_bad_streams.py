@@ -11,6 +11,7 @@ import pytest
 import structlog
 import torch
 
+from deca_node.compression import Format
 from deca_node.config import Timing
 from deca_node.errors import PeerRefused
 from deca_node.exchange import Exchange
@@ -20,7 +21,15 @@ from deca_node.mixing import mix_arrival
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.transport import GrpcTransport
-from deca_node.wire import Layout, TensorSpec, frame, metadata, parse, snapshot
+from deca_node.wire import (
+    Layout,
+    TensorSpec,
+    frame,
+    metadata,
+    parse,
+    reference_metadata,
+    snapshot,
+)
 from tests.answers import Answers
 
 LAYOUT = Layout((TensorSpec("w", (2, 1024, 1024)),))  # 8 MB, eight messages of values
@@ -153,6 +162,16 @@ async def another_format(good, serial):
     yield frame(serial, 0, header)
 
 
+async def wrong_format_id(good, serial):
+    about = reference_metadata("run", "evil", serial, Format.INT8, None)
+    yield frame(serial, 0, LAYOUT.header(about))
+
+
+async def difference_from_nothing(good, serial):
+    header = LAYOUT.header({**metadata("run", "evil", serial), "base": "0"})
+    yield frame(serial, 0, header)
+
+
 async def stale(good, serial):
     yield good[0]
     chunk = parse(good[1])
@@ -174,6 +193,8 @@ CRIMES = {
     corrupted: "checksum",
     mislabelled: "header",
     another_format: "shape",
+    wrong_format_id: "bad_format",
+    difference_from_nothing: "header",
     stale: "wrong_step",
     not_finite: "not_finite",
 }
@@ -243,6 +264,30 @@ async def test_who_never_reads_is_let_go():
                 async for _ in call:
                     pass
             assert caught.value.details().startswith("too_slow")
+
+
+async def test_a_wrong_format_id_in_a_call_is_refused():
+    """In a pull, where the edge has another one, and in an offer, where it is none at all."""
+    async with neighbours() as (good, evil, address):
+        good.publish(0)
+        link = evil.transport.link(address)
+        sender = evil.swarm.sender()
+        for wire in (pb.WIRE_FORMAT_BF16, 99):
+            with pytest.raises(PeerRefused) as caught:
+                await anext(
+                    link.pull(pb.PullRequest(sender=sender, serial=0, wire_format=wire), 20)
+                )
+            assert caught.value.reason == "bad_format"
+        with pytest.raises(PeerRefused) as caught:
+            await link.open_visit(pb.VisitOffer(sender=sender, visit=1, wire_format=99), 20)
+        assert caught.value.reason == "bad_format"
+        assert not good.exchange._pulls
+        assert good.exchange.edges.formats == {}
+        # The edge goes on as it was.
+        stream = link.pull(pb.PullRequest(sender=sender, serial=0), 20)
+        assert parse(await anext(stream)).serial == 0
+        await stream.aclose()
+        await link.close()
 
 
 async def test_pulls_at_once_are_counted():

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from deca_node import checkpoint
 from deca_node.blocks import Schedule
 from deca_node.checkpoint import FORMAT, Changed, Checkpoint, Progress
+from deca_node.curve import Curve
 from deca_node.disk import translated
 from deca_node.errors import DiskFullError, OutputError, PayloadError
 from deca_node.record import History
@@ -604,7 +605,7 @@ def test_history_takes_back_what_will_be_done_again(tmp_path):
     path = tmp_path / "history.jsonl"
     rows = [{"visit": v, "step": s} for v in range(3) for s in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]) + '{"visit": 2, "st')
-    history = History(path, first_serial=6, steps_per_visit=4)
+    history = History(path, first_serial=6, steps_per_visit=4, curve=Curve(64))
     history.append(rows[6])
     history.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:7]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from deca_node import trainer
+from deca_node import trainer, wire
 from deca_node.blocks import Visit
 from deca_node.config import ModelSettings
 from deca_node.data import Example, collate
+from deca_node.methods import deca
 from deca_node.methods.deca import Deca
 from deca_node.mixing import metropolis_hastings
 from deca_node.models import LanguageModel
@@ -120,6 +121,42 @@ def test_low_precision_weights_have_a_full_precision_master(folder, dtype):
     assert not torch.equal(before, master)
     held = torch.cat([t.flatten() for t in model.block_tensors(VISIT.layers).values()])
     assert torch.equal(held, master.to(held.dtype))
+
+
+def test_what_is_sent_while_updating_is_what_is_sent_after_it(folder, monkeypatch):
+    """Byte for byte; each message is there once the update has passed its last element."""
+    for module in (wire, deca):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
+    early, after = (Deca(load(folder), Rule(1e-3), "run", "n0") for _ in range(2))
+    seen = []
+    for method in (early, after):
+        method.open(VISIT, None)
+        method.gradient(batch(0, 0))
+    promised = early.promise(7)
+    assert len(promised.messages) == 1
+    update = early._update
+
+    def watched(part, *arguments):
+        seen.append((part.start, len(promised.messages) - 1))
+        update(part, *arguments)
+
+    early._update = watched
+    early.advance(0)
+    after.advance(0)
+    assert promised.messages == after.outgoing(7).messages
+    assert promised.covers(early.layout.numel)
+    assert [made for _, made in seen] == [begin // 1000 for begin, _ in seen]
+    assert len(seen) >= promised.count - 1 > 2
+    assert early.settle(0) == after.settle(0)
+    assert torch.equal(early.state()["m"], after.state()["m"])
+
+
+def test_late_mixing_and_no_overlap_promise_nothing(folder):
+    """The one still needs the snapshot before, the other is told not to."""
+    for how in ({"stale": True}, {"overlap": False}):
+        method = Deca(load(folder), Rule(1e-3), "run", "n0", **how)
+        method.open(VISIT, None)
+        assert method.promise(0) is None
 
 
 def test_a_gradient_that_is_no_number_reaches_nobody(folder):

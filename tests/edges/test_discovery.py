@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from deca_node import discovery as discovery_module
-from deca_node.discovery import Discovery, loops_back, own_addresses
+from deca_node.discovery import Discovery, inviters, inviting, loops_back, own_addresses
 from deca_node.errors import ListenError
 
 PATIENCE = 30.0  # a bound on failure; multicast answers within two seconds
@@ -176,3 +176,13 @@ def test_addresses_to_announce():
     assert own_addresses("only-outsiders-know.invalid") == everywhere
     assert everywhere
     assert everywhere == ["127.0.0.1"] or not any(a.startswith("127.") for a in everywhere)
+
+
+async def test_an_invitation_is_found_by_who_joins_that_run():
+    """And by nobody of another."""
+    run = f"inv-{uuid.uuid4().hex[:8]}"
+    async with inviting(run, 7009, ["127.0.0.1"]), asyncio.timeout(PATIENCE):
+        while not (found := await inviters(run, 0.5)):
+            pass
+        assert found == ["127.0.0.1:7009"]
+        assert await inviters(f"{run}x", 0.5) == []

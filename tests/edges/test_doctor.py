@@ -18,6 +18,7 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.transport import GrpcTransport
 from tests.cluster.daemons import Daemon
 from tests.tiny import make_model
+from tests.trust import Run
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
 
@@ -73,12 +74,37 @@ async def test_a_node_that_would_start_alone_is_well(words, tmp_path):
     found = by_name(checks)
     assert {one.verdict for one in checks} == {Verdict.OK}, checks
     assert set(found) == {
-        *("settings", "device", "model", "data", "weights", "memory", "disk", "multicast", "port")
+        *("settings", "device", "model", "data", "weights", "memory", "disk", "trust"),
+        *("multicast", "port"),
     }
     assert "LlamaForCausalLM" in found["model"][0].found
     assert "8 rows" in found["data"][0].found
     assert "a 4, b 4" in found["data"][0].found
     assert not (tmp_path / "out").exists()
+
+
+async def test_the_trust_of_a_node_for_others_is_looked_at(words, tmp_path):
+    """No certificate, a good one, plain text by wish; two under TLS meet."""
+    run = next(w for w in words() if w.startswith("run.name=")).partition("=")[2]
+    open_words = (*words("node.host=0.0.0.0", "run.start_when=1"), f"trust.folder={tmp_path / 't'}")
+
+    async def trust(*more):
+        return by_name(await examine(load(None, [*open_words, *more]), patience=0.1))
+
+    found = await trust("node.name=a")
+    assert [one.verdict for one in found["trust"]] == [Verdict.FAIL]
+    assert "swarm join" in found["trust"][0].remedy
+    keyring = Run(tmp_path / "run", run).keyring("a")
+    keyring.folder.rename(tmp_path / "t")
+    found = await trust("node.name=a")
+    assert [one.verdict for one in found["trust"]] == [Verdict.OK]
+    assert "a is certified until" in found["trust"][0].found
+    (tmp_path / "t" / "nodes" / "a.key").chmod(0o440)
+    found = await trust("node.name=a")
+    assert [one.verdict for one in found["trust"]] == [Verdict.OK, Verdict.WARN]
+    assert "chmod 600" in found["trust"][1].remedy
+    found = await trust("trust.insecure=true")
+    assert [one.verdict for one in found["trust"]] == [Verdict.WARN]
 
 
 @pytest.mark.parametrize(

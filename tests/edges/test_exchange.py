@@ -18,7 +18,16 @@ from deca_node.mixing import mix_arrival
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
-from deca_node.wire import Layout, TensorSpec, frame, metadata, parse, snapshot
+from deca_node.wire import (
+    CHUNK_ELEMENTS,
+    Layout,
+    TensorSpec,
+    frame,
+    metadata,
+    parse,
+    promised,
+    snapshot,
+)
 from tests.answers import Answers
 from tests.virtual_time import run
 
@@ -401,6 +410,68 @@ def test_there_is_never_more_than_one_snapshot():
             made.append(snapshot(members[0].values, LAYOUT, serial, metadata("r", "n0", serial)))
             members[0].exchange.publish(made[-1])
         assert len(made[-1].messages) == made[-1].count
+
+    run(scenario())
+
+
+def test_a_block_travels_and_is_mixed_as_far_as_it_is_updated():
+    """Each end gets what the other has made so far, and mixes only where it has made its own."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        own = [m.values.clone() for m in members]
+        made = [promised(LAYOUT, 0, metadata("run", m.name, 0)) for m in members]
+        mixed = [0, 0]
+        for member, each in zip(members, made, strict=True):
+            assert member.exchange.early
+            member.exchange.publish(each)
+
+        def mix(index):
+            def take(first, values, weight):
+                mixed[index] = first + len(values)
+                part = slice(first, mixed[index])
+                mix_arrival(members[index].values[part], own[index][part], values, weight)
+
+            return take
+
+        gathering = [
+            asyncio.create_task(m.exchange.gather(0, LAYOUT, mix(i))) for i, m in enumerate(members)
+        ]
+        progress = [(0, 0), (1, 0), (1, 2), (2, 2), (3, 3)]
+        for parts in progress:
+            for index, count in enumerate(parts):
+                end = min(count * CHUNK_ELEMENTS, LAYOUT.numel)
+                made[index].grow(own[index], end)
+            await asyncio.sleep(1)
+            reached = min(min(parts) * CHUNK_ELEMENTS, LAYOUT.numel)
+            assert mixed == [reached, reached]
+        for report in await together(gathering):
+            assert report.complete
+            assert report.mix < 1
+        assert torch.equal(members[0].values, torch.full((LAYOUT.numel,), 0.5))
+        assert torch.equal(members[0].values, members[1].values)
+
+    run(scenario())
+
+
+def test_a_reader_of_a_block_that_is_never_finished_is_told():
+    """Released while it is being made: the reader ends, and what is made later goes nowhere."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        made = promised(LAYOUT, 0, metadata("run", "n0", 0))
+        members[0].exchange.publish(made)
+        stream = members[0].pull(pb.PullRequest(sender=members[1].swarm.sender(), serial=0))
+        await anext(stream)
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(1)
+        members[0].exchange.release()
+        with pytest.raises(PeerRefused, match="too slowly"):
+            await reading
+        made.grow(members[0].values, LAYOUT.numel)
+        assert made.messages == []
 
     run(scenario())
 

@@ -36,7 +36,14 @@ def _example(**fields: Any) -> pb.NodeStatus:
         send_rate=1536.0,
         **fields,
     )
-    now.peers.add(node="bob", state="alive", neighbour=True, weight=0.5, last_seen_seconds=2.0)
+    now.peers.add(
+        node="bob",
+        state="alive",
+        neighbour=True,
+        weight=0.5,
+        last_seen_seconds=2.0,
+        wire_format="int8",
+    )
     now.peers.add(node="[carol]", state="gone", detail="said [b]goodbye")
     return now
 
@@ -93,7 +100,7 @@ def test_one_node_in_full() -> None:
     ):
         assert part in text
     bob, carol = [line.split() for line in text.splitlines()[-2:]]
-    assert bob[:5] == ["bob", "alive", "unspecified", "0.500", "0"]
+    assert bob[:5] == ["bob", "alive", "unspecified", "0.500", "int8"]
     assert carol[:2] == ["[carol]", "gone"]
     assert "said [b]goodbye" in text  # a peer's text is no markup
 

@@ -67,6 +67,11 @@ class Answers:
     async def get_status(self):
         return pb.NodeStatus(node="bob", peers=[pb.PeerStatus(node="eve")])
 
+    async def get_history(self, request):
+        return pb.HistoryReply(
+            points=[pb.HistoryPoint(first=request.after + 1, last=request.limit)]
+        )
+
     async def watch_status(self, interval):
         for step in range(3):
             yield pb.NodeStatus(step=step)
@@ -210,12 +215,14 @@ async def test_a_taken_port_is_one_clear_line(make):
 
 
 async def test_status_is_served_beside_the_peers():
-    """GetStatus, ListPeers and WatchStatus answer; a dead address is an error of that entry."""
+    """GetStatus, GetHistory and WatchStatus answer; a dead address is an error of that entry."""
     async with serving(lambda port=0: GrpcTransport("127.0.0.1", port)) as (_, _, link, port):
         alive, dead = await ask_all([f"127.0.0.1:{port}", "127.0.0.1:9"], 5)
         assert alive.node == "bob"
         assert isinstance(dead, PeerUnavailable)
         assert [status.step async for status in link.watch_status(0)] == [0, 1, 2]
+        [point] = await link.get_history(3, 9, 5)
+        assert (point.first, point.last) == (4, 9)
         with pytest.raises(PeerUnavailable):
             await ask_status("127.0.0.1:9", 5)
 

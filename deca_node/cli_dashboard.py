@@ -1,0 +1,107 @@
+"""``deca-node dashboard``."""
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deca_node import access, registry
+from deca_node.config import checked_address
+from deca_node.errors import ConfigError
+from deca_node.transport import GrpcLink
+
+PORT = 7480
+
+
+def dashboard(
+    addresses: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[HOST:PORT]...", help="Nodes; else those of this machine."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to serve on; others than loopback: --public.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes a free one.")
+    ] = PORT,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Let other machines look: no password, no encryption."),
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="A name that browsers call it by."),
+    ] = None,
+    walk: Annotated[
+        bool, typer.Option("--walk/--no-walk", help="Also ask the peers of the nodes.")
+    ] = True,
+    trust: Annotated[
+        Path | None,
+        typer.Option("--trust", help="Trust folder to ask with; else that of the nodes' run."),
+    ] = None,
+    interval: Annotated[
+        float,
+        typer.Option("--interval", min=0.2, max=60, help="Seconds between two questions."),
+    ] = 1.0,
+) -> None:
+    """Serve a web page that shows a swarm live: graph, curves, schedule, events.
+
+    It asks the nodes over gRPC and shows what they tell; it changes nothing. Nodes need not run
+    yet. Ctrl-C ends it.
+    """
+    given = _checked(addresses or ())
+    try:
+        from deca_node.dashboard import web  # noqa: PLC0415 - an extra
+        from deca_node.dashboard.observer import Observer  # noqa: PLC0415
+        from deca_node.dashboard.panorama import Panorama  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ConfigError(
+            f"the dashboard needs the package {error.name}: pip install 'deca-node[dashboard]'"
+        ) from None
+    if not public and not web.is_expected(host, frozenset(), public=False):
+        raise ConfigError(
+            f"--host {host} shows the swarm to every machine that reaches the port, without "
+            "password or encryption; add --public if that is meant"
+        )
+
+    async def run() -> None:
+        await access.credentials([], trust)  # says now what is wrong with the folder
+        panorama = Panorama(walk=walk)
+        feed = web.Feed(panorama, interval, given or ["this machine's nodes"])
+        app = web.make_app(
+            feed, names=frozenset(name.lower() for name in allow_host or ()), public=public
+        )
+
+        async def link(address: str) -> GrpcLink:
+            shown = await access.credentials([address], trust)
+            return GrpcLink(address, credentials=shown.get(address))
+
+        observer = Observer(
+            panorama,
+            link,
+            lambda: given or [entry.address for entry in registry.local_nodes()],
+            interval,
+        )
+        with web.listen(host, port) as opened:
+            shown = f"[{host}]" if ":" in host else host
+            typer.echo(f"dashboard at http://{shown}:{opened.getsockname()[1]}/  (Ctrl-C ends it)")
+            if public:
+                typer.echo("everybody who reaches that port can look; nothing is encrypted")
+            stop = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            await web.serve(app, feed, observer, opened, stop)
+
+    asyncio.run(run())
+
+
+def _checked(addresses: Sequence[str]) -> list[str]:
+    try:
+        return [checked_address(address) for address in addresses]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

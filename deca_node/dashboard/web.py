@@ -1,0 +1,286 @@
+"""Serves the panorama to browsers: the only file that knows starlette and uvicorn.
+
+Read-only. Against pages of other sites in the same browser: a request must name this server by an
+address or an expected name (DNS rebinding), come from this page or from no page at all, and the
+page may load and call nothing else (Content-Security-Policy).
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import socket
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deca_node import __version__
+from deca_node.dashboard.observer import Observer
+from deca_node.dashboard.panorama import Panorama
+from deca_node.errors import ListenError
+from deca_node.limits import MAX_BROWSERS, MAX_NAME_BYTES
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+# Nothing but this origin; no inline script or style, and no text can become markup.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+# A browser that lost the stream comes back after this time.
+_RETRY_MS = 1500
+# A stream without news says so, so that a browser can tell a quiet swarm from a dead connection.
+_QUIET_SECONDS = 5.0
+
+
+class Feed:
+    """The panorama as its viewers get it: one picture a tick, whoever looks.
+
+    Args:
+        panorama: what is shown.
+        interval: seconds between two ticks, told to the browser.
+        given: the operator's words for what is watched.
+    """
+
+    def __init__(self, panorama: Panorama, interval: float, given: Sequence[str]) -> None:
+        self.panorama = panorama
+        self.closing = False
+        self.viewers = 0
+        self._interval, self._given = interval, list(given)
+        self._ticked = asyncio.Event()
+        self._view: dict[str, Any] | None = None
+
+    def tick(self) -> None:
+        """There may be news."""
+        self._view = None
+        self._ticked.set()
+        self._ticked = asyncio.Event()
+
+    def view(self) -> dict[str, Any]:
+        """The picture now."""
+        if self._view is None:
+            self._view = self.panorama.view(time.monotonic())
+        return {
+            **self._view,
+            "version": __version__,
+            "time": round(time.time(), 1),
+            "interval": self._interval,
+            "given": self._given,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """The picture with all events and curves."""
+        return self.view() | self._grown(0, {})
+
+    def _grown(self, event: int, steps: dict[str, int]) -> dict[str, Any]:
+        return {
+            "events": self.panorama.events(event, time.monotonic(), time.time()),
+            "curves": self.panorama.curves(steps),
+        }
+
+    async def stream(self) -> AsyncGenerator[dict[str, Any]]:
+        """The whole picture, then at every tick what is new; ends with the server."""
+        last_event, steps = 0, dict[str, int]()
+        first = True
+        while not self.closing:
+            ticked = self._ticked
+            tree = self.view() | self._grown(last_event, steps)
+            if tree["events"]:
+                last_event = tree["events"][-1]["id"]
+            for key, points in tree["curves"].items():
+                steps[key] = points[-1][1]
+            yield tree | {"whole": first}
+            first = False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ticked.wait(), _QUIET_SECONDS)
+
+    def close(self) -> None:
+        """End all streams."""
+        self.closing = True
+        self.tick()
+
+
+def make_app(feed: Feed, *, names: frozenset[str] = frozenset(), public: bool = False) -> ASGIApp:
+    """The web application.
+
+    Args:
+        feed: what is shown.
+        names: further names by which browsers may call this server.
+        public: callers from other machines may call it by its addresses.
+    """
+    page = {
+        file.name: file.read_bytes()
+        for file in resources.files("deca_node.dashboard").joinpath("page").iterdir()
+        if file.name.rpartition(".")[2] in _TYPES
+    }
+
+    async def file(request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
+        if name not in page:
+            return PlainTextResponse("there is no such page here\n", 404)
+        return Response(page[name], media_type=_TYPES[name.rpartition(".")[2]])
+
+    async def state(_: Request) -> Response:
+        return JSONResponse(feed.whole())
+
+    async def node(request: Request) -> Response:
+        key = request.query_params.get("key", "")[: 2 * MAX_NAME_BYTES + 1]
+        found = feed.panorama.details(key, time.monotonic())
+        return JSONResponse(found or {"error": "no node of that name"}, 200 if found else 404)
+
+    async def stream(_: Request) -> Response:
+        if feed.viewers >= MAX_BROWSERS:
+            return PlainTextResponse(f"{MAX_BROWSERS} browsers are watching already\n", 503)
+
+        async def messages() -> AsyncGenerator[str]:
+            feed.viewers += 1
+            try:
+                yield f"retry: {_RETRY_MS}\n\n"
+                async for tree in feed.stream():
+                    yield f"data: {json.dumps(tree, separators=(',', ':'))}\n\n"
+            finally:
+                feed.viewers -= 1
+
+        return StreamingResponse(messages(), media_type="text/event-stream")
+
+    async def alive(_: Request) -> Response:
+        return PlainTextResponse("serving\n")
+
+    routes = [
+        Route("/", file),
+        Route("/page/{name}", file),
+        Route("/api/state", state),
+        Route("/api/node", node),
+        Route("/api/stream", stream),
+        Route("/healthz", alive),
+    ]
+    return _Guard(Starlette(routes=routes), names, public=public)
+
+
+class _Guard:
+    """Turns away who was sent by another site, and puts the headers on every answer."""
+
+    def __init__(self, app: ASGIApp, names: frozenset[str], *, public: bool) -> None:
+        self._app, self._names, self._public = app, names, public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        refusal = self._refusal(Headers(scope=scope), scope["path"])
+        app = PlainTextResponse(refusal, 403) if refusal else self._app
+        await app(scope, receive, guarded)
+
+    def _refusal(self, headers: Headers, path: str) -> str:
+        if not is_expected(headers.get("host", ""), self._names, public=self._public):
+            return (
+                "this dashboard is not called by that name; use its address, "
+                "or start it with --allow-host NAME\n"
+            )
+        site = headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") and path != "/":
+            return "another site's page may not ask this dashboard\n"
+        return ""
+
+
+def is_expected(host: str, names: frozenset[str], *, public: bool) -> bool:
+    """Whether a Host header names this server as its users do.
+
+    An address cannot be rebound by a hostile DNS server; a name can.
+    """
+    bare = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    bare = bare.strip("[]").rstrip(".").lower()
+    if bare == "localhost" or bare in names:
+        return True
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return False
+    return public or address.is_loopback
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ListenError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=64)
+    except OSError as error:
+        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        raise ListenError(
+            f"cannot serve the dashboard at {shown}: {error.strerror or error}; "
+            "choose another --port (0 takes a free one) or --host"
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    """Without signal handlers: whoever calls ``serve`` decides what ends it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    app: ASGIApp, feed: Feed, observer: Observer, opened: socket.socket, stop: asyncio.Event
+) -> None:
+    """Serve until told to stop."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            http="h11",
+            h11_max_incomplete_event_size=16 << 10,
+            limit_concurrency=4 * MAX_BROWSERS,
+            timeout_graceful_shutdown=1,
+        )
+    )
+
+    async def end() -> None:
+        await stop.wait()
+        server.should_exit = True
+        feed.close()
+
+    ending = asyncio.create_task(end())
+    observing = asyncio.create_task(observer.run(feed.tick))
+    observing.add_done_callback(lambda _: stop.set())  # a defect must not leave a frozen page
+    try:
+        await server.serve(sockets=[opened])
+    finally:
+        for task in (ending, observing):
+            task.cancel()
+        await asyncio.gather(ending, observing, return_exceptions=True)
+    if not observing.cancelled() and (error := observing.exception()) is not None:
+        raise error

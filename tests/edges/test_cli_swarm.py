@@ -1,0 +1,103 @@
+"""The verbs of `deca-node swarm` that need no network, as docs/securing.md has them."""
+
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deca_node import cli
+from deca_node.keyring import Keyring
+
+PAGE = Path(__file__).parents[2] / "docs" / "securing.md"
+
+
+@pytest.fixture
+def say(tmp_path, monkeypatch, capsys):
+    """Runs a command line; its exit code, and what it printed."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(shlex.split(line)[1:])
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out + captured.err
+
+    return run
+
+
+def test_the_pages_commands_do_what_the_page_says(say, tmp_path):
+    """Each that needs nobody else is typed in, in the page's order."""
+    typed = 0
+    lines = PAGE.read_text().splitlines()
+    for line, after in itertools.pairwise(lines):
+        found = re.match(r"\$ (deca-node swarm (init|issue|renew|revoke|show) .*)", line)
+        if found is None:
+            continue
+        code, said = say(found[1])
+        assert code == 0, said
+        typed += 1
+        if found[2] in ("issue", "revoke"):
+            assert said.startswith(after)
+    assert typed >= 4
+    assert {path.name for path in (tmp_path / "trust-carol").rglob("*.*")} >= {
+        *("authority.pem", "carol.pem", "carol.key", "revoked.json")
+    }
+    assert not (tmp_path / "trust-carol" / "authority.key").exists()
+
+
+def test_the_folder_as_json(say):
+    """For scripts: who, until when, in which state."""
+    assert say("deca-node swarm init --run r --node a --days 1")[0] == 0
+    assert say("deca-node swarm issue b --to elsewhere --run r")[0] == 0
+    assert say("deca-node swarm revoke b --run r")[0] == 0
+    tree = json.loads(say("deca-node swarm show --run r --json")[1])
+    rows = {row["node"]: row for row in tree["certificates"]}
+    assert set(rows) == {"(operator)", "a", "b"}
+    assert (rows["a"]["here"], rows["a"]["state"], rows["a"]["days"]) == (True, "good", 1)
+    assert (rows["b"]["here"], rows["b"]["revoked"]) == (False, True)
+    assert (tree["run"], tree["authority_key"], tree["revoked"]) == ("r", True, ["b"])
+
+
+def test_names_come_from_a_nodes_settings(say, tmp_path):
+    """Run, node and folder, as `start` would use them."""
+    (tmp_path / "node.toml").write_text(
+        'run.name = "bbc"\nnode.name = "dora"\ntrust.folder = "keys"\n'
+        'model.path = "m"\ndata.train = "d.jsonl"\n'
+    )
+    code, said = say("deca-node swarm init -c node.toml")
+    assert code == 0, said
+    assert Keyring(tmp_path / "keys").run == "bbc"
+    assert list(Keyring(tmp_path / "keys").nodes()) == ["dora"]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("swarm init --run r", 12, "has an authority already"),
+        ("swarm init --run R", 2, "48 characters"),
+        ("swarm show --run other", 12, "swarm init"),
+        ("swarm issue b --to c --run r", 12, "revoked for good"),
+        ("swarm invite --node b --run r", 12, "revoked for good"),
+        ("swarm invite --ttl soon --run r", 2, "90s, 10m or 2h"),
+        ("swarm invite --ttl 3d --run r", 2, "90s, 10m or 2h"),
+        ("swarm invite --advertise host --run r", 2, "HOST:PORT"),
+        ("swarm join nonsense", 12, "no invitation"),
+        ("swarm revoke c --run r --tell host", 2, "HOST:PORT"),
+        ("swarm revoke b --run r --tell 127.0.0.1:9", 3, "revoked, but not told"),
+        ("status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
+        ("status 127.0.0.1:9 --trust config/deca-node/r", 3, "no deca-node answers"),
+    ],
+)
+def test_what_is_wrong_is_one_line(say, line, code, words):
+    """With its exit code and the remedy."""
+    assert say("deca-node swarm init --run r --node a")[0] == 0
+    assert say("deca-node swarm revoke b --run r")[0] == 0
+    found, said = say(f"deca-node {line}")
+    assert found == code, said
+    assert words in " ".join(said.split())
+    assert "Traceback" not in said

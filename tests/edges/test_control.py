@@ -1,0 +1,144 @@
+"""Who can tell a node what to do, and where its socket file is."""
+
+import os
+import stat
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from deca_node import registry
+from deca_node.errors import PeerRefused
+from deca_node.guard import Visitor
+from deca_node.keyring import Keyring
+from deca_node.pb import node_pb2 as pb
+from deca_node.transport import CONTROL, GrpcLink, GrpcTransport
+from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
+from tests.edges.test_transport import Answers
+from tests.trust import Run
+
+CALLS = {method.name: getattr(pb, f"{method.name}Request")() for method in CONTROL.methods}
+
+
+class Told:
+    """A control handler that notes what it was told."""
+
+    def __init__(self):
+        self.verbs = []
+
+    async def pause(self, request):
+        self.verbs.append("Pause")
+        return pb.PauseReply()
+
+    async def resume(self, request):
+        self.verbs.append("Resume")
+        return pb.ResumeReply()
+
+    async def checkpoint(self, request):
+        self.verbs.append("Checkpoint")
+        return pb.CheckpointReply(visit=3)
+
+    async def stop(self, request):
+        self.verbs.append("Stop")
+        return pb.StopReply(pid=7)
+
+    async def export(self, request):
+        self.verbs.append("Export")
+        raise PeerRefused("busy", "another one")
+
+
+@asynccontextmanager
+async def node(guard=None):
+    """A node that listens on a port and on a socket file."""
+    told, desk = Told(), Answers()
+    transport = GrpcTransport("127.0.0.1", 0, guard)
+    socket = registry.socket_path()
+    port = await transport.listen(desk, desk, told, socket)
+    try:
+        yield told, f"127.0.0.1:{port}", socket
+    finally:
+        desk.hold.set()
+        await transport.close(0)
+
+
+async def outcomes(link):
+    """What each call of the service ends in: a reply's type, or why it was refused."""
+    ends = {}
+    for verb, request in CALLS.items():
+        try:
+            ends[verb] = type(await link.control(verb, request, 10)).__name__
+        except PeerRefused as error:
+            ends[verb] = error.reason
+    await link.close()
+    return ends
+
+
+REFUSED = dict.fromkeys(CALLS, "permission_denied")
+HEARD = {
+    "Pause": "PauseReply",
+    "Resume": "ResumeReply",
+    "Checkpoint": "CheckpointReply",
+    "Stop": "StopReply",
+    "Export": "busy",
+}
+
+
+async def test_in_plain_text_nobody_controls_a_node_over_the_network():
+    """Neither from this machine's loopback; the socket file is the way."""
+    async with node() as (told, address, socket):
+        assert await outcomes(GrpcLink(address)) == REFUSED
+        assert not told.verbs
+        assert await outcomes(GrpcLink(f"unix:{socket}")) == HEARD
+        assert told.verbs == list(CALLS)
+
+
+async def test_under_tls_the_operator_controls_a_node_and_no_peer_does(tmp_path):
+    run = Run(tmp_path)
+    guard, other = run.guard("alice"), run.guard("bob")
+    bob = Visitor(Keyring(run.folder / "bob")).credentials()
+    operator = Visitor(run.head()).credentials()
+    async with node(guard) as (told, address, socket):
+        assert await outcomes(GrpcLink(address, credentials=bob)) == REFUSED
+        peer = GrpcLink(address, other)
+        peer._node = "alice"
+        assert await outcomes(peer) == REFUSED
+        assert not told.verbs
+        assert await outcomes(GrpcLink(address, credentials=operator)) == HEARD
+        assert await outcomes(GrpcLink(f"unix:{socket}")) == HEARD
+
+
+async def test_the_socket_file_is_its_users_alone_and_answers_status_too():
+    """Mode 0600 in a folder of mode 0700; local tools need no certificate there."""
+    async with node() as (_, _, socket):
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+        link = GrpcLink(f"unix:{socket}")
+        assert (await link.get_status(10)).node
+        await link.close()
+    assert not socket.exists()
+
+
+def test_a_long_path_for_temporary_files_moves_the_socket_file(tmp_path, monkeypatch):
+    """The system takes 107 bytes of a path at most."""
+    deep = tmp_path / ("x" * 60) / ("y" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    path = registry.socket_path()
+    assert path is not None
+    assert len(os.fsencode(path)) <= registry.MAX_SOCKET_PATH_BYTES
+    assert path.parent == Path(f"/tmp/deca-node-{os.getuid()}")
+
+
+def test_a_folder_of_somebody_else_is_no_place_for_it(monkeypatch):
+    def foreign(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr(registry, "_own", foreign)
+    assert registry.socket_path() is None
+
+
+def test_a_dead_nodes_socket_file_is_removed_with_its_entry(monkeypatch):
+    socket = registry.socket_path()
+    socket.touch()
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)  # above any process's number
+    with registry.announce("127.0.0.1:7", "run", "alice", "", str(socket)):
+        assert registry.local_nodes() == []
+    assert not socket.exists()

@@ -1,0 +1,326 @@
+"""The dashboard's server: what it answers, whom it turns away, how it follows nodes."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from starlette.testclient import TestClient
+
+from deca_node import cli, errors
+from deca_node.dashboard import web
+from deca_node.dashboard.observer import Observer
+from deca_node.dashboard.panorama import Panorama
+from deca_node.errors import ListenError, PeerRefused, PeerUnavailable
+from deca_node.limits import MAX_BROWSERS
+from deca_node.transport import GrpcTransport, ask_status
+from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
+from tests.edges.test_transport import serving
+from tests.pretend import PretendSwarm
+
+HOME = "http://127.0.0.1:7480"
+
+
+def _watched(swarm):
+    panorama = Panorama()
+    panorama.give(swarm.addresses)
+    for name in swarm.names:
+        panorama.answered(swarm.address(name), swarm.status(name), 0.0)
+        points = [swarm.point(name, step) for step in range(swarm.done(name))]
+        panorama.steps_made(swarm.address(name), points)
+    return panorama
+
+
+@pytest.fixture
+def feed():
+    swarm = PretendSwarm(4)
+    swarm.now = 50.0
+    return web.Feed(_watched(swarm), 1.0, swarm.addresses[:1])
+
+
+@pytest.fixture
+def client(feed):
+    return TestClient(web.make_app(feed), base_url=HOME)
+
+
+def test_the_page_and_all_that_it_loads_come_from_here(client):
+    page = client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<title>deca-node</title>" in page.text
+    for name in ("style.css", "app.js", "graph.js", "chart.js", "icon.svg"):
+        found = client.get(f"/page/{name}")
+        assert found.status_code == 200
+        assert found.headers["x-content-type-options"] == "nosniff"
+        for word in ("http://", "https://", "innerHTML", "eval(", "@import"):
+            allowed = found.text.count("http://www.w3.org/2000/svg") if word == "http://" else 0
+            assert found.text.count(word) == allowed, (name, word)
+
+
+def test_every_answer_forbids_what_the_page_does_not_need(client):
+    for path in ("/", "/page/app.js", "/api/state", "/nowhere", "/healthz"):
+        headers = client.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["cache-control"] == "no-store"
+
+
+def test_files_outside_of_the_page_cannot_be_had(client):
+    for path in ("/page/../web.py", "/page/%2e%2e%2fweb.py", "/page/__init__.py", "/page/"):
+        assert client.get(path).status_code == 404
+
+
+def test_nothing_can_be_changed(client):
+    for path in ("/", "/api/state", "/api/node", "/api/stream"):
+        assert client.post(path).status_code == 405
+        assert client.put(path).status_code == 405
+
+
+def test_the_state_is_json(client):
+    tree = client.get("/api/state").json()
+    assert [node["node"] for node in tree["runs"][0]["nodes"]] == [f"node-{n}" for n in range(4)]
+    assert tree["given"] == ["127.0.0.1:17430"]
+    assert set(tree["curves"]) == {f"bbc/node-{n}" for n in range(4)}
+    assert tree["events"]
+
+
+def test_one_node_in_full(client):
+    tree = client.get("/api/node", params={"key": "bbc/node-2"}).json()
+    assert tree["node"] == "node-2"
+    assert len(tree["peers"]) == 3
+    assert client.get("/api/node", params={"key": "bbc/<nobody>"}).status_code == 404
+    assert client.get("/api/node").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "public", "expected"),
+    [
+        ("127.0.0.1:7480", False, True),
+        ("localhost:7480", False, True),
+        ("localhost", False, True),
+        ("[::1]:7480", False, True),
+        ("127.9.9.9", False, True),
+        ("evil.example:7480", False, False),
+        ("localhost.evil.example", False, False),
+        ("127.0.0.1.evil.example", False, False),
+        ("192.168.1.5:7480", False, False),
+        ("192.168.1.5:7480", True, True),
+        ("[fe80::1]:7480", True, True),
+        ("evil.example", True, False),
+        ("gpu-1.lan:7480", True, True),  # allowed by name
+        ("GPU-1.LAN.", False, True),
+        ("", True, False),
+    ],
+)
+def test_only_expected_names_are_answered(feed, host, public, expected):
+    """A hostile page whose name is made to lead here (DNS rebinding) reads nothing."""
+    app = web.make_app(feed, names=frozenset({"gpu-1.lan"}), public=public)
+    answer = TestClient(app, base_url=HOME).get("/api/state", headers={"host": host})
+    assert answer.status_code == (200 if expected else 403)
+    assert expected or "--allow-host" in answer.text
+
+
+def test_pages_of_other_sites_are_not_answered(client):
+    for site, status in (("same-origin", 200), ("none", 200), ("cross-site", 403)):
+        headers = {"sec-fetch-site": site}
+        assert client.get("/api/state", headers=headers).status_code == status
+    # A link to the page itself may stand anywhere.
+    assert client.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200
+
+
+def test_there_is_room_for_so_many_browsers(feed, client):
+    feed.viewers = MAX_BROWSERS
+    answer = client.get("/api/stream")
+    assert answer.status_code == 503
+    assert str(MAX_BROWSERS) in answer.text
+
+
+async def test_the_stream_tells_everything_once_and_then_what_is_new():
+    swarm = PretendSwarm(2)
+    swarm.now = 50.0
+    panorama = _watched(swarm)
+    feed = web.Feed(panorama, 1.0, swarm.addresses)
+    stream = feed.stream()
+    first = await anext(stream)
+    assert first["whole"]
+    assert first["events"]
+    done = swarm.done("node-0")
+    assert len(first["curves"]["bbc/node-0"]) == done
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    swarm.now = 52.0
+    panorama.answered(swarm.addresses[0], swarm.status("node-0"), 2.0)
+    points = [swarm.point("node-0", step) for step in range(done, done + 2)]
+    panorama.steps_made(swarm.addresses[0], points)
+    feed.tick()
+    second = await waiting
+    assert not second["whole"]
+    assert second["events"] == []
+    assert [point[0] for point in second["curves"]["bbc/node-0"]] == [done, done + 1]
+    assert json.loads(json.dumps(second, allow_nan=False)) == second
+    feed.close()
+    assert [tree async for tree in stream] == []
+
+
+# --- following nodes
+
+
+class _Links:
+    """Nodes as links, each of which can be made to fail."""
+
+    def __init__(self, swarm):
+        self.swarm, self.made, self.closed = swarm, 0, 0
+        self.old = False
+
+    async def __call__(self, address):
+        self.made += 1
+        inner = await self.swarm.link(address)
+        links = self
+
+        class Link:
+            async def get_status(self, timeout):
+                return await inner.get_status(timeout)
+
+            async def get_history(self, after, limit, timeout):
+                if links.old:
+                    raise PeerRefused("unimplemented", "an older node")
+                return await inner.get_history(after, limit, timeout)
+
+            async def close(self):
+                links.closed += 1
+
+        return Link()
+
+
+async def _until(observer, met):
+    """Observe until a condition holds at a tick."""
+    done = asyncio.Event()
+    task = asyncio.create_task(observer.run(lambda: done.set() if met() else None))
+    try:
+        await asyncio.wait_for(done.wait(), 30)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_nodes_are_followed_from_one_address():
+    swarm = PretendSwarm(3)
+    swarm.now = 40.0
+    panorama, links = Panorama(), _Links(swarm)
+    observer = Observer(panorama, links, lambda: swarm.addresses[:1], 0.01)
+    await _until(observer, lambda: len(panorama.curves({})) == 3)
+    assert links.made == links.closed == 3
+    curve = panorama.curves({})["bbc/node-1"]
+    assert [point[0] for point in curve] == list(range(swarm.done("node-1")))
+
+
+async def test_a_node_that_falls_silent_is_asked_anew():
+    swarm = PretendSwarm(2)
+    swarm.now = 40.0
+    panorama, links = Panorama(), _Links(swarm)
+    observer = Observer(panorama, links, lambda: swarm.addresses, 0.01)
+
+    def states():
+        runs = panorama.view(0)["runs"]
+        return [node["state"] for node in runs[0]["nodes"]] if runs else []
+
+    await _until(observer, lambda: states() == ["live", "live"])
+    swarm.down["node-1"] = 40.0
+    observer = Observer(panorama, links, lambda: swarm.addresses, 0.01)
+    await _until(observer, lambda: states() == ["live", "stale"])
+    swarm.down.clear()
+    observer = Observer(panorama, links, lambda: swarm.addresses, 0.01)
+    await _until(observer, lambda: states() == ["live", "live"])
+
+
+async def test_an_older_node_gives_a_point_at_least():
+    swarm = PretendSwarm(1)
+    swarm.now = 40.0
+    panorama, links = Panorama(), _Links(swarm)
+    links.old = True
+    observer = Observer(panorama, links, lambda: swarm.addresses, 0.01)
+    await _until(observer, lambda: panorama.curves({}))
+    assert [point[0] for point in panorama.curves({})["bbc/node-0"]] == [39]
+
+
+# --- the command
+
+
+def _run(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["127.0.0.1"], "'127.0.0.1' is not HOST:PORT"),
+        (["127.0.0.1:7430", "nonsense:port"], "'nonsense:port' is not HOST:PORT"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 shows the swarm to every machine"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, words, capsys):
+    assert _run("dashboard", *arguments) == errors.ConfigError.exit_code
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+
+
+def test_a_taken_port_is_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert _run("dashboard", "--port", str(port)) == ListenError.exit_code
+    told = capsys.readouterr().err
+    assert f"127.0.0.1:{port}" in told
+    assert "--port" in told
+
+
+async def test_the_command_serves_until_it_is_told_to_end():
+    """With no node to watch it starts, and its page says so; an open browser does not hold it.
+
+    A gRPC client that asks it is told what it has met.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "deca_node", "dashboard", "127.0.0.1:9", "--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        line = (await asyncio.wait_for(process.stdout.readline(), 120)).decode()
+        assert line.startswith("dashboard at http://127.0.0.1:")
+        port = int(line.split("/")[2].rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /api/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        data = await asyncio.wait_for(reader.readuntil(b"\ndata: "), 60)
+        assert b"200 OK" in data
+        tree = json.loads(
+            (await asyncio.wait_for(reader.readuntil(b"\n\n"), 60)).partition(b"\r")[0]
+        )
+        assert tree["runs"] == []
+        assert [one["address"] for one in tree["silent"]] == ["127.0.0.1:9"]
+        with pytest.raises(PeerUnavailable, match="a web server is there"):
+            await ask_status(f"127.0.0.1:{port}", 30)
+        process.send_signal(signal.SIGTERM)
+        _, err = await asyncio.wait_for(process.communicate(), 60)
+        writer.close()
+        assert process.returncode == 0
+        assert b"Traceback" not in err
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_node_is_told_apart_from_a_page():
+    """A browser that asks the gRPC port is let go at once, and the node goes on answering."""
+    async with serving(lambda port=0: GrpcTransport("127.0.0.1", port)) as (_, _, _, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        await asyncio.wait_for(reader.read(), 30)  # to the end of the connection
+        writer.close()
+        assert (await ask_status(f"127.0.0.1:{port}", 30)).node == "bob"

@@ -1,0 +1,205 @@
+"""What is served for Prometheus, and the dashboard that shows it."""
+
+import json
+import math
+import re
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.errors import ListenError
+from deca_node.exchange import Gathered
+from deca_node.membership import Edges
+from deca_node.methods import Local, Settled
+from deca_node.pb import node_pb2 as pb
+from deca_node.prometheus import Endpoint, Measurements
+from deca_node.rounds import Seconds, StepRecord
+
+DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/deca-node.json"
+SCHEDULE = Schedule(partition_layers(6, 1), 2, 3, "ascending", 0)
+
+
+def record(visit: int, step: int = 0, **local: float) -> StepRecord:
+    return StepRecord(
+        SCHEDULE.visit(visit),
+        step,
+        Local(local.get("loss", 2.5), 0.75),
+        Settled(discrepancy=0.3, h_norm=1.0, disagreement=0.125 * (visit + 1)),
+        Gathered(wait=0.5, exposed=0.25),
+        Edges(visit, 1, {"bob": 0.5}),
+        Seconds(gradient=2.0, swap=1.0, ahead=0.0, step=3.5),
+    )
+
+
+def status() -> pb.NodeStatus:
+    now = pb.NodeStatus(
+        run="bbc",
+        node="alice",
+        version="1",
+        phase=pb.PHASE_TRAINING,
+        steps_total=36,
+        steps_done=7,
+        degree=1,
+        own_weight=0.5,
+        memory_bytes=3 << 30,
+        bytes_sent=1000,
+        bytes_received=900,
+        refusals={"late": 3, "checksum": 1},
+        warnings=["low"],
+    )
+    now.peers.add(
+        node="bob",
+        state="alive",
+        neighbour=True,
+        weight=0.5,
+        bytes_sent=700,
+        bytes_received=600,
+        waited_seconds=4.5,
+        retries=2,
+    )
+    now.peers.add(node="carol", state="gone", bytes_sent=300, bytes_received=300)
+    now.peers.add(node="dave", state="refused")
+    return now
+
+
+def scrape(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample by name and labels, as Prometheus reads them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def served():
+    measurements = Measurements()
+    endpoint = Endpoint("127.0.0.1", 0, measurements)
+    yield measurements, endpoint.port
+    endpoint.close()
+
+
+def test_a_scrape_tells_the_last_step_the_edges_and_the_refusals(served) -> None:
+    """Counters have the sums, gauges the last values, each under the names of its labels."""
+    measurements, port = served
+    measurements.stands(status())
+    measurements.stepped(record(0))
+    measurements.stepped(record(1))
+    found = scrape(port)
+    assert found["deca_loss", ()] == 2.5
+    assert found["deca_h_norm", ()] == 1.0
+    assert found["deca_disagreement", ()] == 0.25
+    assert found["deca_block_disagreement", (("block", "0"),)] == 0.125
+    assert found["deca_block_disagreement", (("block", "1"),)] == 0.25
+    assert found["deca_steps_total", ()] == 2
+    assert found["deca_step_seconds_total", (("part", "update"),)] == 1.0
+    assert found["deca_exposed_wait_seconds_total", ()] == 0.5
+    assert found["deca_edge_weight", (("peer", "bob"),)] == 0.5
+    assert found["deca_edge_sent_bytes_total", (("peer", "bob"),)] == 700
+    assert found["deca_edge_wait_seconds_total", (("peer", "bob"),)] == 4.5
+    assert found["deca_edge_up", (("peer", "carol"),)] == 0
+    assert found["deca_refusals_total", (("reason", "late"),)] == 3
+    assert found["deca_phase", (("phase", "training"),)] == 1
+    assert sum(v for (name, _), v in found.items() if name == "deca_phase") == 1
+    assert found["deca_peers", (("state", "gone"),)] == 1
+    assert "process_cpu_seconds_total" in {name for name, _ in found}
+
+
+def test_labels_are_bounded_and_those_of_now(served) -> None:
+    """Who exchanged nothing has no edge; who is forgotten leaves no trace."""
+    measurements, port = served
+    now = status()
+    measurements.stands(now)
+    peers = {labels for name, labels in scrape(port) if name == "deca_edge_weight"}
+    assert peers == {(("peer", "bob"),), (("peer", "carol"),)}
+    del now.peers[:]
+    measurements.stands(now)
+    assert not [name for name, _ in scrape(port) if name.startswith("deca_edge")]
+
+
+def test_a_node_that_has_done_no_step_makes_no_numbers_up(served) -> None:
+    measurements, port = served
+    assert not [name for name, _ in scrape(port) if name.startswith("deca")]
+    measurements.stands(status())
+    names = {name for name, _ in scrape(port)}
+    assert "deca_loss" not in names
+    assert "deca_node_info" in names
+
+
+def test_a_name_cannot_break_out_of_its_label(served) -> None:
+    measurements, port = served
+    now = status()
+    now.peers[0].node = 'b"} 1\ndeca_loss 0\n#\\'
+    measurements.stands(now)
+    assert ("deca_edge_weight", (("peer", 'b"} 1\ndeca_loss 0\n#\\'),)) in scrape(port)
+
+
+def test_a_loss_that_is_none_is_served_as_one(served) -> None:
+    measurements, port = served
+    measurements.stands(status())
+    measurements.stepped(record(0, loss=float("nan")))
+    assert math.isnan(scrape(port)["deca_loss", ()])
+
+
+def test_a_taken_port_is_said_in_a_line(served) -> None:
+    _, port = served
+    with pytest.raises(ListenError, match=rf"metrics on 127.0.0.1:{port}: .*set metrics.port"):
+        Endpoint("127.0.0.1", port, Measurements())
+    with pytest.raises(ListenError, match=r"metrics\.host"):
+        Endpoint("203.0.113.1", 0, Measurements())
+
+
+def test_a_caller_that_says_nothing_holds_up_nobody_for_long(served, monkeypatch) -> None:
+    """The one thread hangs up on it."""
+    monkeypatch.setattr("deca_node.prometheus._Handler.timeout", 0.05)
+    measurements, port = served
+    measurements.stands(status())
+    with socket.create_connection(("127.0.0.1", port)):
+        assert ("deca_degree", ()) in scrape(port)
+
+
+# the dashboard
+
+_WORD = re.compile(r"(?<![\w$.\"{])(?:deca|process)_\w+")
+
+
+def test_each_query_of_the_dashboard_names_a_metric_that_exists(served) -> None:
+    measurements, port = served
+    measurements.stands(status())
+    measurements.stepped(record(0))
+    exist = {name for name, _ in scrape(port)}
+    asked: set[str] = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", []):
+            named = set(_WORD.findall(target["expr"]))
+            assert named, f"{panel['title']}: asks for nothing"
+            assert named <= exist, f"{panel['title']}: {named - exist}"
+            asked |= named
+    unseen = {name for name in exist if name.startswith("deca")} - asked
+    assert not unseen, "measured, but on no panel"
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    """Panels have an id each and their own place, and take the data source from a variable."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+        assert panel["type"] == "row" or panel["datasource"]["uid"] == "${datasource}"
+    assert {v["name"] for v in dashboard["templating"]["list"]} == {"datasource", "run", "node"}

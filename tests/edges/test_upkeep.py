@@ -1,0 +1,127 @@
+"""What a running node does for its trust: renewals, revocations, and who is told of trouble."""
+
+import time
+from types import SimpleNamespace
+
+import structlog
+
+from deca_node import identity
+from deca_node.errors import PeerRefused
+from deca_node.guard import Guard
+from deca_node.keyring import Keyring
+from deca_node.membership import Peer, Phase, State
+from deca_node.pb import node_pb2 as pb
+from deca_node.upkeep import Upkeep
+from tests.trust import Run
+
+DUE = -0.9 * 86400
+
+
+class Swarm:
+    """Stands for a swarm whose peers answer requests for a renewal."""
+
+    def __init__(self, answers):
+        self.answers, self.out = answers, []
+        self.peers = {
+            name: Peer(name, 1, "10.0.0.1:1", State.ALIVE, Phase.TRAINING, 0, 0.0)
+            for name in answers
+        }
+
+    def link(self, name):
+        async def renew(request, timeout):
+            return self.answers[name](request)
+
+        return SimpleNamespace(renew=renew)
+
+    def put_out(self, name):
+        self.out.append(name)
+
+
+def no_authority(request):
+    raise PeerRefused("no_authority")
+
+
+async def look(guard, answers):
+    """One look around; who was put out, and what was said."""
+    said, swarm = [], Swarm(answers)
+    upkeep = Upkeep(guard, said.append, structlog.get_logger())
+    upkeep.look(SimpleNamespace(swarm=swarm))
+    if upkeep._renewing is not None:
+        await upkeep._renewing
+    await upkeep.end()
+    return swarm.out, said
+
+
+async def test_a_certificate_is_renewed_by_whoever_has_the_key(tmp_path):
+    """Peers are asked until one gives what can be used; a bad answer is passed over."""
+    run = Run(tmp_path)
+    guard = Guard(run.keyring("bob", begins=DUE), "bob")
+
+    def wrong(request):
+        return run.authority.issue(request, "alice", time.time(), 1)
+
+    def right(request):
+        return run.authority.issue(request, "bob", time.time(), 1)
+
+    answers = {"a": no_authority, "b": wrong, "c": right, "d": no_authority}
+    assert await look(guard, answers) == ([], [])
+    assert not guard.is_renewal_due
+
+
+async def test_it_is_renewed_here_where_the_key_is(tmp_path):
+    """Nobody is asked, and the new one is noted as issued."""
+    run = Run(tmp_path)
+    keyring = run.keyring("hub", begins=DUE)
+    keyring.keep_authority(run.authority)
+    guard = Guard(keyring, "hub")
+    assert await look(guard, {}) == ([], [])
+    assert not guard.is_renewal_due
+    assert keyring.issued()["hub"].ends == guard.ends
+
+
+async def test_a_renewal_that_nobody_gives_is_said(tmp_path):
+    """With the date, and what to do."""
+    guard = Guard(Run(tmp_path).keyring("bob", begins=DUE), "bob")
+    _, (said,) = await look(guard, {"a": no_authority})
+    assert "ends on 20" in said
+    assert "swarm invite" in said
+
+
+async def test_who_is_revoked_is_put_out_also_this_node(tmp_path):
+    """By another process's word as well."""
+    run = Run(tmp_path)
+    guard = run.guard("alice")
+    revoked = {name: run.authority.revoke(name) for name in ("eve", "alice")}
+    Keyring(run.folder / "alice").keep_revoked(revoked)
+    out, (said,) = await look(guard, {"eve": no_authority})
+    assert set(out) == {"eve", "alice"}
+    assert said.startswith("the others refuse this node")
+
+
+async def test_a_revocation_that_cannot_be_written_is_in_force(tmp_path):
+    """And is written when it can be."""
+    run = Run(tmp_path)
+    guard = run.guard("alice")
+    place = run.folder / "alice" / "revoked.json"
+    place.mkdir()  # nothing can be put in its place
+    signed = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    guard.learn(pb.Revocations(revoked=[signed]))
+    assert guard.revoked == {"eve"}
+    out, said = await look(guard, {})
+    assert out == ["eve"]
+    assert len(said) == 1
+    place.rmdir()
+    assert await look(guard, {}) == (["eve"], [])
+    assert Keyring(run.folder / "alice").revoked().keys() == {"eve"}
+
+
+def test_keys_of_a_renewal_are_new(tmp_path):
+    """The old key is not certified again."""
+    run = Run(tmp_path)
+    keyring = run.keyring("hub", begins=DUE)
+    keyring.keep_authority(run.authority)
+    before = keyring.node("hub")
+    keyring.renew("hub", time.time())
+    after = keyring.node("hub")
+    assert after.key != before.key
+    identity.check_pair(after.key, after.certificate, run.authority.certificate)
