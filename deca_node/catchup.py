@@ -8,7 +8,7 @@ is decided in recovery.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -31,9 +31,9 @@ from deca_node.limits import (
     MAX_TRANSFERS_PER_PEER,
     MIN_TRANSFER_RATE,
 )
-from deca_node.pacing import SendRates, TokenBucket
+from deca_node.pacing import SendRates, TokenBucket, WorkBudget
 from deca_node.pb import node_pb2 as pb
-from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_step
+from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_block, next_step
 from deca_node.transport import Link
 from deca_node.waiting import happens
 
@@ -41,8 +41,13 @@ from deca_node.waiting import happens
 RETRY_SECONDS = 2.0
 # Blocks in one go that could not be kept, until the run goes on without what it missed.
 MAX_DISK_FAILURES = 5
-# Read from disk in one go: a trip to another thread costs as much as reading 1 MB from the cache.
-READ_BYTES = 4 * CHUNK_BYTES
+# A pause costs CPU time of its own: shorter ones are put off until they add up to this.
+LEAST_PAUSE_SECONDS = 0.05
+# What giving takes of the CPU in all, over what checksums and copies take of it: gRPC and the
+# kernel are the rest (bench/serving.py).
+WHOLE_OVER_FRAMING = 4.0
+# What a byte costs is averaged over so many.
+COST_BYTES = 16 * CHUNK_BYTES
 # Times that nobody ahead answers, a redial apart, until the run goes on alone.
 MAX_SILENT_ROUNDS = 3
 
@@ -58,7 +63,7 @@ class Shelf(Protocol):
         """A block's file, readable also when it is superseded meanwhile; None when it is gone."""
         ...
 
-    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes:
+    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes | memoryview:
         """Up to ``size`` bytes from ``offset`` on, without holding up the event loop."""
         ...
 
@@ -93,6 +98,10 @@ class Store(Protocol[P]):
 
     def most_bytes(self) -> Mapping[int, int]:
         """By block, the largest size that a file of it can have."""
+        ...
+
+    def begun(self) -> Collection[str]:
+        """Digests of the files of which an earlier try left a part."""
         ...
 
     async def partial(self, block: int, xxh3: str) -> P:
@@ -141,8 +150,10 @@ class Giver:
         shelf: what is kept.
         position: this node's visit and whether its edges are fixed.
         timing: how long an answer may be held back.
-        rate: bytes per second over all transfers.
+        rate: bytes per second over all transfers, at most.
         rates: what may be sent in all.
+        budget: bounds the rate further while this node trains.
+        training: whether it does.
     """
 
     def __init__(
@@ -153,11 +164,15 @@ class Giver:
         timing: Timing,
         rate: float,
         rates: SendRates,
+        budget: WorkBudget | None = None,
+        training: Callable[[], bool] = lambda: True,
     ) -> None:
         self._peers = peers
         self._shelf = shelf
         self._position = position
         self._timing = timing
+        self._rate = rate
+        self._budget, self._training = budget, training
         self._bucket = TokenBucket(rate, CHUNK_BYTES, asyncio.get_running_loop().time())
         self._rates = rates
         self._slots = asyncio.Semaphore(MAX_TRANSFERS)
@@ -199,18 +214,12 @@ class Giver:
                     # Who reads more slowly than this holds a slot that others wait for.
                     async with asyncio.timeout(transfer_seconds(kept.bytes, self._timing)):
                         offset = request.offset
-                        while piece := await self._shelf.read(file, offset, READ_BYTES):
-                            # In one go: with a rest after each message it costs about a tenth more
-                            # CPU time.
-                            now = asyncio.get_running_loop().time()
-                            await asyncio.sleep(self._bucket.take(len(piece), now))
-                            view = memoryview(piece)
-                            for low in range(0, len(view), CHUNK_BYTES):
-                                data = view[low : low + CHUNK_BYTES]
-                                await self._pace(peer, len(data))
-                                self.bytes_sent += len(data)
-                                yield wire.frame(kept.visit, offset + low, data)
-                            offset += len(view)
+                        while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
+                            await self._spare_training(len(piece))
+                            await self._pace(peer, len(piece))
+                            self.bytes_sent += len(piece)
+                            yield self._framed(kept.visit, offset, piece)
+                            offset += len(piece)
                 except TimeoutError:
                     raise PeerRefused("too_slow", "the transfer took too long") from None
                 except PeerRefused as error:  # thrown in by the transport: it does not read
@@ -218,6 +227,24 @@ class Giver:
                     raise
                 except OSError as error:
                     raise PeerRefused("passed", f"cannot be read here: {error.strerror}") from None
+
+    def _framed(self, visit: int, offset: int, piece: bytes | memoryview) -> bytes:
+        if self._budget is None:
+            return wire.frame(visit, offset, piece)
+        begin = time.thread_time()
+        message = wire.frame(visit, offset, piece)
+        took = time.thread_time() - begin
+        self._budget.spent(len(piece), WHOLE_OVER_FRAMING * took)
+        return message
+
+    async def _spare_training(self, nbytes: int) -> None:
+        """Wait so that giving stays within its rate, and within its budget while this trains."""
+        if self._budget is not None:
+            most = self._rate
+            self._bucket.rate = self._budget.rate(most) if self._training() else most
+        pause = self._bucket.take(nbytes, asyncio.get_running_loop().time())
+        if pause >= LEAST_PAUSE_SECONDS:
+            await asyncio.sleep(pause)
 
     async def _pace(self, peer: str, nbytes: int) -> None:
         """Wait where what is sent is capped: a message at a time, in turn with the exchange's."""
@@ -490,10 +517,11 @@ class CatchUp:
     async def _fetch_all(self, step: Step) -> None:
         """Fetch blocks, one at a time from each giver, until all are there or nobody is left."""
         missing = dict(step.fetch)
+        begun = frozenset(self._store.begun())
         links = self._givers()
         sources = {name for need in missing.values() for name in need.sources}
         tasks = [
-            asyncio.create_task(self._fetch_from(name, link, missing))
+            asyncio.create_task(self._fetch_from(name, link, missing, begun))
             for name, link in links.items()
             if name in sources
         ]
@@ -502,11 +530,10 @@ class CatchUp:
         finally:
             await _end(tasks)
 
-    async def _fetch_from(self, name: str, link: Link, missing: dict[int, Need]) -> None:
-        while True:
-            block = next((b for b, need in missing.items() if name in need.sources), None)
-            if block is None:
-                return
+    async def _fetch_from(
+        self, name: str, link: Link, missing: dict[int, Need], begun: Collection[str]
+    ) -> None:
+        while (block := next_block(missing, name, begun)) is not None:
             need = missing.pop(block)
             try:
                 await self._fetch(name, link, block, need.sources[name])

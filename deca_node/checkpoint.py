@@ -40,7 +40,7 @@ MAX_PARTS_PER_BLOCK = 2
 
 _READ_BYTES = 1 << 20
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_PART = re.compile(r"incoming-([0-9]{4,})-[0-9a-f]{32}\.part")
+_PART = re.compile(r"incoming-([0-9]{4,})-([0-9a-f]{32})\.part")
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0)]
 
@@ -636,6 +636,13 @@ class Checkpoint:
             _remove_oldest(self._state_folder.glob("*.damaged"), MAX_DAMAGED)
 
     # --- blocks from peers
+
+    def begun(self) -> frozenset[str]:
+        """Digests of the files of which broken off transfers left a part."""
+        with contextlib.suppress(OSError):
+            names = (path.name for path in self._state_folder.glob("incoming-*.part"))
+            return frozenset(part[2] for name in names if (part := _PART.fullmatch(name)))
+        return frozenset()
 
     def incoming(self, block: int, xxh3: str) -> Incoming:
         """Begin a transfer, or go on with one that was broken off.

@@ -425,6 +425,32 @@ class TopologySettings(Section):
         return self
 
 
+class AggregationSettings(Section):
+    """How a block is made of a node's own and its neighbours'."""
+
+    rule: Literal["mean", "clipped", "trimmed"] = Field(
+        "mean",
+        description="mean weighs all neighbours by the graph, and one hostile neighbour is enough "
+        "to spoil it. clipped takes no more of each than a radius allows; trimmed leaves out each "
+        "parameter's largest and smallest values. Both keep every neighbour's block in memory "
+        "until the mix, and learn less from each other. docs/robust.md helps to choose.",
+    )
+    hostile: int = Field(
+        1,
+        ge=1,
+        le=255,  # limits.MAX_MEMBERS - 1
+        description="clipped, trimmed: how many of a node's neighbours may be hostile. With no "
+        "more neighbours than that (trimmed: twice that) a node mixes nothing.",
+    )
+    tau: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="clipped: largest distance from a neighbour's block that is taken in full. 0: "
+        "chosen at each step from the neighbours' distances, the hostile farthest left out.",
+    )
+
+
 class TrustSettings(Section):
     """Who may take part: keys and certificates (docs/securing.md)."""
 
@@ -555,8 +581,14 @@ class NetworkSettings(Section):
     )
     catch_up_rate: Positive = Field(
         64.0,
-        description="MB per second that this node sends, in all, to nodes that catch up. Lower "
-        "spares the training and the link, higher brings them back sooner.",
+        description="MB per second that this node sends, in all, to nodes that catch up, at most. "
+        "Lower spares the link, higher brings them back sooner.",
+    )
+    catch_up_share: Positive = Field(
+        0.04,
+        description="What handing out blocks to nodes that catch up may take of one CPU core while "
+        "this node trains; by itself it slows to that. Lower spares the training, higher brings "
+        "them back sooner.",
     )
     wire_format: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
@@ -629,6 +661,7 @@ class Settings(BaseSettings):
     adapter: AdapterSettings = AdapterSettings()
     quasi_global: QuasiGlobalSettings = QuasiGlobalSettings()
     topology: TopologySettings = TopologySettings()
+    aggregation: AggregationSettings = AggregationSettings()
     consensus: ConsensusSettings = ConsensusSettings()
     network: NetworkSettings = NetworkSettings()
     trust: TrustSettings = TrustSettings()
@@ -680,6 +713,8 @@ _OWN: Mapping[str, frozenset[str]] = {
     "lora.split": frozenset({"decaf"}),
     "adapter": frozenset({"dec-adapter"}),
     "quasi_global": frozenset({"qg-adam"}),
+    # A difference of factors is none of the products that decaf mixes.
+    "aggregation": frozenset(get_args(Method)) - {"decaf"},
 }
 
 
@@ -717,6 +752,14 @@ def _unfit(settings: Settings) -> str:
         return (
             f'consensus.tolerance = {settings.consensus.tolerance}: run.method is "decaf", whose '
             "nodes have factors of their own that cannot be averaged; set it to 0"
+        )
+    chosen = settings.aggregation
+    if chosen.tau and chosen.rule != "clipped":
+        return f'aggregation.tau = {chosen.tau}: aggregation.rule is "{chosen.rule}"; remove it'
+    if settings.consensus.tolerance and chosen.rule != "mean":
+        return (
+            f"consensus.tolerance = {settings.consensus.tolerance}: the agreement takes the mean, "
+            f'which aggregation.rule = "{chosen.rule}" is there to avoid; set it to 0'
         )
     return ""
 

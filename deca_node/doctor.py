@@ -44,7 +44,7 @@ from deca_node.fingerprint import PROTOCOL_VERSION, fingerprint, schedule_for
 from deca_node.guard import Guard
 from deca_node.keyring import Keyring
 from deca_node.membership import Peer, Phase, State
-from deca_node.methods.choose import added, state_bytes
+from deca_node.methods.choose import added, kept_arrivals, state_bytes
 from deca_node.models import LanguageModel, Outline, outline, pick_device, pick_dtype
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
@@ -133,6 +133,7 @@ class Facts:
             stale=self.settings.schedule.staleness == 1,
             added=self.added,
             state=state_bytes(self.settings),
+            kept=kept_arrivals(self.settings, _most_neighbours(self.settings)),
         )
 
     def marks(self) -> dict[str, str]:

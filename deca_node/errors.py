@@ -107,7 +107,8 @@ REASONS = frozenset(
         *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
         *("settings_differ", "name_taken", "full", "unmet"),
         *("bad_list", "digest", "too_many_transfers", "too_slow"),
-        *("bad_format", "wrong_base", "bad_scale"),
+        *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
+        *("too_many_greetings", "busy"),
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.
         *("no_certificate", "expired", "revoked", "not_allowed", "impostor", "not_a_node"),
         *("bad_request", "not_due", "no_authority"),

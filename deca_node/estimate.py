@@ -19,7 +19,9 @@ On the host come the published snapshot of the block (4 Pb), with ``schedule.sta
 again for what arrives meanwhile, and the process itself. A compressed wire format (references.py)
 adds this node's own reference, old and new while the new one is made, its messages, and one
 reference a neighbour: with n neighbours and c bytes a value (bf16 2, int8 1) that is
-(8 + c + 4n) Pb. On a GPU machine the weights also pass through the host while they are loaded.
+(8 + c + 4n) Pb. A clipped or trimmed mix keeps the neighbours' blocks, and DeCAF their factors,
+until all have come: 4n Pb. On a GPU machine the weights also pass through the host while they are
+loaded.
 """
 
 from collections.abc import Sequence
@@ -82,6 +84,7 @@ class Work:
         stale: blocks travel during the next step's gradient.
         added: parameters of adapters, in fp32, that are trained in the blocks' place; None: none.
         state: bytes of optimizer state for a trained parameter.
+        kept: neighbours' blocks that are kept until the mix.
     """
 
     blocks: Sequence[range]
@@ -95,6 +98,7 @@ class Work:
     stale: bool = False
     added: int | None = None
     state: int = 8
+    kept: int = 0
 
     def trained_at_once(self, shape: Shape) -> int:
         """Parameters that are trained at a time, at most."""
@@ -114,6 +118,7 @@ class Memory:
     activations: int
     snapshots: int
     references: int = 0
+    arrivals: int = 0
 
     @property
     def computing(self) -> int:
@@ -123,7 +128,7 @@ class Memory:
     @property
     def hosting(self) -> int:
         """On the host, whatever the device."""
-        return self.snapshots + self.references + PROCESS_BYTES
+        return self.snapshots + self.references + self.arrivals + PROCESS_BYTES
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def memory(shape: Shape, work: Work) -> Memory:
         activations=max(_activations(shape, work, layers) for layers in work.blocks),
         snapshots=(8 if work.stale else 4) * block,
         references=(8 + work.sent + 4 * work.neighbours) * block if work.sent < 4 else 0,
+        arrivals=4 * work.kept * block,
     )
 
 

@@ -7,6 +7,7 @@ for dotted settings of either, whose product, once for each seed, is the experim
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from deca_node import config, rehearsal, topology
 from deca_node.config import Name, Positive, Section, Settings
@@ -109,6 +110,18 @@ class FaultsSection(Section):
         description="By node, the virtual second at which it dies without a word, and the second "
         "at which it starts again, if it does.",
     )
+    attacks: dict[str, float] = Field(
+        default_factory=dict,
+        description="By node, what it multiplies every block by that it sends: -1 flips all signs, "
+        "1e6 is huge. In itself it trains as the others do; what is measured leaves it out.",
+    )
+
+    @field_validator("attacks")
+    @classmethod
+    def _finite(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(map(math.isfinite, value.values())):
+            raise ValueError("write finite numbers")
+        return value
 
 
 class World(BaseModel):
@@ -201,6 +214,7 @@ class Cell:
         stranger = {name: "topology.edges" for edge in chosen.edges for name in edge}
         stranger |= dict.fromkeys(self.world.compute.nodes, "compute.nodes")
         stranger |= dict.fromkeys(self.world.faults.deaths, "faults.deaths")
+        stranger |= dict.fromkeys(self.world.faults.attacks, "faults.attacks")
         for name, key in stranger.items():
             if name not in set(names):
                 raise ConfigError(

@@ -66,6 +66,15 @@ def fingerprint(
             for name, value in getattr(settings, section).model_dump().items()
             if has(settings.run.method, f"{section}.{name}")
         },
+        # A node that takes less of its neighbours than they take of it would draw all to itself.
+        **(
+            {
+                f"aggregation.{name}": str(value)
+                for name, value in settings.aggregation.model_dump().items()
+            }
+            if settings.aggregation.rule != "mean"
+            else {}
+        ),
         "topology.kind": settings.topology.kind,
         **({"topology.p": str(settings.topology.p)} if random_graph else {}),
         "topology.edges": json.dumps(sorted(sorted(edge) for edge in settings.topology.edges)),

@@ -1,9 +1,11 @@
 """The blocks that a node keeps: in its model, on its disk, for others and from others."""
 
 import asyncio
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -108,7 +110,7 @@ class KeptBlocks:
         except OutputError:
             return None
 
-    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes:
+    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes | memoryview:
         """See Shelf."""
         return await read_piece(file, offset, size)
 
@@ -130,6 +132,10 @@ class KeptBlocks:
             + sum(t.numel() * t.element_size() for t in self._model.block_tensors(layers).values())
             for block, layers in enumerate(self._schedule.blocks)
         }
+
+    def begun(self) -> Collection[str]:
+        """See Store."""
+        return self._checkpoint.begun()
 
     async def partial(self, block: int, xxh3: str) -> Incoming:
         """See Store. It reads what is there already."""
@@ -154,8 +160,17 @@ class KeptBlocks:
         self._unsaved.pop(block, None)
 
 
-async def read_piece(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Up to ``size`` bytes of a file from ``offset`` on, without holding up the event loop."""
+async def read_piece(file: BinaryIO, offset: int, size: int) -> bytes | memoryview:
+    """Up to ``size`` bytes of a file from ``offset`` on, without holding up the event loop.
+
+    What the system has in memory comes at once: a trip to another thread costs nearly as much as
+    reading 1 MB.
+    """
+    if sys.platform == "linux":
+        buffer = np.empty(size, np.uint8).data
+        with contextlib.suppress(OSError):  # not in memory, or a file system that cannot tell
+            if got := os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT):
+                return buffer[:got]
     return await asyncio.to_thread(os.pread, file.fileno(), size, offset)
 
 

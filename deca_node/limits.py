@@ -7,6 +7,12 @@ CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = CHUNK_BYTES + 1024
 # A block of a model holds at most some thousand tensors of a line each.
 MAX_HEADER_BYTES = 4 << 20
+# Of that, what a stream's header may have for each tensor that the reader knows, beside its name:
+# dtype, shape, two offsets, and another writer's spaces. JSON can take thirty times its size once
+# it is read, so that a header of 4 MB would cost 100 MB.
+MAX_HEADER_BYTES_PER_TENSOR = 512
+# And for what it says of itself beside the tensors and the note: four short fields.
+MAX_ABOUT_BYTES = 4 << 10
 # HTTP/2 metadata: we use none of our own.
 MAX_METADATA_BYTES = 16 << 10
 # Members of a run. Everybody greets everybody; beyond this the greetings alone are a load.
@@ -31,6 +37,10 @@ MAX_FINGERPRINT_BYTES = 512
 MAX_REASON_BYTES = 300
 # Longest program version that is shown.
 MAX_VERSION_BYTES = 32
+# Neighbours' whole blocks kept at once where the mix is clipped or trimmed (robust.py): 4 bytes a
+# value each, so that a crowd of neighbours does not fill the memory. Who comes on top counts for
+# nothing in that step. A graph on which every node has so many needs no more to be robust.
+MAX_KEPT_ARRIVALS = 32
 # Latest time of a clock that is believed to be one, in seconds since 1970: the year 4147.
 MAX_TIME = 1 << 36
 # Pulls served to one peer at once: the one under way and the next, asked for early.
@@ -45,6 +55,33 @@ STREAM_WINDOW_BYTES = 8 << 20
 # What a caller may send in one call: a greeting with its fingerprint and 256 known members has
 # 120 kB. With MAX_STREAMS_PER_CONNECTION it bounds what a connection can make us hold.
 MAX_REQUEST_BYTES = 256 << 10
+# Calls that are open at once over all connections: of each member the pulls and transfers that it
+# may have, a greeting and a handshake, and the watchers. With MAX_REQUEST_BYTES this is what
+# callers can make a node hold that send the first bytes of calls and no more: 400 MB, for as long
+# as REQUEST_SECONDS.
+MAX_CALLS = 6 * MAX_MEMBERS + 64
+# Of those, from one address: half, so that one machine cannot shut out all others, and the whole
+# swarm can still be on one.
+MAX_CALLS_PER_ADDRESS = MAX_CALLS // 2
+# A request must be there so many seconds after its call was opened. The largest takes less on a
+# line of 64 kB/s; who sends it byte by byte keeps a place that others wait for.
+REQUEST_SECONDS = 10.0
+# One on which nothing was called for so long is closed: members greet at least every minute.
+IDLE_SECONDS = 300
+# Greetings per second of callers that are not known, from one address: 256 nodes of another run on
+# one machine make 52 of them, for as long as they are refused.
+STRANGER_GREETINGS = 64.0
+# And at once: the whole swarm starts again on one machine, each with two addresses.
+STRANGER_GREETINGS_BURST = 2 * MAX_MEMBERS
+# Greetings of one peer for each heartbeat, in the long run and at once: it greets anew whenever its
+# phase changes, which is a few times in a run, and when it catches up. A greeting is answered with
+# all that we know, up to 80 kB.
+PEER_GREETINGS = 5.0
+PEER_GREETINGS_BURST = 60
+# Lines of the log about callers that were refused, a second in the long run and at once: whoever
+# gives another address each time must not fill a disk. All are counted.
+REFUSAL_LINES = 0.2
+REFUSAL_LINES_BURST = 50
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
 # Calls answered at once on the port that serves health checks alone: those of an orchestrator.
@@ -75,6 +112,12 @@ MAX_TOKEN_BYTES = 2048
 MAX_TOKEN_ADDRESSES = 4
 # Longest certificate, or request for one, that is read: ours have 900 bytes.
 MAX_CERTIFICATE_BYTES = 4096
+# A connection that has not ended its TLS handshake by then is closed: one takes milliseconds of
+# computing and three trips.
+HANDSHAKE_SECONDS = 10
+# Connections that a node accepts at once: each member has two (one by the run's name, one by ours)
+# and may be reconnecting, and people look at status.
+MAX_CONNECTIONS = 4 * MAX_MEMBERS
 # What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
 MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
 # Callers that an inviter hears at once.

@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 from deca_node import membership, topology
 from deca_node.blocks import Schedule, Visit
-from deca_node.catchup import CatchUp, Giver, Shelf, Store
+from deca_node.catchup import COST_BYTES, CatchUp, Giver, Shelf, Store
 from deca_node.compression import Format
 from deca_node.config import Timing
 from deca_node.exchange import Exchange, send_rates
 from deca_node.membership import Edges, Phase
 from deca_node.methods import Method
+from deca_node.pacing import WorkBudget
 from deca_node.pb import node_pb2 as pb
 from deca_node.rounds import Batches, Observer, Rounds, Start, StepRecord, Worker
 from deca_node.swarm import Identity, Position, Swarm
@@ -47,7 +48,9 @@ class Run:
         schedule: rounds, blocks, steps.
         topology: how the graph is made from the members.
         timing: deadlines.
-        catch_up_rate: bytes per second given to those who catch up.
+        catch_up_rate: bytes per second given to those who catch up, at most.
+        catch_up_share: of one core, what giving may take while this member trains; None is no
+            bound, and needs no clock of the process.
         send_rate: bytes per second sent in all, those included; None is no cap.
         send_rate_per_peer: likewise to each peer.
         wire_format: what this member wishes for its edges.
@@ -57,6 +60,7 @@ class Run:
     topology: TopologySpec
     timing: Timing
     catch_up_rate: float
+    catch_up_share: float | None = None
     send_rate: float | None = None
     send_rate_per_peer: float | None = None
     wire_format: Format = Format.FP32
@@ -115,6 +119,8 @@ class Member:
             if run.send_rate is None
             else min(run.catch_up_rate, CATCH_UP_SHARE * run.send_rate),
             rates,
+            None if run.catch_up_share is None else WorkBudget(run.catch_up_share, COST_BYTES),
+            lambda: self.phase in (Phase.TRAINING, Phase.AGREEING),
         )
         self.catch_up = CatchUp(
             self.swarm,

@@ -179,6 +179,9 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, path: Path) -> None:
         self.hf = tokenizer
         self._path = path
+        # Data are cut to length by trying: hundreds of thousands of short texts. What the wrapper
+        # adds to each takes longer than the tokens.
+        self._fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         # Qwen and GPT-2 define a bos token that they never put before a text: ask, do not look up.
         first = tokenizer("a").input_ids[:1]
         bos: int | None = tokenizer.bos_token_id
@@ -189,7 +192,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
-        ids: list[int] = self.hf(text, add_special_tokens=False, verbose=False).input_ids
+        if self._fast is None:
+            ids: list[int] = self.hf(text, add_special_tokens=False, verbose=False).input_ids
+        else:
+            ids = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 
     def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
@@ -756,7 +762,7 @@ def _read_model(folder: Path, path: Path, **options: Any) -> Any:
     transformers = _transformers()
     again = "copy or download the model again"
     try:
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -782,7 +788,7 @@ def _read_model(folder: Path, path: Path, **options: Any) -> Any:
 def _read_tokenizer(folder: Path, path: Path, **options: Any) -> Any:
     transformers = _transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(  # nosec B615
             folder, local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # noqa: BLE001 - as above

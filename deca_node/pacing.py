@@ -8,10 +8,14 @@ class TokenBucket:
         rate: bytes per second, above 0.
         burst: bytes, above 0.
         now: when it is made; it starts full.
+
+    Attributes:
+        rate: may be changed; it holds from the last take on.
     """
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate, self._burst = rate, burst
+        self.rate = rate
+        self._burst = burst
         self._level, self._at = burst, now
 
     def take(self, nbytes: int, now: float) -> float:
@@ -23,13 +27,36 @@ class TokenBucket:
         Returns:
             Seconds, 0 when there is room.
         """
-        self._level = min(self._burst, self._level + (now - self._at) * self._rate) - nbytes
+        self._level = min(self._burst, self._level + (now - self._at) * self.rate) - nbytes
         self._at = now
-        return max(0.0, -self._level / self._rate)
+        return max(0.0, -self._level / self.rate)
 
     def give_back(self, nbytes: int) -> None:
         """Count bytes as not sent after all."""
         self._level += nbytes
+
+
+class WorkBudget:
+    """The byte rate at which a side job takes a set share of one core.
+
+    Args:
+        share: of one core, above 0.
+        weight: bytes over which what a byte costs is averaged, above 0.
+    """
+
+    def __init__(self, share: float, weight: float) -> None:
+        self._share, self._weight = share, weight
+        self._cost: float | None = None  # CPU seconds per byte
+
+    def spent(self, nbytes: int, seconds: float) -> None:
+        """Count CPU seconds that some bytes, at least one, have taken."""
+        cost = seconds / nbytes
+        part = min(1.0, nbytes / self._weight)
+        self._cost = cost if self._cost is None else self._cost + part * (cost - self._cost)
+
+    def rate(self, most: float) -> float:
+        """Bytes per second, at most ``most``; that where nothing is known yet."""
+        return min(most, self._share / self._cost) if self._cost else most
 
 
 class SendRates:

@@ -30,6 +30,7 @@ def history_line(record: StepRecord, bytes_sent: int) -> dict[str, Any]:
         "neighbours": sorted(gathered.used),
         "partial": sorted(gathered.partial),
         "missing": gathered.missing,
+        **({"clipped": dict(record.settled.clipped)} if record.settled.clipped else {}),
         "edges": {
             peer: {"wait": round(edge.wait, 6), "received": edge.received, "sent": edge.sent}
             for peer, edge in sorted(gathered.edges.items())

@@ -59,6 +59,26 @@ class Need:
         return max(kept.bytes for kept in self.sources.values())
 
 
+def next_block(missing: Mapping[int, Need], giver: str, begun: Collection[str]) -> int | None:
+    """The block to fetch next from a giver; None when it has none of them.
+
+    Args:
+        missing: what is still to be fetched.
+        giver: its name.
+        begun: digests of files of which an earlier transfer left a part. First comes what it can
+            complete, last what only others can.
+    """
+
+    def preference(block: int) -> tuple[int, int]:
+        sources = missing[block].sources
+        if sources[giver].xxh3 in begun:
+            return 0, block
+        return (2 if any(kept.xxh3 in begun for kept in sources.values()) else 1), block
+
+    has = [block for block, need in missing.items() if giver in need.sources]
+    return min(has, key=preference, default=None)
+
+
 def checked(holdings: Holdings, schedule: Schedule, most_bytes: Mapping[int, int]) -> str:
     """What is wrong with what a peer says it has, empty when nothing is.
 

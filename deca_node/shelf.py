@@ -6,7 +6,7 @@ that catches up.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import BinaryIO
 
 import xxhash
@@ -114,6 +114,10 @@ class HeldBlocks:
             + sum(t.numel() * t.element_size() for t in self.model.block_tensors(layers).values())
             for block, layers in enumerate(self._schedule.blocks)
         }
+
+    def begun(self) -> Collection[str]:
+        """See Store."""
+        return {xxh3 for _, xxh3 in self._parts}
 
     async def partial(self, block: int, xxh3: str) -> Part:
         """See Store."""

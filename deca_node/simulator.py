@@ -17,15 +17,15 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import structlog
 import torch
 from torch import Tensor
 
-from deca_node import topology
+from deca_node import topology, wire
 from deca_node.blocks import Schedule, Visit
-from deca_node.compression import Format
+from deca_node.compression import FLOAT_MAX, Format
 from deca_node.data import Batch, BatchStream, Example
 from deca_node.errors import PayloadError
 from deca_node.evaluation import evaluate
@@ -33,12 +33,13 @@ from deca_node.experiment import Cell, LinksSection
 from deca_node.loopback import Call, LoopbackNetwork
 from deca_node.member import Member, Run
 from deca_node.membership import Edges, Phase
-from deca_node.methods import choose
+from deca_node.methods import Method, choose
 from deca_node.models import LanguageModel
 from deca_node.rounds import Start, StepRecord
 from deca_node.shelf import HeldBlocks
 from deca_node.swarm import Identity
 from deca_node.topology import Graph
+from deca_node.wire import Snapshot
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -91,6 +92,8 @@ class Simulation:
         self._spreads: dict[int, Spread] = {}
         self._whole = frozenset(cell.nodes)
         self.nodes = [SimulatedNode(self, number, name) for number, name in enumerate(cell.nodes)]
+        attacks = cell.world.faults.attacks
+        self.honest = [node for node in self.nodes if node.name not in attacks]
 
     async def run(self) -> None:
         """Run until every node that lives has finished; what one raises is raised here."""
@@ -129,10 +132,10 @@ class Simulation:
         return self._graphs[names]
 
     def closed(self, visit: Visit, values: Mapping[str, Tensor]) -> None:
-        """A node has ended a visit; when all have, their spread is told."""
+        """An honest node has ended a visit; when all have, their spread is told."""
         spread = self._spreads.setdefault(visit.index, Spread())
         spread.add(values)
-        if spread.count == len(self.nodes):
+        if spread.count == len(self.honest):
             self._tell_spread(visit.index)
         while len(self._spreads) > _OPEN_VISITS:
             self._tell_spread(min(self._spreads))
@@ -152,7 +155,7 @@ class Simulation:
 
     def disagreement(self) -> float:
         """Root mean square over finished nodes of ‖x_i − x̄‖, over all layers."""
-        models = [node.model for node in self.nodes if node.finished]
+        models = [node.model for node in self.honest if node.finished]
         square = 0.0
         for layers in self.material.schedule.blocks:
             spread = Spread()
@@ -164,7 +167,7 @@ class Simulation:
     def measure(self, stop: Callable[[], bool] = lambda: False) -> list[Row]:
         """Test the models of the finished nodes, or of some of them."""
         chosen, test = self.cell.world.experiment.measured, self.material.test
-        nodes = [node for node in self.nodes if node.finished]
+        nodes = [node for node in self.honest if node.finished]
         if chosen is not None and chosen < len(nodes):
             nodes = [nodes[index * len(nodes) // chosen] for index in range(chosen)]
         rows = []
@@ -276,6 +279,8 @@ class SimulatedNode:
         await member.wait_for_members(wanted, lambda _: None, resumed=self._start.visit > 0)
         member.enter(Phase.TRAINING)
         method = choose.build(simulation.settings, self.model, self.name)
+        if (factor := cell.world.faults.attacks.get(self.name)) is not None:
+            method = cast(Method, _Attack(method, run.name, self.name, factor))
         batches = _Metered(self, self._stream)
         await member.train(self._start, method, batches, _Watch(self, member), self._work)
         self._start = Start(schedule.visits)
@@ -336,7 +341,25 @@ class SimulatedNode:
         """A visit has ended; a later life goes on behind it."""
         values = self._blocks.closed(visit)
         self._start, self._position = Start(visit.index + 1), self._stream.position
-        self._simulation.closed(visit, values)
+        if self in self._simulation.honest:
+            self._simulation.closed(visit, values)
+
+
+class _Attack:
+    """methods.Method of a node that sends other blocks than those that it has."""
+
+    def __init__(self, method: Method, run: str, node: str, factor: float) -> None:
+        self._method, self._about, self._factor = method, (run, node), factor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def outgoing(self, serial: int) -> Snapshot:
+        """See Method."""
+        true, layout = self._method.outgoing(serial), self._method.layout
+        flat = torch.cat([true.values(index) for index in range(true.count - 1)])
+        false = flat.mul_(self._factor).clamp_(-FLOAT_MAX, FLOAT_MAX)
+        return wire.snapshot(false, layout, serial, wire.metadata(*self._about, serial))
 
 
 class _Metered:
@@ -455,7 +478,8 @@ def summary(simulation: Simulation, rows: Sequence[Row], measures: Sequence[Row]
         rows: what it told.
         measures: what ``measure`` gave.
     """
-    steps = [row for row in rows if row["kind"] == "step"]
+    honest = {node.name for node in simulation.honest}
+    steps = [row for row in rows if row["kind"] == "step" and row["node"] in honest]
     finished = [node for node in simulation.nodes if node.finished]
     row: Row = {
         "kind": "summary",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deca_node import __version__, membership
+from deca_node.admission import Turns, network
 from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
 from deca_node.fingerprint import PROTOCOL_VERSION, difference
@@ -29,6 +30,12 @@ from deca_node.limits import (
     MAX_REASON_BYTES,
     MAX_TIME,
     MAX_VERSION_BYTES,
+    PEER_GREETINGS,
+    PEER_GREETINGS_BURST,
+    REFUSAL_LINES,
+    REFUSAL_LINES_BURST,
+    STRANGER_GREETINGS,
+    STRANGER_GREETINGS_BURST,
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
@@ -159,6 +166,11 @@ class Swarm:
         self.strangers: Counter[str] = Counter()  # refusals of callers that are no peers
         self.refusals: dict[str, Refusal] = {}  # the last of each address that is no peer's
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
+        self._peer_turns = Turns(
+            PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS
+        )
+        self._lines = Turns(REFUSAL_LINES, REFUSAL_LINES_BURST, 1)
+        self._stranger_turns = Turns(STRANGER_GREETINGS, STRANGER_GREETINGS_BURST, MAX_CONTACTS)
         self._transport = transport
         self._timing = timing
         self._position = position
@@ -366,6 +378,7 @@ class Swarm:
         )
         if request.sender.session == self.identity.session:
             return reply
+        self._admit(request.sender, source)
         host = request.host or source
         address = f"[{host}]:{request.port}" if ":" in host else f"{host}:{request.port}"
         if len(address) > MAX_ADDRESS_BYTES or not _is_address(address):
@@ -396,6 +409,17 @@ class Swarm:
         if held is None or held[0] != address:
             self.propose(address)
         return reply
+
+    def _admit(self, sender: pb.Sender, source: str) -> None:
+        """Refuse who greets too often: each greeting is compared, and answered at length."""
+        known, now = self.peers.get(sender.node), self._now()
+        if known is not None and known.session == sender.session:
+            admitted = self._peer_turns.take(sender.node, now)
+        else:
+            admitted = self._stranger_turns.take(network(source), now)
+        if not admitted:
+            self.strangers["too_many_greetings"] += 1
+            raise PeerRefused("too_many_greetings", "greet less often")
 
     def answer_goodbye(self, request: pb.GoodbyeRequest) -> None:
         """A peer takes leave."""
@@ -487,7 +511,8 @@ class Swarm:
             self._said[address] = reason
             # Other runs on the same network are normal; anything else wants a look.
             level = self._log.info if reason == "other_run" else self._log.warning
-            level("peer refused", peer=name, address=address, reason=reason, detail=text)
+            if self._lines.take("", self._now()):
+                level("peer refused", peer=name, address=address, reason=reason, detail=text)
 
     # --- what is known of the peers' surroundings (health)
 

@@ -6,23 +6,36 @@ The only file that imports grpc. Its exceptions become PeerErrors here, and ours
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 # gRPC has no setting for the least version of TLS. It has one for the ciphers of TLS 1.2, and this
 # one needs an RSA certificate, of which a run has none: what is left is TLS 1.3. Read once, when
 # gRPC is loaded.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"
-# Its own lines about handshakes that fail; what they mean for the run is in our own log.
+# Its own lines about handshakes and headers that are wrong, with which a caller could fill a disk;
+# what they mean for the run is in our own log.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deca_node.admission import Places, network
 from deca_node.errors import (
     ListenError,
     PeerError,
@@ -32,12 +45,18 @@ from deca_node.errors import (
     known_reason,
 )
 from deca_node.limits import (
+    HANDSHAKE_SECONDS,
+    IDLE_SECONDS,
+    MAX_CALLS,
+    MAX_CALLS_PER_ADDRESS,
+    MAX_CONNECTIONS,
     MAX_HEALTH_CHECKS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
     MAX_REASON_BYTES,
     MAX_REQUEST_BYTES,
     MAX_STREAMS_PER_CONNECTION,
+    REQUEST_SECONDS,
     STREAM_WINDOW_BYTES,
 )
 from deca_node.pb import node_pb2 as pb
@@ -165,6 +184,10 @@ class Transport(Protocol):
 # A reader that turns away within a stream is logged there as an error with a traceback; what it
 # means for the run is in our own report.
 logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+_log = logging.getLogger(__name__)
+
+# Between two tries to listen again where grpc's server has ended.
+RELISTEN_SECONDS = 0.1
 
 # A connection that another has replaced may end the calls under way on it.
 OLD_CONNECTION_SECONDS = 60.0
@@ -175,6 +198,8 @@ STATUS = pb.DESCRIPTOR.services_by_name["Status"]
 _COMMON: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    # Else that is where gRPC begins to refuse some of them, and all only from twice as much.
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # Bandwidth probing and small frames halve the rate of long streams (docs/protocol.md).
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.max_frame_size", 16_777_215),
@@ -190,6 +215,10 @@ _SERVER = [
     ("grpc.so_reuseport", 0),  # two nodes on one port would share its callers
     ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # under the client's keepalive
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+    ("grpc.http2.settings_timeout", HANDSHAKE_SECONDS * 1000),
 ]
 _CLIENT = [
     *_COMMON,
@@ -282,6 +311,10 @@ def _listen(server: grpc.aio.Server, address: str, guard: Guard) -> int:
     return int(server.add_secure_port(address, ours))
 
 
+# What a caller is told for whom there is no place.
+BUSY = "too many calls are open"
+
+
 def _path(service: Any, method: str) -> str:
     return f"/{service.full_name}/{method}"
 
@@ -302,6 +335,8 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
         return PeerTimeout(f"{address}: no answer in time")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return PeerUnavailable(f"{address}: {details}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details == BUSY:
+        return PeerRefused("busy", f"{address}: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return PeerRefused("too_long", f"{address}: {details}")
     if code is not grpc.StatusCode.FAILED_PRECONDITION:
@@ -557,11 +592,22 @@ class GrpcTransport:
         self._health_port = health_port
         self._server: grpc.aio.Server | None = None
         self._health_server: grpc.aio.Server | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         self._health = health.aio.HealthServicer()
 
     async def listen(self, handler: Handler, status: StatusHandler | None) -> int:
         """See Transport."""
-        server = grpc.aio.server(options=_SERVER)
+        port = await self._serve(handler, status, self._port)
+        self._keep_serving(lambda: self._server, lambda: self._serve(handler, status, port))
+        if self._health_port is not None:
+            await self._serve_health(self._health_port)
+            again = partial(self._serve_health, self._health_port)
+            self._keep_serving(lambda: self._health_server, again)
+        return port
+
+    async def _serve(self, handler: Handler, status: StatusHandler | None, port: int) -> int:
+        gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
+        server = grpc.aio.server(options=_SERVER, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience, self._guard)])
         names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if status is not None:
@@ -571,27 +617,54 @@ class GrpcTransport:
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            address = f"{host}:{self._port}"
+            address = f"{host}:{port}"
             if self._guard is None:
-                port = server.add_insecure_port(address)
+                found = server.add_insecure_port(address)
             else:
-                port = _listen(server, address, self._guard)
+                found = _listen(server, address, self._guard)
         except RuntimeError:
-            port = 0
-        if port == 0:
+            found = 0
+        if found == 0:
             raise ListenError(
-                f"cannot listen on {host}:{self._port}: the port is taken or the address is not "
+                f"cannot listen on {host}:{port}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
         await server.start()
         self._server = server
         for name in ("", PEER.full_name, STATUS.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        if self._health_port is not None:
-            await self._listen_health(host, self._health_port)
-        return int(port)
+        return int(found)
 
-    async def _listen_health(self, host: str, port: int) -> None:
+    def _keep_serving(
+        self,
+        server: Callable[[], grpc.aio.Server | None],
+        serve: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
+        self._keepers.append(asyncio.create_task(self._serve_anew(server, serve)))
+
+    @staticmethod
+    async def _serve_anew(
+        server: Callable[[], grpc.aio.Server | None],
+        serve: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
+        """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
+        while (current := server()) is not None:
+            try:
+                await current.wait_for_termination()
+            except UnicodeDecodeError as error:
+                _log.warning(
+                    "a caller's path ended the server, which begins anew: %s", error.reason
+                )
+            else:
+                return
+            while True:
+                try:
+                    await serve()
+                    break
+                except ListenError:  # the one that has ended may not have let go of it yet
+                    await asyncio.sleep(RELISTEN_SECONDS)
+
+    async def _serve_health(self, port: int) -> int:
         """For those who have no certificate, such as a kubelet: whether this node serves."""
         check = grpc.unary_unary_rpc_method_handler(
             self._health.Check,
@@ -602,14 +675,16 @@ class GrpcTransport:
         server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
         )
+        host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            taken = server.add_insecure_port(f"{host}:{port}") == 0
+            found = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
-            taken = True
-        if taken:
+            found = 0
+        if found == 0:
             raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
         await server.start()
         self._health_server = server
+        return int(found)
 
     def link(self, address: str) -> GrpcLink:
         """See Transport."""
@@ -618,9 +693,14 @@ class GrpcTransport:
     async def close(self, grace: float) -> None:
         """See Transport."""
         await self._health.enter_graceful_shutdown()
-        for server in (self._server, self._health_server):
+        for server in (self._health_server, self._server):
             if server is not None:
-                await server.stop(grace)
+                with suppress(UnicodeDecodeError):  # what ended it, once more
+                    await server.stop(grace)
+        # Only now: who is cancelled while it waits for a server's end takes that end with it.
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
 
 
 def _host_of(peer: str) -> str:
@@ -638,6 +718,98 @@ def caller_of(context: grpc.aio.ServicerContext) -> Caller:
     if shown is None:
         return Caller(local=local)
     return Caller(shown.node, shown.operator, local)
+
+
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc has no types
+    """Counts the calls that are open, and gives each a time by which its request must be there.
+
+    gRPC itself would wait for ever for the rest of a request of which it has the first bytes, and
+    write a traceback where it cannot tell a caller that has gone what was wrong with its call.
+    """
+
+    def __init__(self, places: Places, seconds: float) -> None:
+        self._places, self._seconds = places, seconds
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Put the gate in front of a handler, whatever its kind: as one that reads by itself."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(self._gated(_unimplemented))
+        several = handler.request_streaming
+        if handler.response_streaming:
+            inner = handler.stream_stream if several else handler.unary_stream
+            made, answer = grpc.stream_stream_rpc_method_handler, _stream_answers(inner)
+        else:
+            answer = handler.stream_unary if several else handler.unary_unary
+            made = grpc.stream_unary_rpc_method_handler
+        outer = self._gated(answer if several else _with_first(answer))
+        return made(outer, handler.request_deserializer, handler.response_serializer)
+
+    def _gated(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+            caller = network(_host_of(context.peer()))
+            try:
+                if not self._places.enter(caller):
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, BUSY)
+                try:
+                    return await answer(self._timely(requests, context), context)
+                finally:
+                    self._places.leave(caller)
+            except grpc.aio.InternalError:  # nobody is there any more to be told
+                raise asyncio.CancelledError from None
+
+        return call
+
+    async def _timely(
+        self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        while True:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    request = await anext(requests, grpc.aio.EOF)
+            except TimeoutError:
+                text = f"no request within {self._seconds:g} s"
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a request")
+            if request is grpc.aio.EOF:
+                return
+            yield request
+
+
+async def _unimplemented(_: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such call")
+
+
+def _with_first(answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A handler of one request as one that is given an iterator."""
+
+    async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
+        request = await anext(requests, None)
+        if request is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a call without a request")
+        return await answer(request, context)
+
+    return call
+
+
+def _stream_answers(inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+    """A handler that yields its answers, or writes them itself, as one that writes them."""
+
+    async def call(asked: Any, context: grpc.aio.ServicerContext) -> None:
+        answers = inner(asked, context)
+        if hasattr(answers, "__aiter__"):
+            async with aclosing(answers):
+                async for answer in answers:
+                    await context.write(answer)
+        else:
+            await answers
+
+    return call
 
 
 async def _refuse(context: grpc.aio.ServicerContext, error: PeerError) -> None:

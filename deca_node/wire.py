@@ -37,7 +37,14 @@ from deca_node.compression import (
     scale_count,
 )
 from deca_node.errors import PayloadError, PeerRefused
-from deca_node.limits import CHUNK_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_NOTE_BYTES
+from deca_node.limits import (
+    CHUNK_BYTES,
+    MAX_ABOUT_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_HEADER_BYTES_PER_TENSOR,
+    MAX_MESSAGE_BYTES,
+    MAX_NOTE_BYTES,
+)
 from deca_node.pb.node_pb2 import Chunk
 
 # Received bytes are only read; torch warns that it cannot enforce that.
@@ -81,6 +88,13 @@ class Layout:
     def numel(self) -> int:
         """Elements in the flat buffer."""
         return sum(spec.numel for spec in self.tensors)
+
+    @property
+    def header_limit(self) -> int:
+        """Bytes that a peer's header of these tensors may have."""
+        names = sum(len(spec.name.encode()) for spec in self.tensors)
+        room = names + len(self.tensors) * MAX_HEADER_BYTES_PER_TENSOR
+        return min(MAX_HEADER_BYTES, room + MAX_ABOUT_BYTES + MAX_NOTE_BYTES)
 
     def table(self, wire: Format = Format.FP32) -> dict[str, Any]:
         """The safetensors header without its metadata, of values in a format."""
@@ -488,7 +502,7 @@ class Receiver:
         if len(self._header) < 8:
             return
         (length,) = struct.unpack_from("<Q", self._header)
-        if length > MAX_HEADER_BYTES:
+        if length > self._layout.header_limit:
             raise PayloadError("too_long", f"header of {length} bytes")
         if len(self._header) < 8 + length:
             return

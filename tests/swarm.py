@@ -28,6 +28,7 @@ from deca_node.methods.deca import Deca
 from deca_node.models import ActiveBlock, Prefix
 from deca_node.moments import Rule
 from deca_node.recovery import Kept
+from deca_node.robust import MEAN
 from deca_node.rounds import Start
 from deca_node.swarm import Identity
 from deca_node.topology import TopologySpec
@@ -143,6 +144,9 @@ class Keeping:
     def most_bytes(self):
         return dict.fromkeys(range(len(self.schedule.blocks)), 10_000)
 
+    def begun(self):
+        return {xxh3 for _, xxh3 in self.disk.parts}
+
     async def partial(self, block, xxh3):
         return self.disk.parts.setdefault((block, xxh3), Part(xxh3))
 
@@ -240,7 +244,13 @@ class ToyNode:
         member.enter(Phase.TRAINING)
         rule = Rule(learning_rate=swarm.learning_rate)
         self.method = method = Deca(
-            self.model, rule, "toy", self.name, overlap=swarm.overlap, stale=swarm.stale
+            self.model,
+            rule,
+            "toy",
+            self.name,
+            overlap=swarm.overlap,
+            stale=swarm.stale,
+            aggregation=swarm.aggregation,
         )
         watch = _Watch(self, keeping)
         await member.train(self.disk.place, method, Batches(), watch, self._work)
@@ -289,6 +299,7 @@ class ToySwarm:
         after_step: called with the node and the record after every step.
         stale, overlap: see methods.deca.Deca.
         wire_format: what each node, by index, wishes for its edges.
+        aggregation: see methods.deca.Deca.
     """
 
     def __init__(
@@ -307,6 +318,7 @@ class ToySwarm:
         stale=False,
         overlap=True,
         wire_format=lambda index: Format.FP32,
+        aggregation=MEAN,
     ):
         self.schedule = Schedule(partition_layers(LAYERS, 1), rounds, steps, "ascending", 0)
         self.topology = TopologySpec(kind)
@@ -315,6 +327,7 @@ class ToySwarm:
         self.spread = spread
         self.stale, self.overlap = stale, overlap
         self.wire_format = wire_format
+        self.aggregation = aggregation
         self.start_when = count if start_when is None else start_when
         self.cuts = set()  # directed pairs of addresses
         self.network = LoopbackNetwork(

@@ -5,7 +5,7 @@ What is trainable in this stage (``open``), when and what is exchanged (``exchan
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -33,11 +33,13 @@ class Settled:
             in a method that has no use for it.
         h_norm: ‖h‖₂ after normalisation, 0 where there is no h.
         disagreement: ‖x½ − x_next‖₂, what the mix alone changed.
+        clipped: where the mix is clipped, what was left of each neighbour's difference, 0 to 1.
     """
 
     discrepancy: float
     h_norm: float
     disagreement: float
+    clipped: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from deca_node import houlsby, lora
 from deca_node.config import Settings, has
 from deca_node.houlsby import Houlsby
+from deca_node.limits import MAX_KEPT_ARRIVALS
 from deca_node.lora import Lora
 from deca_node.methods import Method
 from deca_node.methods.dadam import DAdam
@@ -16,6 +17,7 @@ from deca_node.methods.dsgd import DSgd
 from deca_node.methods.qg_adam import QgAdam
 from deca_node.models import LanguageModel, Outline
 from deca_node.moments import Rule
+from deca_node.robust import Aggregation
 
 
 def prepare(settings: Settings, model: LanguageModel) -> None:
@@ -56,11 +58,20 @@ def state_bytes(settings: Settings) -> int:
     return STATE_BYTES.get(settings.run.method, ADAM_BYTES)
 
 
+def kept_arrivals(settings: Settings, neighbours: int) -> int:
+    """Of so many neighbours' blocks, how many are kept at once until the mix."""
+    if settings.run.method == "decaf":
+        return neighbours
+    robust = settings.aggregation.rule != "mean"
+    return min(neighbours, MAX_KEPT_ARRIVALS) if robust else 0
+
+
 def build(settings: Settings, model: LanguageModel, node: str) -> Method:
     """The method of ``run.method`` on a model that ``prepare`` has seen, for a node by its name."""
     about = settings.run.name, node
     rule = Rule(**settings.optimizer.model_dump())
     adam = replace(rule, bma="off")
+    aggregation = Aggregation(**settings.aggregation.model_dump())
     match settings.run.method:
         case "deca":
             return Deca(
@@ -69,16 +80,17 @@ def build(settings: Settings, model: LanguageModel, node: str) -> Method:
                 *about,
                 overlap=settings.network.overlap,
                 stale=settings.schedule.staleness == 1,
+                aggregation=aggregation,
             )
         case "dec-lora":
-            return DecLora(model, adam, *about, settings.lora.local_steps)
+            return DecLora(model, adam, *about, settings.lora.local_steps, aggregation)
         case "decaf":
             return Decaf(model, adam, *about, settings.lora.local_steps, settings.lora.split)
         case "dec-adapter":
-            return DecAdapter(model, adam, *about)
+            return DecAdapter(model, adam, *about, aggregation=aggregation)
         case "dsgd":
-            return DSgd(model, adam, *about)
+            return DSgd(model, adam, *about, aggregation=aggregation)
         case "dadam":
-            return DAdam(model, adam, *about)
+            return DAdam(model, adam, *about, aggregation=aggregation)
         case "qg-adam":
-            return QgAdam(model, adam, *about, settings.quasi_global.first_moment)
+            return QgAdam(model, adam, *about, settings.quasi_global.first_moment, aggregation)

@@ -3,6 +3,7 @@
 from deca_node.methods.dadam import DAdam
 from deca_node.models import LanguageModel
 from deca_node.moments import Rule
+from deca_node.robust import MEAN, Aggregation
 
 
 class DecLora(DAdam):
@@ -11,12 +12,19 @@ class DecLora(DAdam):
     Args:
         model, rule, run, node: as for Deca.
         local_steps: from one exchange to the next.
+        aggregation: as for Deca.
     """
 
     def __init__(
-        self, model: LanguageModel, rule: Rule, run: str, node: str, local_steps: int
+        self,
+        model: LanguageModel,
+        rule: Rule,
+        run: str,
+        node: str,
+        local_steps: int,
+        aggregation: Aggregation = MEAN,
     ) -> None:
-        super().__init__(model, rule, run, node)
+        super().__init__(model, rule, run, node, aggregation=aggregation)
         self._local_steps = local_steps
 
     def exchanges(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import structlog
 import torch
@@ -15,6 +16,7 @@ from deca_node.methods import Local, Settled
 from deca_node.mixing import STALE_STEP, mix_arrival
 from deca_node.models import ActiveBlock, LanguageModel, Prefix
 from deca_node.moments import Rule, discrepancy_norm, fold, half_step, scale, slices
+from deca_node.robust import MEAN, Aggregation, Arrivals
 from deca_node.wire import CHUNK_ELEMENTS, Layout, Pieces, Snapshot, metadata, snapshot
 
 _log = structlog.get_logger(__name__)
@@ -30,6 +32,7 @@ class Deca:
         node: this node's name, likewise.
         overlap: whether to compute ahead while blocks travel; the numbers are the same.
         stale: see Method; costs another copy of the block.
+        aggregation: other than the mean, arrivals are kept until the mix (robust.py).
     """
 
     def __init__(
@@ -41,10 +44,14 @@ class Deca:
         *,
         overlap: bool = True,
         stale: bool = False,
+        aggregation: Aggregation = MEAN,
     ) -> None:
         self._model = model
         self._stale = stale
         self._late = torch.empty(0)  # Σ w_ij (x½_j − x½_i) of the last step, when stale
+        self._aggregation = aggregation
+        self._kept: Arrivals | None = None  # where the mix is not the mean
+        self._clipped: Mapping[str, float] = {}
         self._overlap = overlap
         self._exact: set[int] = set()  # depths at which a resumed pass was held against a whole one
         self._below = 0
@@ -77,7 +84,9 @@ class Deca:
         self._block = block = self._model.activate(visit.layers)
         self._below = visit.layers.start
         # On the CPU, where arrivals are: a copy to a busy GPU would hold up the event loop.
-        self._late = torch.zeros(block.layout.numel if self._stale else 0)
+        robust = self._aggregation.rule != "mean"
+        self._late = torch.zeros(block.layout.numel if self._stale and not robust else 0)
+        self._kept = Arrivals(block.layout.numel, self._aggregation) if robust else None
         self._begin()
         if saved is not None:
             for name, tensor in self.state().items():
@@ -165,28 +174,54 @@ class Deca:
         self._take_late()
         self._active.write_back()
 
-    def intake(self, peer: str) -> Mix:  # noqa: ARG002
+    def intake(self, peer: str) -> Mix:
         """See Method. Equation (7) needs no more of a neighbour than its weight."""
-        return self.mix
+        return self.mix if self._kept is None else partial(self._keep, self._kept, peer)
+
+    def _take_kept(self) -> None:
+        """Mix what was kept in place of being mixed as it came."""
+        if self._kept is not None and not self._stale:
+            self._clipped = self._kept.mix_into(self._active.master)
 
     def _take_late(self) -> None:
         master = self._active.master
+        if self._kept is not None and self._stale:
+            self._clipped = self._kept.mix_into(master, STALE_STEP)
         for part in slices(self._late):
             master[part].add_(self._late[part].to(master.device), alpha=STALE_STEP)
             self._late[part].zero_()
 
     def mix(self, first: int, values: Tensor, weight: float, own: Pieces | None = None) -> None:
         """Equation (7), in the master, slice by slice."""
-        sent = own or self._own
-        if sent is None:
-            raise RuntimeError("nothing was published in this step")
+        sent = self._published(own)
         mixed = self._late if self._stale else self._active.master
         for low, half in sent.pieces(first, values.numel()):
             part = slice(low, low + half.numel())
             mix_arrival(mixed[part], half, values[low - first :][: half.numel()], weight)
 
+    def _keep(
+        self,
+        arrivals: Arrivals,
+        peer: str,
+        first: int,
+        values: Tensor,
+        weight: float,
+        own: Pieces | None = None,
+    ) -> None:
+        """The same where it must wait for the other neighbours."""
+        for low, half in self._published(own).pieces(first, values.numel()):
+            arrivals.take(peer, low, half, values[low - first :][: half.numel()], weight)
+
+    def _published(self, own: Pieces | None) -> Pieces:
+        """What a neighbour has of this node."""
+        sent = own or self._own
+        if sent is None:
+            raise RuntimeError("nothing was published in this step")
+        return sent
+
     def settle(self, step: int) -> Settled:
         """See Method. Equations (8) to (10), in two passes over the block."""
+        self._take_kept()
         master = self._active.master
         total = mixed = 0.0
         for part, half in self._halves():
@@ -201,7 +236,7 @@ class Deca:
         if not self._stale:
             self._own = None
         self._active.write_back()
-        return Settled(norm, norm * factor, math.sqrt(mixed))
+        return Settled(norm, norm * factor, math.sqrt(mixed), self._clipped)
 
     def _halves(self) -> Iterator[tuple[slice, Tensor]]:
         """x½ by slices; without a published snapshot nothing was mixed and x½ is x_next."""
@@ -222,3 +257,4 @@ class Deca:
         self._model.release()
         self._block = self._prefix = self._own = None
         self._m = self._v = self._late = torch.empty(0)
+        self._kept = None

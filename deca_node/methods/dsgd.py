@@ -23,6 +23,7 @@ class DSgd(Deca):
 
     def settle(self, step: int) -> Settled:  # noqa: ARG002
         """See Method."""
+        self._take_kept()
         square = 0.0
         for part, half in self._halves():
             mixed = self._active.master[part]
@@ -31,7 +32,7 @@ class DSgd(Deca):
                 square += float(torch.dot(moved, moved))
         self._own = None
         self._active.write_back()
-        return Settled(math.sqrt(square), 0.0, math.sqrt(square))
+        return Settled(math.sqrt(square), 0.0, math.sqrt(square), self._clipped)
 
     def state(self) -> dict[str, Tensor]:
         """See Method."""

@@ -10,6 +10,7 @@ from deca_node.methods import Settled
 from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel
 from deca_node.moments import Rule, slices
+from deca_node.robust import MEAN, Aggregation
 
 
 class QgAdam(Deca):
@@ -18,6 +19,7 @@ class QgAdam(Deca):
     Args:
         model, rule, run, node: as for Deca.
         first: which first moment.
+        aggregation: as for Deca.
     """
 
     def __init__(
@@ -27,8 +29,9 @@ class QgAdam(Deca):
         run: str,
         node: str,
         first: quasiglobal.FirstMoment,
+        aggregation: Aggregation = MEAN,
     ) -> None:
-        super().__init__(model, rule, run, node)
+        super().__init__(model, rule, run, node, aggregation=aggregation)
         self._first = first
         self._before = torch.empty(0)  # x, within a step
 
@@ -43,6 +46,7 @@ class QgAdam(Deca):
 
     def settle(self, step: int) -> Settled:  # noqa: ARG002
         """See Method."""
+        self._take_kept()
         master = self._active.master
         mixed = 0.0
         for part, half in self._halves():
@@ -54,4 +58,4 @@ class QgAdam(Deca):
         self._before = torch.empty(0)
         self._own = None
         self._active.write_back()
-        return Settled(norm, float(norm > 0), math.sqrt(mixed))
+        return Settled(norm, float(norm > 0), math.sqrt(mixed), self._clipped)

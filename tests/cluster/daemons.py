@@ -17,7 +17,7 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.registry import local_nodes
 from deca_node.transport import ask_status
 
-DEADLINE = 120.0  # a bound on failure; nothing waits this long when all is well
+DEADLINE = 360.0  # a bound on failure; nothing waits this long when all is well
 
 
 class Daemon:

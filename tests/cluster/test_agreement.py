@@ -1,6 +1,5 @@
 """Real daemons come to one model after their last round; some of them are stopped on the way."""
 
-import json
 import re
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node.pb import node_pb2 as pb
-from tests.cluster.daemons import DEADLINE, Daemon, end_all
+from tests.cluster.daemons import DEADLINE
 from tests.tiny import make_model
 
 ON = "consensus.tolerance=1e-3"
@@ -27,10 +26,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def ring(tmp_path, model):
-    """A function that starts a ring of four, each with data of its own, and ends it afterwards."""
+def ring(daemon, model):
+    """A function that starts a ring of four, each with data of its own."""
     run = f"agree-{uuid.uuid4().hex[:8]}"
-    made = []
 
     def start(*settings, names=NAMES):
         daemons = []
@@ -38,26 +36,19 @@ def ring(tmp_path, model):
             # Other texts for each, and half of them call a what is b to the others.
             labels = "ab" if name < "c" else "ba"
             rows = [{"text": f"{'ab'[i % 2]} {name}{i}", "label": labels[i % 2]} for i in range(8)]
-            data = tmp_path / f"{name}.jsonl"
-            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
             common = [
                 f"run.name={run}",
                 f"run.start_when={len(NAMES)}",
                 f"model.path={model}",
-                "model.dtype=fp32",
-                f"data.train={data}",
                 "topology.kind=ring",
                 "schedule.rounds=1",
                 "schedule.steps=2",
                 "optimizer.learning_rate=1e-2",
             ]
-            daemons.append(Daemon(tmp_path, name, [*common, *settings]).start())
-            daemons[-1].deadline = 3 * DEADLINE  # four import torch at the same time
-        made.extend(daemons)
+            daemons.append(daemon(name, rows, *common, *settings).start())
         return daemons
 
-    yield start
-    end_all(made)
+    return start
 
 
 def ended(daemons):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deca_node.pb import node_pb2 as pb
-from tests.cluster.daemons import DEADLINE, Daemon, end_all
+from tests.cluster.daemons import DEADLINE
 from tests.tiny import make_model
 
 
@@ -26,29 +26,21 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def make(tmp_path, model):
-    """A function that makes daemons of one run and ends them afterwards."""
-    made = []
-    data = tmp_path / "data.jsonl"
+def make(daemon, model):
+    """A function that makes daemons of one run."""
     rows = [{"text": f"{'abcd'[i % 4]} {i}", "label": "ab"[i % 2]} for i in range(24)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = f"life-{uuid.uuid4().hex[:8]}"
 
     def factory(name, *settings):
         common = [
             f"run.name={run}",
             f"model.path={model}",
-            "model.dtype=fp32",
-            f"data.train={data}",
             "schedule.rounds=1",
             "optimizer.learning_rate=1e-3",
         ]
-        daemon = Daemon(tmp_path, name, [*common, *settings])
-        made.append(daemon)
-        return daemon
+        return daemon(name, rows, *common, *settings)
 
-    yield factory
-    end_all(made)
+    return factory
 
 
 @pytest.fixture

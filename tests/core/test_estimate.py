@@ -29,6 +29,14 @@ def test_compressed_edges_cost_references():
         assert needs.computing == plain.computing
 
 
+def test_a_mix_that_waits_for_all_keeps_what_has_come():
+    """One block in fp32 for each neighbour that is kept."""
+    blocks = [range(1), range(1, 2)]
+    plain, kept = (estimate.memory(SHAPE, work_of(blocks, kept=n)) for n in (0, 3))
+    assert kept.arrivals == 3 * 4 * 200
+    assert kept.hosting == plain.hosting + kept.arrivals
+
+
 def test_disk_counts_what_is_written_and_what_it_replaces():
     """Blocks and the open visit twice, the exported model, a line for every step."""
     needs = estimate.disk(SHAPE, work_of([range(1), range(1, 2)]), steps=10)

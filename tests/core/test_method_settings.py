@@ -31,6 +31,8 @@ def file(tmp_path):
         ("dadam", "quasi_global.first_moment=local", "quasi_global.first_moment"),
         ("dec-lora", "lora.local_steps=5", "schedule.steps = 48: not a multiple of lora.local_st"),
         ("decaf", "consensus.tolerance=0.1", "consensus.tolerance = 0.1: run.method is"),
+        ("decaf", "aggregation.rule=clipped", 'aggregation.rule = "clipped": a setting of dadam'),
+        ("deca", "aggregation.tau=2.0", 'aggregation.tau = 2.0: aggregation.rule is "mean"'),
     ],
 )
 def test_a_setting_of_another_method_is_refused_by_name(file, method, setting, words):
@@ -59,6 +61,28 @@ def test_a_file_of_all_settings_can_be_read_again(file, tmp_path, method):
     again = tmp_path / "all.toml"
     again.write_text(template.document(settings))
     assert load(again).run == settings.run
+
+
+def test_the_agreement_would_let_in_whom_the_mix_keeps_out(file):
+    """It takes the mean, so it does not go with another rule."""
+    with pytest.raises(
+        ConfigError, match=r"consensus\.tolerance = 0\.1: the agreement takes the m"
+    ):
+        load(file, ["aggregation.rule=trimmed", "consensus.tolerance=0.1"])
+
+
+def test_all_nodes_mix_by_one_rule(file):
+    """Fingerprints differ; the mean's is what it was before there was a choice."""
+
+    def marks(*overrides):
+        settings = load(file, overrides)
+        return fingerprint(settings, schedule_for(settings, 4), "c", "w", "fp32")
+
+    assert not [name for name in marks() if name.startswith("aggregation")]
+    clipped = marks("aggregation.rule=clipped")
+    assert clipped["aggregation.rule"] == "clipped"
+    assert clipped != marks("aggregation.rule=clipped", "aggregation.hostile=2")
+    assert clipped != marks("aggregation.rule=trimmed")
 
 
 def test_the_fingerprint_has_the_settings_of_the_method(file):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deca_node.pacing import SendRates
+from deca_node.pacing import SendRates, TokenBucket, WorkBudget
 
 MB = 1e6
 
@@ -41,3 +41,27 @@ def test_what_was_not_sent_is_given_back():
         assert rates.take("b", 10, 0.0) > 0
         rates.give_back("b", 10)
     assert rates.take("c", 10, 0.0) == pytest.approx(0.1)
+
+
+def test_work_slows_to_its_share_of_a_core():
+    """What a byte has been seen to cost sets the rate; before that, and at most, the cap."""
+    budget = WorkBudget(0.04, 16 * MB)
+    assert budget.rate(64 * MB) == 64 * MB
+    budget.spent(1_000_000, 0.001)
+    assert budget.rate(64 * MB) == pytest.approx(40 * MB)
+    assert budget.rate(10 * MB) == 10 * MB
+    for _ in range(200):  # on a machine that has become slower
+        budget.spent(1_000_000, 0.004)
+    assert budget.rate(64 * MB) == pytest.approx(10 * MB, rel=0.01)
+    for _ in range(200):
+        budget.spent(1_000_000, 0.0001)
+    assert budget.rate(64 * MB) == 64 * MB
+
+
+def test_a_rate_can_change():
+    """A bucket waits as its latest rate asks."""
+    bucket = TokenBucket(10.0, 10.0, 0.0)
+    assert bucket.take(10, 0.0) == 0
+    assert bucket.take(10, 0.0) == 1
+    bucket.rate = 20.0
+    assert bucket.take(10, 0.0) == 1

@@ -436,6 +436,7 @@ def test_a_transfer_goes_on_after_a_restart(kept):
         store.save_blocks({0: changed(4)}, Progress(visit=5))  # leaves it alone
         first.close()
     with opened(kept) as store:
+        assert store.begun() == {digests[0]}
         parts = {1: store.incoming(1, digests[0]), 3: store.incoming(3, digests[1])}
         assert [part.size for part in parts.values()] == [30, 0]
         parts[1].write(memoryview(contents[0])[30:])
