@@ -130,8 +130,9 @@ def test_a_swarm_comes_up_is_cut_heals_and_stops(engine, stack, tmp_path):
     assert {name: status.node for name, status in shown.items()} == {name: name for name in NODES}
     assert all("TLS" in status.security for status in shown.values())
     assert all(status.phase == pb.PHASE_TRAINING for status in shown.values())
-    printed = swarm.compose("exec", "-T", "node-0", "deca-node", "swarm", "status")
-    assert all(name in printed for name in NODES)
+    words = ("deca-node", "swarm", "status", "--trust", "/data/trust")
+    printed = swarm.compose("exec", "-T", "node-0", *words)
+    assert all(name in printed for name in NODES), printed
     reach = (
         "import urllib.request as u; print(u.urlopen('http://node-3:9464/metrics').read().decode())"
     )
