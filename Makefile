@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Python compiles what is imported; compiling all that is installed takes most of an install.
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
+# What goes to a cluster; kustomization files are read by kubectl alone.
+MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
 # Daemons start again and again in tests and benchmarks: without compiled files each of them compiles
 # torch and transformers anew, which takes longer than all the rest of its start.
 export PYTHONDONTWRITEBYTECODE :=
@@ -24,8 +26,8 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp
 	$(BIN)/pytest -m "not slow"
 
-# Minutes each: the demo held against the README, hosts on a network that fails, chaos, and
-# hundreds of random fault schedules.
+# Minutes each: the demo held against the README, hosts on a network that fails, containers,
+# chaos, and hundreds of random fault schedules.
 test-slow: .venv/dev.stamp .venv/demo.stamp
 	$(BIN)/pytest -m slow
 
@@ -35,6 +37,9 @@ check: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bandit -q -c pyproject.toml -r deca_node
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/docker-compose --file compose/docker-compose.yml --profile '*' config --quiet
+	$(BIN)/kubernetes-validate --strict --quiet $(MANIFESTS)
 
 # How close an exchange comes to raw TCP, and what serving costs the training: docs/performance.md.
 bench: .venv/bench.stamp

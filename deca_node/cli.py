@@ -26,6 +26,7 @@ from deca_node import (
     access,
     cli_dashboard,
     cli_lab,
+    cli_service,
     cli_swarm,
     cli_watch,
     logs,
@@ -55,6 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("install-service")(cli_service.install_service)
 
 app.add_typer(cli_swarm.app, name="swarm")
 cli_watch.register(app, cli_swarm.app)
@@ -444,9 +446,9 @@ def run_testbed(
 
     It sets by itself, whatever --config and --set say: node.name, node.host,
     node.port, node.advertise, node.advertise_port, node.output, data.train,
-    run.start_when, network.zeroconf, network.interfaces, network.static_peers. It makes
-    run.name unique. Unless given, network.preset is local and node.threads an
-    equal share.
+    run.start_when, network.zeroconf, network.interfaces, network.static_peers,
+    network.dns_peers. It makes run.name unique. Unless given, network.preset is local and
+    node.threads an equal share.
     """
     if (train is None) == (shards is None):
         raise ConfigError("give either --train FILE or --shards DIR")

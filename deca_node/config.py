@@ -162,6 +162,14 @@ class NodeSettings(Section):
         "port forwarding.",
         examples=[7430],
     )
+    health_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port where the gRPC health service answers besides, in plain text and "
+        "to anybody: for orchestrators, which have no certificate. Unset: none.",
+        examples=[7431],
+    )
     device: Device = Field(
         "auto",
         description="auto, cpu, cuda, cuda:N or mps. auto takes a GPU where there is one.",
@@ -179,6 +187,11 @@ class NodeSettings(Section):
         allow_inf_nan=False,
         description="Seconds between two saves of the block being trained, so that a crash costs "
         "no more; less often where the disk is slow. 0: only at the end of each visit.",
+    )
+    stay: bool = Field(
+        False,
+        description="Go on answering status and health when the run is finished, until a signal "
+        "ends the node: for Kubernetes and others that start again whatever ends.",
     )
     output: Path = Field(
         Path("out"),
@@ -524,6 +537,13 @@ class NetworkSettings(Section):
         "is enough: it names the others.",
         examples=[["host:7430"]],
     )
+    dns_peers: tuple[str, ...] = Field(
+        (),
+        max_length=8,  # each takes a thread while its question is under way
+        description="NAME:PORT of names that stand for all nodes, such as a headless service of "
+        "Kubernetes. They are resolved again and again, and all their addresses called.",
+        examples=[["deca.default.svc.cluster.local:7430"]],
+    )
     overlap: bool = Field(
         True,
         description="While blocks travel, run the next batch through the frozen layers below the "
@@ -586,7 +606,7 @@ class NetworkSettings(Section):
         "neighbour. An edge takes the smaller of its two ends' formats.",
     )
 
-    @field_validator("static_peers")
+    @field_validator("static_peers", "dns_peers")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(checked_address, value))

@@ -30,6 +30,7 @@ from deca_node.compression import Format
 from deca_node.config import Settings, Timing, is_loopback
 from deca_node.data import Example, examples, label_counts, label_token_ids, label_words, read_rows
 from deca_node.discovery import Discovery, loops_back, multicast_addresses, own_addresses
+from deca_node.dns import NamedPeers
 from deca_node.errors import (
     ConfigError,
     DecaError,
@@ -211,12 +212,14 @@ def _settings(facts: Facts) -> Check:
         f"node {facts.settings.node.name} of run {run.name}, {run.start_when} members wanted, "
         f"preset {network.preset}"
     )
-    if run.start_when > 1 and not network.zeroconf and not network.static_peers:
+    named = network.static_peers or network.dns_peers
+    if run.start_when > 1 and not network.zeroconf and not named:
         return Check(
             "settings",
             Verdict.WARN,
             f"{found}; it knows no way to find others",
-            "set network.zeroconf = true or network.static_peers, unless others name this node",
+            "set network.zeroconf = true, network.static_peers or network.dns_peers, unless others "
+            "name this node",
         )
     return Check("settings", Verdict.OK, found)
 
@@ -453,7 +456,8 @@ async def _multicast(facts: Facts) -> list[Check]:
     if not deaf:
         return [Check("multicast", Verdict.OK, f"goes round on {', '.join(places)}")]
     alone = len(deaf) == len(places)
-    needed = alone and not network.static_peers and facts.settings.run.start_when > 1
+    named = network.static_peers or network.dns_peers
+    needed = alone and not named and facts.settings.run.start_when > 1
     return [
         Check(
             "multicast",
@@ -577,7 +581,7 @@ async def _meet(facts: Facts, patience: float | None) -> list[Check]:
         changed.set,
         quiet,
     )
-    discovery = None
+    discovery = named = None
     checks = [
         Check("port", Verdict.OK, f"{settings.node.host}:{port} is free")
         if settings.node.port
@@ -586,6 +590,7 @@ async def _meet(facts: Facts, patience: float | None) -> list[Check]:
     try:
         for address in settings.network.static_peers:
             swarm.propose(address, lasting=True)
+        named = NamedPeers(settings.network.dns_peers, timing.browse, swarm.propose)
         if settings.network.zeroconf:
             try:
                 discovery = await _discover(settings, port, timing, swarm)
@@ -599,8 +604,19 @@ async def _meet(facts: Facts, patience: float | None) -> list[Check]:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(changed.wait(), 0.1)
         checks += _judge(swarm, desk.callers, facts, port, limit)
+        checks += [
+            Check(
+                "peers",
+                Verdict.WARN,
+                f"{name} has no address: {reason}",
+                "correct network.dns_peers, or mend the name server or the service of that name",
+            )
+            for name, reason in sorted(named.failing.items())
+        ]
         await swarm.goodbye(finished=False)
     finally:
+        if named is not None:
+            await named.stop()
         if discovery is not None:
             await discovery.stop()
         await swarm.close()

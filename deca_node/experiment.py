@@ -148,6 +148,7 @@ _OURS = {
     "network.zeroconf": "leave it out: simulated nodes know where the others are",
     "network.interfaces": "leave it out: simulated nodes have no network",
     "network.static_peers": "leave it out: simulated nodes know where the others are",
+    "network.dns_peers": "leave it out: simulated nodes know where the others are",
     "consensus.tolerance": "leave it out: the agreement after the last round is not simulated",
     "consensus.max_rounds": "leave it out: the agreement after the last round is not simulated",
 }

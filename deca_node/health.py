@@ -83,6 +83,7 @@ class View:
         heard_others: an announcement of any other node came.
         static: network.static_peers.
         silent: those of them that have never answered.
+        unresolved: names of network.dns_peers that have no address now, and why.
         uncallable: peers that we have called for a while, in vain.
         refusals: recent ones of callers and called that are no peers, by address.
     """
@@ -105,6 +106,7 @@ class View:
     heard_others: bool = False
     static: Sequence[str] = ()
     silent: frozenset[str] = frozenset()
+    unresolved: Mapping[str, str] = field(default_factory=dict)
     uncallable: frozenset[str] = frozenset()
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
 
@@ -120,6 +122,7 @@ def diagnose(view: View) -> list[Finding]:
         *_unreachable(view),
         *_uncallable(view),
         *_silent(view),
+        *_unresolved(view),
         *_multicast(view),
         *_clocks(view),
         *_versions(view),
@@ -268,6 +271,15 @@ def _silent(view: View) -> Iterable[Finding]:
                     f"static peer {address} has never answered; start the node there, open its "
                     "port, or correct network.static_peers",
                 )
+
+
+def _unresolved(view: View) -> Iterable[Finding]:
+    for name, reason in sorted(view.unresolved.items()):
+        yield Finding(
+            f"unresolved:{name}",
+            f"{name} has no address ({_line(reason)}); correct network.dns_peers, or mend the name "
+            "server or the service of that name",
+        )
 
 
 def _multicast(view: View) -> Iterable[Finding]:

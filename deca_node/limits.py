@@ -89,10 +89,14 @@ REFUSAL_LINES = 0.2
 REFUSAL_LINES_BURST = 50
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
+# Calls answered at once on the port that serves health checks alone: those of an orchestrator.
+MAX_HEALTH_CHECKS = 16
 # Nodes that one look at a swarm asks, whatever others say that they know.
 MAX_SURVEYED = MAX_MEMBERS
 # Watchers of WatchStatus over all connections.
 MAX_WATCHERS = 64
+# Addresses of one DNS name that are called: those of a run's members, as many as there may be.
+MAX_NAMED_ADDRESSES = MAX_MEMBERS
 # Network names seen by discovery that are kept at once.
 MAX_SIGHTINGS = MAX_CONTACTS
 # Blocks streamed at once to nodes that catch up, over all of them: two fill a link, and one node
@@ -115,6 +119,12 @@ MAX_TOKEN_BYTES = 2048
 MAX_TOKEN_ADDRESSES = 4
 # Longest certificate, or request for one, that is read: ours have 900 bytes.
 MAX_CERTIFICATE_BYTES = 4096
+# A connection that has not ended its TLS handshake by then is closed: one takes milliseconds of
+# computing and three trips.
+HANDSHAKE_SECONDS = 10
+# Connections that a node accepts at once: each member has two (one by the run's name, one by ours)
+# and may be reconnecting, and people look at status.
+MAX_CONNECTIONS = 4 * MAX_MEMBERS
 # What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
 MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
 # Callers that an inviter hears at once.

@@ -6,6 +6,7 @@ from typing import Any
 from deca_node import __version__, health
 from deca_node.config import Settings
 from deca_node.discovery import Discovery
+from deca_node.dns import NamedPeers
 from deca_node.member import Member
 
 
@@ -32,13 +33,18 @@ class Lookout:
         self._began = asyncio.get_running_loop().time()
 
     def look(
-        self, member: Member, discovery: Discovery | None, neighbours: frozenset[str] | None
+        self,
+        member: Member,
+        discovery: Discovery | None,
+        named: NamedPeers | None,
+        neighbours: frozenset[str] | None,
     ) -> None:
         """Say once what is wrong, and once when it is mended.
 
         Args:
             member: of the run.
             discovery: None where zeroconf is off, or failed.
+            named: who follows network.dns_peers.
             neighbours: those of the open visit; None before the first one.
         """
         settings, swarm = self._settings, member.swarm
@@ -66,6 +72,7 @@ class Lookout:
                 heard_others=discovery is not None and discovery.heard_others,
                 static=settings.network.static_peers,
                 silent=swarm.never_answered(settings.network.static_peers),
+                unresolved=named.failing if named is not None else {},
                 uncallable=swarm.uncallable(),
                 refusals=swarm.refusals,
             )

@@ -35,6 +35,7 @@ from deca_node.data import (
 )
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
+from deca_node.dns import NamedPeers
 from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
 from deca_node.evaluation import evaluate
 from deca_node.events import Heard, Ring
@@ -99,7 +100,11 @@ class Node:
             keyring = Keyring.of_run(settings.trust_folder(), settings.run.name)
             self._guard = Guard(keyring, settings.node.name, settings.trust.allow)
         self._transport = transport or GrpcTransport(
-            settings.node.host, settings.node.port, self._guard, self.timing.step_deadline
+            settings.node.host,
+            settings.node.port,
+            self._guard,
+            patience=self.timing.step_deadline,
+            health_port=settings.node.health_port,
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
         self._standing = Standing(settings, log, ring)
@@ -111,6 +116,7 @@ class Node:
         self._watchers = 0
         self._member: Member | None = None
         self._discovery: Discovery | None = None
+        self._named: NamedPeers | None = None
         self._left = False
         self._history: History | None = None
         self._measurements = Measurements()
@@ -153,7 +159,8 @@ class Node:
             except Stopped:
                 return False
             finally:
-                self._enter(Phase.DONE if self._standing.phase == Phase.SERVING else Phase.STOPPING)
+                ended = self._standing.phase in (Phase.SERVING, Phase.DONE)
+                self._enter(Phase.DONE if ended else Phase.STOPPING)
 
     def stop(self) -> None:
         """End the run soon, its state saved (SIGTERM, SIGINT)."""
@@ -232,6 +239,7 @@ class Node:
                 "this run is finished; set node.output to a new folder to run again",
                 model=str(settings.node.output / "model"),
             )
+            await self._stay()
             return True
 
         batches = BatchStream(
@@ -323,6 +331,7 @@ class Node:
                 self._log.info("stopped in the agreement, state saved")
                 return False
         await self._finish(member, kept, model, test, completions, counts, agreement)
+        await self._stay()
         return True
 
     def _is_agreement_due(self) -> bool:
@@ -467,6 +476,14 @@ class Node:
         note = {"note": model.note} if model.note else {}
         self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1), **note)
 
+    async def _stay(self) -> None:
+        """Where that is wanted, answer status until a signal: the run is finished."""
+        if self.settings.node.stay:
+            await self._leave()
+            self._enter(Phase.DONE)
+            self._standing.waiting_for = "a signal to end"
+            await self._stopping.wait()
+
     async def _until_there_is_room(self, write: Callable[[], None]) -> None:
         """Write what the run was for; a full disk is waited for, as nothing else is left to do.
 
@@ -560,6 +577,9 @@ class Node:
             member.swarm.propose(address, lasting=True)
         for address in met_before.values():
             member.swarm.propose(address, lasting=True)
+        self._named = NamedPeers(
+            settings.network.dns_peers, self.timing.browse, member.swarm.propose
+        )
         if settings.network.zeroconf:
             await self._discover(member, port)
 
@@ -580,7 +600,7 @@ class Node:
         try:
             await discovery.start()
         except ListenError as error:
-            if not settings.network.static_peers:
+            if not settings.network.static_peers and not settings.network.dns_peers:
                 raise
             self._standing.warn(str(error))
             return
@@ -588,14 +608,16 @@ class Node:
 
     async def _leave(self) -> None:
         """Take leave of peers and discovery; does nothing the second time."""
-        member, discovery = self._member, self._discovery
-        self._discovery = None
+        member, discovery, named = self._member, self._discovery, self._named
+        self._discovery = self._named = None
         if member is None or self._left:
             return
         self._left = True
         ends = [member.leave(finished=self._standing.progress.finished)]
         if discovery is not None:
             ends.append(discovery.stop())
+        if named is not None:
+            ends.append(named.stop())
         await asyncio.gather(*ends, return_exceptions=True)
 
     async def _evaluate(
@@ -658,7 +680,7 @@ class Node:
                 self._member.swarm.sweep()
                 standing = self._standing
                 met = frozenset(standing.edges.weights) if standing.visit is not None else None
-                self._lookout.look(self._member, self._discovery, met)
+                self._lookout.look(self._member, self._discovery, self._named, met)
             if self._upkeep is not None and not self._left:
                 self._upkeep.look(self._member)
             self._tell()

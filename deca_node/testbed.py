@@ -162,7 +162,12 @@ def base_settings(plan: Plan, out: Path, preset: str = "local") -> Settings:
             "output": out,
         },
         "run": {"name": own_name(settings.run.name, out), "start_when": plan.nodes},
-        "network": {"zeroconf": True, "interfaces": ("127.0.0.1",), "static_peers": ()},
+        "network": {
+            "zeroconf": True,
+            "interfaces": ("127.0.0.1",),
+            "static_peers": (),
+            "dns_peers": (),
+        },
         "model": {
             "path": settings.model.path.absolute(),
             "cache": settings.model.cache.absolute(),

@@ -13,6 +13,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterator,
     Mapping,
     Sequence,
@@ -52,6 +53,7 @@ from deca_node.limits import (
     MAX_CALLS,
     MAX_CALLS_PER_ADDRESS,
     MAX_CONNECTIONS,
+    MAX_HEALTH_CHECKS,
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
     MAX_REASON_BYTES,
@@ -656,6 +658,7 @@ class GrpcTransport:
         port: 0 takes a free one.
         guard: whom it believes; without one nothing is encrypted, and anybody is anybody.
         patience: seconds that a reader may take for one message of a stream.
+        health_port: where the health service answers besides, alone and always in plain text.
     """
 
     def __init__(
@@ -664,12 +667,15 @@ class GrpcTransport:
         port: int,
         guard: Guard | None = None,
         patience: float = 60.0,
+        health_port: int | None = None,
     ) -> None:
         self._host, self._port = host, port
         self._guard = guard
         self._patience = patience
+        self._health_port = health_port
         self._server: grpc.aio.Server | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._health_server: grpc.aio.Server | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         self._health = health.aio.HealthServicer()
 
     async def listen(
@@ -682,7 +688,11 @@ class GrpcTransport:
         """See Transport."""
         begin = partial(self._serve, handler, status, control, socket)
         port = await begin(self._port)
-        self._keeper = asyncio.create_task(self._keep_serving(begin, port))
+        self._keep_serving(lambda: self._server, partial(begin, port))
+        if self._health_port is not None:
+            await self._serve_health(self._health_port)
+            again = partial(self._serve_health, self._health_port)
+            self._keep_serving(lambda: self._health_server, again)
         return port
 
     async def _serve(
@@ -727,11 +737,22 @@ class GrpcTransport:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(found)
 
-    async def _keep_serving(self, begin: Callable[[int], Awaitable[int]], port: int) -> None:
+    def _keep_serving(
+        self,
+        server: Callable[[], grpc.aio.Server | None],
+        serve: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
+        self._keepers.append(asyncio.create_task(self._serve_anew(server, serve)))
+
+    @staticmethod
+    async def _serve_anew(
+        server: Callable[[], grpc.aio.Server | None],
+        serve: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
         """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
-        while self._server is not None:
+        while (current := server()) is not None:
             try:
-                await self._server.wait_for_termination()
+                await current.wait_for_termination()
             except UnicodeDecodeError as error:
                 _log.warning(
                     "a caller's path ended the server, which begins anew: %s", error.reason
@@ -740,10 +761,32 @@ class GrpcTransport:
                 return
             while True:
                 try:
-                    await begin(port)
+                    await serve()
                     break
                 except ListenError:  # the one that has ended may not have let go of it yet
                     await asyncio.sleep(RELISTEN_SECONDS)
+
+    async def _serve_health(self, port: int) -> int:
+        """For those who have no certificate, such as a kubelet: whether this node serves."""
+        check = grpc.unary_unary_rpc_method_handler(
+            self._health.Check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        server = grpc.aio.server(options=_SERVER, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
+        )
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            found = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            found = 0
+        if found == 0:
+            raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
+        await server.start()
+        self._health_server = server
+        return int(found)
 
     def link(self, address: str) -> GrpcLink:
         """See Transport."""
@@ -752,13 +795,14 @@ class GrpcTransport:
     async def close(self, grace: float) -> None:
         """See Transport."""
         await self._health.enter_graceful_shutdown()
-        if self._server is None or self._keeper is None:
-            return
-        with suppress(UnicodeDecodeError):  # what ended it, once more
-            await self._server.stop(grace)
+        for server in (self._health_server, self._server):
+            if server is not None:
+                with suppress(UnicodeDecodeError):  # what ended it, once more
+                    await server.stop(grace)
         # Only now: who is cancelled while it waits for a server's end takes that end with it.
-        self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
 
 
 def _host_of(peer: str) -> str:

@@ -2,16 +2,20 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
 
+import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from deca_node.pb import node_pb2 as pb
 from tests.cluster.daemons import DEADLINE
 from tests.tiny import make_model
 
@@ -37,6 +41,13 @@ def make(daemon, model):
         return daemon(name, rows, *common, *settings)
 
     return factory
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def weights(daemon):
@@ -165,3 +176,25 @@ def test_status_verbs_show_a_running_node(make):
     gone = verb("status", address)
     assert gone.returncode == 3
     assert len(gone.stderr.strip().splitlines()) == 1
+
+
+def test_a_node_that_stays_answers_health_until_a_signal(make, free_port):
+    """On a port of its own; its run is finished, and it is so again after another start."""
+    daemon = make(
+        "staying",
+        *("run.start_when=1", "network.zeroconf=false", "schedule.steps=4"),
+        *("node.stay=true", f"node.health_port={free_port}"),
+    )
+    for _ in range(2):
+        daemon.start().until(lambda s: s.phase == pb.PHASE_DONE)
+        with grpc.insecure_channel(f"127.0.0.1:{free_port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            ask = channel.unary_unary("/deca.v1.Status/GetStatus")
+            with pytest.raises(grpc.RpcError) as refused:
+                ask(b"", timeout=DEADLINE)
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED  # it serves nothing else
+        daemon.end(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert (daemon.output / "model" / "model.safetensors").exists()

@@ -97,6 +97,11 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
             "static peer h:2 has never answered",
         ),
         ({"static": ["h:2"], "silent": frozenset({"h:2"}), "looking": 14.0}, None, ""),
+        (
+            {"unresolved": {"swarm:7430": "Name or service not known"}},
+            "unresolved:swarm:7430",
+            "swarm:7430 has no address (Name or service not known); correct network.dns_peers",
+        ),
         # multicast
         ({"heard_itself": False}, "multicast", "network.interfaces"),
         ({"heard_itself": False, "heard_others": True}, None, ""),

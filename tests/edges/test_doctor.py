@@ -173,6 +173,17 @@ async def test_nobody_there_is_a_warning(words):
     assert verdicts(checks, "peer") == [Verdict.WARN]
 
 
+async def test_a_name_without_an_address_is_a_warning(words):
+    """With what the resolver said; where a name has one, whoever is there is called."""
+    checks = await look(words, 'network.dns_peers=["no-such-name.invalid:9"]', patience=1.0)
+    assert any(
+        check.verdict == Verdict.WARN and "no-such-name.invalid:9 has no address" in check.found
+        for check in by_name(checks)["peers"]
+    )
+    checks = await look(words, 'network.dns_peers=["localhost:9"]', patience=1.0)
+    assert not any("has no address" in check.found for check in by_name(checks)["peers"])
+
+
 async def test_a_port_of_another_program_fails(words):
     """With the setting to change."""
     with socket.socket() as other:

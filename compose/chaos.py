@@ -1,0 +1,179 @@
+"""What the chaos profile does to the nodes of docker-compose.yml, through the engine's socket.
+
+The faults are those of `deca-node chaos`, drawn in deca_node/faults.py: a node is killed, paused,
+taken off the network or restarted every few seconds, never all of them at once. It ends well when
+every node is healthy again, or has finished its run.
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from deca_node import faults
+from deca_node.faults import Fault, Kind, Standing
+
+SOCKET = "/var/run/docker.sock"
+API = "/v1.41"  # Docker 20.10, of 2020, and all after it
+CALL_SECONDS = 60.0
+RECOVERY_SECONDS = 180.0
+IS_NODE = re.compile(r"(node|static|gpu)-[0-9]+")
+
+
+class Engine:
+    """The few calls of the engine's HTTP interface that chaos needs."""
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """Make a call.
+
+        Raises:
+            OSError: there is no engine, or it said no.
+        """
+        connection = http.client.HTTPConnection("engine", timeout=CALL_SECONDS)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(CALL_SECONDS)
+        connection.sock.connect(SOCKET)
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, API + path, payload, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            content = answer.read()
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            raise OSError(f"{method} {path}: {answer.status} {content.decode()}")
+        return json.loads(content) if content else None
+
+
+@dataclass
+class Node:
+    """A container as the engine shows it; ``state`` is healthy, starting, finished or failed."""
+
+    name: str
+    container: str
+    state: str
+    networks: dict[str, list[str]]
+
+
+def look(engine: Engine, project: str) -> dict[str, Node]:
+    """The nodes of a compose project by their service's name."""
+    wanted = quote(json.dumps({"label": [f"com.docker.compose.project={project}"]}))
+    found = {}
+    for row in engine.call("GET", f"/containers/json?all=1&filters={wanted}"):
+        name = row["Labels"]["com.docker.compose.service"]
+        if IS_NODE.fullmatch(name):
+            details = engine.call("GET", f"/containers/{row['Id']}/json")
+            state = details["State"]
+            if state["Status"] == "exited":
+                shown = "failed" if state["ExitCode"] else "finished"
+            else:
+                healthy = state.get("Health", {}).get("Status") == "healthy"
+                shown = "healthy" if healthy else "starting"
+            networks = {
+                network: [alias for alias in end["Aliases"] or [] if alias != row["Id"][:12]]
+                for network, end in details["NetworkSettings"]["Networks"].items()
+            }
+            found[name] = Node(name, row["Id"], shown, networks)
+    return found
+
+
+def hurt(engine: Engine, fault: Fault, node: Node) -> None:
+    """Do it."""
+    at = f"/containers/{node.container}"
+    match fault.kind:
+        case Kind.KILL:
+            engine.call("POST", f"{at}/kill?signal=SIGKILL")
+        case Kind.FREEZE:
+            engine.call("POST", f"{at}/pause")
+        case Kind.RESTART:
+            engine.call("POST", f"{at}/restart?t=30")
+        case _:
+            body = {"Container": node.container}
+            for network in node.networks:
+                engine.call("POST", f"/networks/{network}/disconnect", body)
+
+
+def heal(engine: Engine, fault: Fault, node: Node) -> None:
+    """Undo it."""
+    at = f"/containers/{node.container}"
+    match fault.kind:
+        case Kind.KILL:
+            engine.call("POST", f"{at}/start")
+        case Kind.FREEZE:
+            engine.call("POST", f"{at}/unpause")
+        case Kind.CUT:
+            for network, aliases in node.networks.items():
+                settings = {"Aliases": aliases}  # by which others call it
+                body = {"Container": node.container, "EndpointConfig": settings}
+                engine.call("POST", f"/networks/{network}/connect", body)
+
+
+def say(**what: Any) -> None:
+    """A line of the log."""
+    print(json.dumps(what), flush=True)
+
+
+def disturb(engine: Engine, project: str, seconds: float, seed: int) -> None:
+    """Hurt nodes for a while; whatever happens, none is left hurt."""
+    draw = random.Random(seed)
+    began = time.monotonic()
+    under: dict[str, tuple[float, Fault, Node]] = {}
+    next_at = 0.0
+    try:
+        while (now := time.monotonic() - began) < seconds or under:
+            for name, (until, fault, node) in list(under.items()):
+                if now >= until:
+                    del under[name]
+                    heal(engine, fault, node)
+                    say(at=round(now, 1), healed=name, of=fault.kind)
+            if next_at <= now < seconds:
+                next_at = now + faults.pause(draw)
+                nodes = look(engine, project)
+                free = {n: node for n, node in nodes.items() if n not in under}
+                standing = Standing(
+                    tuple(sorted(n for n, node in free.items() if node.state == "healthy")),
+                    tuple(sorted(n for n, node in free.items() if node.state == "starting")),
+                    faulty=tuple(under),
+                )
+                fault, _ = faults.next_fault(draw, standing, now, seconds)
+                if fault is not None:
+                    say(at=round(now, 1), fault=fault.kind, node=fault.node, seconds=fault.seconds)
+                    under[fault.node] = (now + fault.seconds, fault, nodes[fault.node])
+                    hurt(engine, fault, nodes[fault.node])
+            time.sleep(0.2)
+    finally:
+        for _, fault, node in under.values():
+            heal(engine, fault, node)
+
+
+def main() -> None:
+    """Exit code 10 when a node does not come back."""
+    # As the first process of a container it has no default handler; what is hurt is healed first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    project = os.environ["PROJECT"]
+    engine = Engine()
+    if not look(engine, project):
+        sys.exit(f"chaos: project {project} has no nodes; start them first")
+    disturb(engine, project, 60 * float(os.environ["MINUTES"]), int(os.environ["SEED"]))
+    limit = time.monotonic() + RECOVERY_SECONDS
+    while True:
+        states = {name: node.state for name, node in look(engine, project).items()}
+        if set(states.values()) <= {"healthy", "finished"}:
+            say(verdict="all back", nodes=states)
+            return
+        if time.monotonic() > limit:
+            say(verdict="not all back", nodes=states)
+            sys.exit(10)
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Exit code 0 when the node in this container serves, by its gRPC health service."""
+
+import os
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+with grpc.insecure_channel(f"127.0.0.1:{os.environ['DECA_NODE__HEALTH_PORT']}") as channel:
+    try:
+        reply = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=25
+        )
+    except grpc.RpcError as error:
+        sys.exit(f"no answer: {error.code().name}")
+if reply.status != health_pb2.HealthCheckResponse.SERVING:
+    sys.exit(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
