@@ -23,8 +23,10 @@ demo: .venv/demo.stamp
 	$(BIN)/python examples/bbc_demo.py $(if $(ISOLATED),--isolated) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(OUT),--out $(OUT))
 
+# What needs no whole daemons runs on all cores, those after it one by one.
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile tests/core tests/edges tests/fuzz
+	$(BIN)/pytest -m "not slow" tests/cluster tests/containers
 
 # Minutes each: the demo held against the README, hosts on a network that fails, containers,
 # chaos, and hundreds of random fault schedules.
