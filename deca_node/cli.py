@@ -25,6 +25,7 @@ from deca_node import (
     __version__,
     access,
     cli_dashboard,
+    cli_lab,
     cli_service,
     cli_swarm,
     cli_watch,
@@ -59,6 +60,8 @@ app.command("install-service")(cli_service.install_service)
 
 app.add_typer(cli_swarm.app, name="swarm")
 cli_watch.register(app, cli_swarm.app)
+app.command()(cli_lab.profile)
+app.command()(cli_lab.answer)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; `deca-node init` writes one.")

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import filelock
 import torch
@@ -209,11 +209,7 @@ class Tokenizer:
             ValueError: the template refuses these messages, or shows a message otherwise once
                 others follow it, so that it cannot be told apart.
         """
-        if self.hf.chat_template is None:
-            raise ModelError(
-                f"{self._path}: has no chat template; use the model's instruction-tuned version,"
-                ' put a chat_template.jinja in its folder, or set data.task = "text"'
-            )
+        self._require_template()
         whole = self._render(messages)
         segments = []
         end = 0
@@ -236,11 +232,39 @@ class Tokenizer:
         segments.append((whole[end:], False))
         return [(self.encode(text), flag) for text, flag in segments if text]
 
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's turn begins.
+
+        Raises:
+            ModelError: the model has no chat template, or it refuses these messages.
+        """
+        self._require_template()
+        try:
+            return self.encode(self._render(messages, add_generation_prompt=True))
+        except ValueError as error:
+            raise ModelError(f"{self._path}: its chat template refuses: {error}") from None
+
+    def _require_template(self) -> None:
+        if self.hf.chat_template is None:
+            raise ModelError(
+                f"{self._path}: has no chat template; use the model's instruction-tuned version,"
+                ' put a chat_template.jinja in its folder, or set data.task = "text"'
+            )
+
     def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
         try:
             return str(self.hf.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # noqa: BLE001 - a template is a program of the model's author
             raise ValueError(_first_line(error)) from None
+
+
+class _Untokenized(Tokenizer):
+    """Of a model without one, whose batches are made of numbers."""
+
+    def __init__(self) -> None:
+        self.hf = None
+        self.bos_id = self.eos_id = None
+        self.pad_id = 0
 
 
 class Addition(Protocol):
@@ -347,6 +371,55 @@ class LanguageModel:
             ) from None
         model = cls(module, tokenizer, device, path)
         if settings.gradient_checkpointing:
+            model._checkpoint_layers()
+        return model
+
+    @classmethod
+    def untrained(
+        cls,
+        config: Path,
+        device: torch.device,
+        dtype: str,
+        *,
+        layers: int | None = None,
+        checkpointing: bool = False,
+    ) -> Self:
+        """An architecture with random weights and no tokenizer, to see what it costs.
+
+        Args:
+            config: its config.json, or a folder that has one.
+            device: where it is made; ``meta`` makes shapes alone.
+            dtype: of the weights: bf16, fp16 or fp32.
+            layers: as many decoder layers; all when not given.
+            checkpointing: activations are computed again in the backward pass.
+
+        Raises:
+            ModelError: it is no configuration of a causal language model, has fewer layers, or does
+                not fit into memory.
+        """
+        file = config / "config.json" if config.is_dir() else config
+        transformers = _transformers()
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if layers is not None:
+                deepest, tree["num_hidden_layers"] = int(tree["num_hidden_layers"]), layers
+                tree.pop("layer_types", None)  # transformers lists them anew
+            kind = transformers.AutoConfig.for_model(tree.pop("model_type"), **tree)
+            with _LOADING, device:
+                module = transformers.AutoModelForCausalLM.from_config(kind, dtype=DTYPES[dtype])
+        except OSError as error:
+            raise ModelError(f"{file}: cannot be read: {error.strerror or error}") from None
+        except (torch.OutOfMemoryError, MemoryError):
+            raise ModelError(
+                f"{file}: does not fit into the memory of {device}; take fewer layers"
+            ) from None
+        except Exception as error:  # noqa: BLE001 - it raises whatever its many readers raise
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise ModelError(f"{file}: no configuration of a causal model ({reason})") from None
+        if layers is not None and not 1 <= layers <= deepest:
+            raise ModelError(f"{file}: has {deepest} layers, not {layers}")
+        model = cls(module, _Untokenized(), device, file)
+        if checkpointing:
             model._checkpoint_layers()
         return model
 
@@ -487,25 +560,52 @@ class LanguageModel:
             logits = self._forward(batch, positions)
         if not self._keeps_logits:
             logits = logits[:, positions.to(self.device)]
-        chosen = logits[wanted[:, positions].to(self.device)]
+        # By index, not by a mask on the device: its size is known without waiting for the device.
+        rows, columns = wanted[:, positions].nonzero(as_tuple=True)
+        chosen = logits[rows.to(self.device), columns.to(self.device)]
         return chosen.float(), labels[wanted].to(self.device)
 
     def _forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
         """Logits, only at these positions where the model can be told so."""
-        keep: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = {}
         if positions is not None and self._keeps_logits:
-            keep["logits_to_keep"] = positions.to(self.device)
+            given["logits_to_keep"] = positions.to(self.device)
+        mask = batch.attention_mask.to(self.device)
+        if self.device.type == "meta":  # no values to make a causal mask from: one in full
+            mask = torch.ones(len(mask), 1, *2 * mask.shape[1:], dtype=torch.bool, device="meta")
         logits: Tensor = self.module(
             input_ids=batch.input_ids.to(self.device),
-            attention_mask=batch.attention_mask.to(self.device),
+            attention_mask=mask,
             use_cache=False,
-            **keep,
+            **given,
         ).logits
         return logits
 
     def loss(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
         """Mean cross entropy over the batch's trained tokens: a float32 scalar, NaN without any."""
         return nn.functional.cross_entropy(*self.predictions(batch, prefix))
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> str:
+        """What the model says next in a conversation, decoded greedily.
+
+        Args:
+            messages: of ``role`` and ``content``; the last is the user's.
+            max_tokens: of the answer, at most.
+
+        Raises:
+            ModelError: the model has no chat template, or it refuses the conversation.
+        """
+        ids = torch.tensor([self.tokenizer.prompt(messages)], device=self.device)
+        with torch.no_grad():
+            whole = self.module.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                pad_token_id=self.tokenizer.pad_id,
+            )
+        said: str = self.tokenizer.hf.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+        return said.strip()
 
     def config_digest(self) -> str:
         """xxh3_128 of what defines the architecture: equal on all nodes that train one model."""

@@ -292,7 +292,7 @@ def _csv(headings: Sequence[str], rows: Any) -> str:
 
 def panels(groups: Sequence[Group]) -> dict[str, dict[str, Group]]:
     """Title -> label of a line -> its cells: few lines a panel, told apart by their settings."""
-    keys = _keys(groups)
+    keys = _telling(groups)
     split: list[str] = []
     while len(split) < len(keys) - 1:
         most = max(_sizes(groups, split).values())
@@ -305,6 +305,23 @@ def panels(groups: Sequence[Group]) -> dict[str, dict[str, Group]]:
         title = _named(group, split)
         found.setdefault(title, {})[_named(group, lines) or "all"] = group
     return found
+
+
+def _telling(groups: Sequence[Group]) -> list[str]:
+    """The settings that it takes to tell the groups apart.
+
+    Those go first that not all groups have, as a method's own; the method itself goes last.
+    """
+    keys = _keys(groups)
+
+    def worth(key: str) -> tuple[bool, bool]:
+        return key == "run.method", all(key in group.values for group in groups)
+
+    for key in sorted(keys, key=worth):
+        fewer = [each for each in keys if each != key]
+        if len({_named(group, fewer) for group in groups}) == len(groups):
+            keys = fewer
+    return keys
 
 
 def _sizes(groups: Sequence[Group], split: Sequence[str]) -> dict[str, int]:

@@ -14,7 +14,6 @@ from deca_node import access, status
 from deca_node.config import checked_address
 from deca_node.errors import DecaError
 from deca_node.limits import MAX_ADDRESS_BYTES, MAX_SURVEYED
-from deca_node.membership import State
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import ask_status
 
@@ -73,7 +72,7 @@ class Edge:
     def healthy(self) -> bool:
         """Whether both ends that were asked find the other alive and use the edge."""
         told = [weight for weight in self.weights if weight is not None]
-        return all(told) and all(state in ("", State.ALIVE) for state in self.states)
+        return all(told) and all(state in ("", "alive") for state in self.states)
 
 
 async def walk(begin: Iterable[str], trust: Path | None = None, ask: Ask | None = None) -> Survey:
@@ -117,7 +116,7 @@ async def walk(begin: Iterable[str], trust: Path | None = None, ask: Ask | None 
             met.add((now.run, now.node))
             asked.add(now.address)
             for peer in now.peers:
-                if peer.state != State.REFUSED:
+                if peer.state != "refused":
                     following.setdefault(peer.address, (now.run, peer.node))
         new = [a for a, who in following.items() if a not in asked and who not in met]
         room = max(0, MAX_SURVEYED - len(asked))
@@ -206,7 +205,7 @@ def cells(edge: Edge) -> list[Text]:
     same = len(set(told)) < 2
     weights = told[0] if same else "/".join(told)
     seen = sorted({state for state in edge.states if state})
-    style = "green" if edge.healthy else "yellow" if State.ALIVE in seen else "red"
+    style = "green" if edge.healthy else "yellow" if "alive" in seen else "red"
     return [
         Text(f"{plain(edge.ends[0])} — {plain(edge.ends[1])}"),
         Text(weights, "" if same else "yellow"),

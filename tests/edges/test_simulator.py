@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from typing import get_args
 
 import pytest
 import structlog
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from deca_node import experiment, virtual_time
 from deca_node.cli import main
-from deca_node.config import load
+from deca_node.config import Method, has, load
 from deca_node.errors import OutputError
 from deca_node.laboratory import Laboratory, read_cell
 from deca_node.models import LanguageModel
@@ -58,10 +59,16 @@ def toml(value):
     return json.dumps(value)
 
 
-def prepare(folder, nodes, text, **schedule):
+def settings_of(method):
+    """Those of SETTINGS that the method has."""
+    return {key: value for key, value in SETTINGS.items() if has(method, key)}
+
+
+def prepare(folder, nodes, text, method="deca", **schedule):
     """An experiment of one cell and its laboratory."""
     changed = {f"schedule.{key}": value for key, value in schedule.items()}
-    lines = [f"{key} = {toml(value)}" for key, value in {**SETTINGS, **changed}.items()]
+    chosen = {**settings_of(method), "run.method": method, **changed}
+    lines = [f"{key} = {toml(value)}" for key, value in chosen.items()]
     path = folder / "experiment.toml"
     path.write_text(
         "\n".join(
@@ -80,9 +87,9 @@ def prepare(folder, nodes, text, **schedule):
     return found, Laboratory(found, out)
 
 
-def simulate(folder, nodes, text="", **schedule):
+def simulate(folder, nodes, text="", method="deca", **schedule):
     """The simulation after its end, and the rows that it told."""
-    found, laboratory = prepare(folder, nodes, text, **schedule)
+    found, laboratory = prepare(folder, nodes, text, method, **schedule)
     rows = []
     material, _ = laboratory._material(found.cells[0])
     simulation = Simulation(found.cells[0], material, rows.append)
@@ -99,13 +106,14 @@ def losses(rows):
     return found
 
 
-async def run_real(folder, out, nodes, text):
+async def run_real(folder, out, nodes, text, method="deca"):
     """The same nodes as daemons are made, over gRPC; their histories."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(nodes)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
         one.close()
-    common = [f"{key}={toml(value)}" for key, value in SETTINGS.items()]
+    chosen = {**settings_of(method), "run.method": method}
+    common = [f"{key}={toml(value)}" for key, value in chosen.items()]
     swarm = [
         Node(
             load(
@@ -143,12 +151,31 @@ async def run_real(folder, out, nodes, text):
     }
 
 
-async def test_two_simulated_nodes_do_what_two_real_ones_do_to_the_last_bit(folder, tmp_path):
+@pytest.mark.parametrize("method", get_args(Method))
+async def test_two_simulated_nodes_do_what_two_real_ones_do_to_the_last_bit(
+    folder, tmp_path, method
+):
     """Same settings, same shards, real gRPC: no difference in any loss or any weight."""
-    real = await run_real(folder, tmp_path, 2, ['topology.kind="full"'])
-    simulation, rows = await asyncio.to_thread(simulate, folder, 2, 'topology.kind = "full"')
+    if has(method, "lora"):
+        pytest.importorskip("peft", reason="the extra [lora] is not installed")
+    real = await run_real(folder, tmp_path, 2, ['topology.kind="full"'], method)
+    simulation, rows = await asyncio.to_thread(
+        simulate, folder, 2, 'topology.kind = "full"', method
+    )
     assert losses(rows) == real
-    assert len(real["node-0"]) == ROUNDS * 2 * STEPS
+    blocks = simulation.material.schedule.blocks
+    assert len(real["node-0"]) == ROUNDS * len(blocks) * STEPS
+    if has(method, "lora") or has(method, "adapter"):
+        # An exported folder has them merged, or beside it; the state has them as they are.
+        for node in simulation.nodes:
+            state = tmp_path / node.name / "state"
+            manifest = json.loads((state / "manifest.json").read_text())
+            kept = load_file(state / manifest["blocks"]["0"]["file"])
+            tensors = node.model.block_tensors(range(node.model.n_layers))
+            assert tensors
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, kept[name]), (node.name, name)
+        return
     for node in simulation.nodes:
         exported = load_file(tmp_path / node.name / "model" / "model.safetensors")
         for layers in simulation.material.schedule.blocks:

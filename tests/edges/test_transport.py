@@ -245,4 +245,4 @@ async def test_health_and_reflection_work_without_our_protos():
 
         services, described = await asyncio.to_thread(reflect)
         assert {"deca.v1.Peer", "deca.v1.Status", "grpc.health.v1.Health"} <= services
-        assert described == {"Peer", "Status"}
+        assert described == {"Control", "Peer", "Status"}

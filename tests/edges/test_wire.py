@@ -147,7 +147,8 @@ def test_more_values_than_the_block_has_are_refused(messages):
             ).encode(),
             "shape",
         ),
-        (b"[" * 100_000, "header"),
+        (b"[" * 1_000, "header"),
+        (b"[" * 100_000, "too_long"),
     ],
 )
 def test_foreign_headers_are_refused(text, reason):

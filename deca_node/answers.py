@@ -1,0 +1,136 @@
+"""Answers of a model to questions, in the format that MT-Bench's judges read.
+
+Questions and answers are FastChat's, JSON Lines both: a question has ``question_id`` and ``turns``,
+what a user says one after the other; an answer has ``question_id``, ``answer_id``, ``model_id``,
+``choices`` (one, with the model's turns) and ``tstamp``.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deca_node import houlsby
+from deca_node.config import ModelSettings
+from deca_node.data import read_rows
+from deca_node.disk import translated
+from deca_node.errors import DataError, OutputError
+from deca_node.models import LanguageModel, pick_device
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        id: its number or name.
+        turns: what the user says, one after the other; at least one.
+    """
+
+    id: int | str
+    turns: Sequence[str]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a file of questions.
+
+    Raises:
+        DataError: naming the file and the question.
+    """
+    found: dict[int | str, Question] = {}
+    for number, row in enumerate(read_rows(path), start=1):
+        where = f"{path}, question {number}"
+        name, turns = row.get("question_id"), row.get("turns")
+        if not isinstance(name, int | str) or isinstance(name, bool):
+            raise DataError(f"{where}: question_id must be a number or a string")
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
+            raise DataError(f"{where}: turns must be a list of strings, at least one")
+        if name in found:
+            raise DataError(f"{where}: question_id {name!r} is there twice")
+        found[name] = Question(name, turns)
+    return list(found.values())
+
+
+def write(
+    folder: Path,
+    questions: Path,
+    to: Path,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    max_tokens: int = 512,
+    tell: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Let a model answer all questions that the file has no answers to yet.
+
+    Each answer is written as it is there, so that an interrupted call is gone on with by the same
+    call. Decoding is greedy: the same model gives the same answers.
+
+    Args:
+        folder: an exported model.
+        questions: see :func:`read_questions`.
+        to: file of answers, made or gone on with.
+        name: the model's, for the judge; that of the folder when not given.
+        device: as ``node.device``.
+        max_tokens: of one turn's answer, at most.
+        tell: called with how far it is.
+
+    Returns:
+        How many answers were added.
+
+    Raises:
+        DataError: the questions cannot be used.
+        ModelError: the model cannot be loaded, or has no chat template.
+        OutputError, DiskFullError: the answers cannot be written, or are another model's.
+    """
+    asked = read_questions(questions)
+    who = name or folder.resolve().name
+    done = _answered(to, who)
+    left = [question for question in asked if question.id not in done]
+    model = LanguageModel.load(ModelSettings(path=folder), pick_device(device))
+    if (folder / houlsby.FILE).exists():
+        houlsby.attach(model.module, folder)
+    with translated(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with to.open("a", encoding="utf-8") as file:
+            for number, question in enumerate(left, start=1):
+                answer = {
+                    "question_id": question.id,
+                    "answer_id": uuid.uuid4().hex,
+                    "model_id": who,
+                    "choices": [{"index": 0, "turns": _conversation(model, question, max_tokens)}],
+                    "tstamp": time.time(),
+                }
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                file.flush()
+                tell(f"answered {len(asked) - len(left) + number} of {len(asked)}")
+    return len(left)
+
+
+def _conversation(model: LanguageModel, question: Question, max_tokens: int) -> list[str]:
+    said: list[dict[str, str]] = []
+    for turn in question.turns:
+        said.append({"role": "user", "content": turn})
+        said.append({"role": "assistant", "content": model.answer(said, max_tokens)})
+    return [message["content"] for message in said[1::2]]
+
+
+def _answered(to: Path, who: str) -> set[int | str]:
+    """Questions that the file has answers to."""
+    if not to.exists() or not to.stat().st_size:
+        return set()
+    try:
+        rows = read_rows(to)
+        others = {row["model_id"] for row in rows} - {who}
+        done = {row["question_id"] for row in rows}
+    except (DataError, LookupError, TypeError) as error:
+        raise OutputError(
+            f"{to}: holds something else than answers ({error}); move it away"
+        ) from None
+    if others:
+        raise OutputError(
+            f"{to}: holds answers of {min(others)}, not of {who}; choose another file"
+        )
+    return done
