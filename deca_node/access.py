@@ -1,4 +1,4 @@
-"""With what a person's verb asks a node: certificates where the node wants them."""
+"""Which nodes a person's verb asks, and with what: certificates where a node wants them."""
 
 import asyncio
 import ssl
@@ -6,13 +6,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deca_node import identity, registry
-from deca_node.config import default_trust_folder
-from deca_node.errors import TrustError, UnreachableError
+from deca_node.config import checked_address, default_trust_folder
+from deca_node.errors import ConfigError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.transport import Credentials
 
 PROBE_SECONDS = 3.0
+
+
+def targets(given: str | None) -> list[str]:
+    """The address that was given, or those of this machine's nodes.
+
+    Raises:
+        ConfigError: it is not HOST:PORT.
+        UnreachableError: none was given, and no node runs here.
+    """
+    if given is not None:
+        try:
+            return [checked_address(given)]
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    found = [entry.target for entry in registry.local_nodes()]
+    if not found:
+        raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
+    return found
 
 
 async def credentials(

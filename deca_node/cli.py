@@ -30,11 +30,10 @@ from deca_node import (
     cli_swarm,
     cli_watch,
     logs,
-    registry,
     status,
     template,
 )
-from deca_node.config import checked_address, load
+from deca_node.config import load
 from deca_node.errors import (
     CheckError,
     ConfigError,
@@ -233,7 +232,7 @@ def show_status(
     trust: TrustOption = None,
 ) -> None:
     """Show what a node, or all nodes of this machine, are doing."""
-    where = _addresses(address)
+    where = access.targets(address)
     single = address is not None
     asyncio.run(_show(where, trust, as_json=as_json, single=single, watch=watch))
 
@@ -243,7 +242,7 @@ def peers(
     address: AddressArgument = None, as_json: JsonOption = False, trust: TrustOption = None
 ) -> None:
     """Show what a node, or each node of this machine, knows of its peers."""
-    found = asyncio.run(_ask(_addresses(address), trust))
+    found = asyncio.run(_ask(access.targets(address), trust))
     if as_json:
         nodes = [
             {
@@ -260,19 +259,6 @@ def peers(
         if len(found) > 1:
             console.print(Text(now.node, "bold"))
         console.print(status.render_peers(now.peers) if now.peers else "no peers yet")
-
-
-def _addresses(given: str | None) -> list[str]:
-    """The address that was given, or those of this machine's nodes."""
-    if given is not None:
-        try:
-            return [checked_address(given)]
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    found = [entry.target for entry in registry.local_nodes()]
-    if not found:
-        raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
-    return found
 
 
 async def _show(

@@ -143,18 +143,6 @@ def export_of_node(node: str | None, name: str, trust: Path | None, *, consensus
 # --- watching
 
 
-def _begin(address: str | None) -> list[str]:
-    if address is not None:
-        try:
-            return [checked_address(address)]
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    found = [entry.target for entry in registry.local_nodes()]
-    if not found:
-        raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
-    return found
-
-
 def swarm_status(
     address: AddressArgument = None,
     as_json: Annotated[
@@ -167,7 +155,7 @@ def swarm_status(
 
     It asks the given node, or this machine's, then those that they know, and so on.
     """
-    found = asyncio.run(survey.walk(_begin(address), trust))
+    found = asyncio.run(survey.walk(access.targets(address), trust))
     if not found.statuses:
         raise UnreachableError(f"no deca-node answers at {next(iter(found.errors.values()))}")
     if as_json:
@@ -187,7 +175,7 @@ def watch_swarm(
     console = status.make_console()
     if not console.is_terminal:
         raise ConfigError("watch needs a terminal; for scripts: deca-node swarm status --json")
-    asyncio.run(_watch(console, _begin(address), trust, every))
+    asyncio.run(_watch(console, access.targets(address), trust, every))
 
 
 async def _watch(console: Any, begin: list[str], trust: Path | None, every: float) -> None:
