@@ -174,7 +174,7 @@ def test_a_defect_is_logged_with_its_traceback(
     def broken() -> None:
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr(cli.registry, "local_nodes", broken)
+    monkeypatch.setattr(registry, "local_nodes", broken)
     assert _run("status") == 1
     line = json.loads(capsys.readouterr().err)
     assert line["level"] == "error"
@@ -183,7 +183,7 @@ def test_a_defect_is_logged_with_its_traceback(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.registry, "local_nodes", interrupted)
+    monkeypatch.setattr(registry, "local_nodes", interrupted)
     assert _run("status") == 130
 
 
@@ -239,7 +239,7 @@ def test_json_has_one_shape(
 
     entry = registry.Entry("192.0.2.1:7430", "bbc", "alice", 1)
     monkeypatch.setattr(cli, "ask_status", answer)
-    monkeypatch.setattr(cli.registry, "local_nodes", lambda: [entry])
+    monkeypatch.setattr(registry, "local_nodes", lambda: [entry])
     for verb in ("status", "peers"):
         assert _run(verb, "192.0.2.1:7430", "--json") == 0
         assert _run(verb, "--json") == 0
