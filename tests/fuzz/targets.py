@@ -271,7 +271,12 @@ class Files:
         return "ok"
 
 
-REQUESTS = {method.name: GetMessageClass(method.input_type) for method in PEER.methods}
+# What a member answers; who is known by certificates is asked for nothing here.
+REQUESTS = {
+    method.name: GetMessageClass(method.input_type)
+    for method in PEER.methods
+    if "sender" in method.input_type.fields_by_name
+}
 REPLIES = {
     "Hello": pb.HelloReply, "OpenVisit": pb.VisitAnswer, "SettleVisit": pb.VisitAnswer,
     "ListBlocks": pb.BlockList,
