@@ -20,11 +20,11 @@ def history_line(record: StepRecord, bytes_sent: int) -> dict[str, Any]:
         "block": record.visit.block,
         "step": record.step,
         "visit": record.visit.index,
-        "loss": _finite(record.local.loss),
-        "gradient_norm": _finite(record.local.gradient_norm),
-        "h_norm": _finite(record.settled.h_norm),
-        "discrepancy": _finite(record.settled.discrepancy),
-        "disagreement": _finite(record.settled.disagreement),
+        "loss": finite(record.local.loss),
+        "gradient_norm": finite(record.local.gradient_norm),
+        "h_norm": finite(record.settled.h_norm),
+        "discrepancy": finite(record.settled.discrepancy),
+        "disagreement": finite(record.settled.disagreement),
         "bytes_sent": bytes_sent,
         "bytes_received": gathered.received,
         "degree": record.edges.degree,
@@ -65,7 +65,7 @@ def _point(row: dict[str, Any], steps_per_visit: int) -> Point:
     )
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN: a loss that is none is null."""
     return value if math.isfinite(value) else None
 

@@ -35,6 +35,7 @@ from deca_node.member import Member, Run
 from deca_node.membership import Edges, Phase
 from deca_node.methods import Method, choose
 from deca_node.models import LanguageModel
+from deca_node.record import finite
 from deca_node.rounds import Start, StepRecord
 from deca_node.shelf import HeldBlocks
 from deca_node.swarm import Identity
@@ -175,7 +176,11 @@ class Simulation:
             size = self.cell.settings.data.batch_size
             found = evaluate(node.model, test, self.material.completions, size, stop)
             if found is not None:
-                rows.append({"kind": "node", "node": node.name, **asdict(found)})
+                told = {
+                    name: finite(value) if isinstance(value, float) else value
+                    for name, value in asdict(found).items()
+                }
+                rows.append({"kind": "node", "node": node.name, **told})
         return rows
 
 
@@ -326,7 +331,7 @@ class SimulatedNode:
             "visit": record.visit.index,
             "step": record.step,
             "time": round(asyncio.get_running_loop().time(), 6),
-            "loss": _finite(record.local.loss),
+            "loss": finite(record.local.loss),
             "disagreement": record.settled.disagreement,
             "discrepancy": record.settled.discrepancy,
             "neighbours": len(record.gathered.used),
@@ -495,7 +500,7 @@ def summary(simulation: Simulation, rows: Sequence[Row], measures: Sequence[Row]
     }
     # DeCAF's nodes have factors of their own, equal products or not: their distance says nothing.
     if simulation.settings.run.method != "decaf":
-        row["disagreement"] = simulation.disagreement()
+        row["disagreement"] = finite(simulation.disagreement())
     for score, worst in (("accuracy", min), ("macro_f1", min), ("perplexity", max), ("loss", max)):
         values = [row[score] for row in measures if row[score] is not None]
         if values:
@@ -514,10 +519,6 @@ def _last_loss(steps: Sequence[Row]) -> float | None:
             by_node.setdefault(row["node"], []).append(row["loss"])
     tails = [values[-max(1, len(values) // 10) :] for values in by_node.values()]
     return statistics.fmean(map(statistics.fmean, tails)) if tails else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _address(number: int) -> str:
