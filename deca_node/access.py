@@ -10,7 +10,7 @@ from deca_node.config import checked_address, default_trust_folder
 from deca_node.errors import ConfigError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
-from deca_node.transport import Credentials
+from deca_node.transport import Credentials, GrpcLink
 
 PROBE_SECONDS = 3.0
 
@@ -60,6 +60,12 @@ async def credentials(
         if folder is not None:
             found[address] = Visitor(Keyring(folder)).credentials()
     return found
+
+
+async def link(address: str, trust: Path | None = None) -> GrpcLink:
+    """A link that shows what is wanted there; arguments and errors as of ``credentials``."""
+    shown = await credentials([address], trust)
+    return GrpcLink(address, credentials=shown.get(address))
 
 
 async def _folder(address: str) -> Path | None:

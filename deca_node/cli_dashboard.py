@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ import typer
 from deca_node import access, registry
 from deca_node.config import checked_address
 from deca_node.errors import ConfigError
-from deca_node.transport import GrpcLink
+from deca_node.observer import Observer
+from deca_node.panorama import Panorama
 
 PORT = 7480
 
@@ -55,8 +57,6 @@ def dashboard(
     given = _checked(addresses or ())
     try:
         from deca_node.dashboard import web  # noqa: PLC0415 - an extra
-        from deca_node.dashboard.observer import Observer  # noqa: PLC0415
-        from deca_node.dashboard.panorama import Panorama  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
@@ -77,13 +77,9 @@ def dashboard(
             feed, names=frozenset(name.lower() for name in allow_host or ()), public=public
         )
 
-        async def link(address: str) -> GrpcLink:
-            shown = await access.credentials([address], trust)
-            return GrpcLink(address, credentials=shown.get(address))
-
         observer = Observer(
             panorama,
-            link,
+            partial(access.link, trust=trust),
             lambda: given or [entry.address for entry in registry.local_nodes()],
             interval,
         )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,9 @@ from rich.live import Live
 from deca_node import access, registry, status, survey, watch
 from deca_node.config import checked_address
 from deca_node.errors import ConfigError, ControlError, OutputError, PeerError, UnreachableError
+from deca_node.observer import Observer
+from deca_node.panorama import Panorama
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcLink
 
 TELL_SECONDS = 10.0
 # A step may take minutes, and a model is written after all of it was read.
@@ -92,8 +94,7 @@ def tell(given: str | None, trust: Path | None, verb: str, request: Any, seconds
 
 
 async def _tell(address: str, trust: Path | None, verb: str, request: Any, seconds: float) -> Any:
-    shown = await access.credentials([address], trust)
-    link = GrpcLink(address, credentials=shown.get(address))
+    link = await access.link(address, trust)
     try:
         return await link.control(verb, request, seconds)
     except PeerError as error:
@@ -155,13 +156,26 @@ def swarm_status(
 
     It asks the given node, or this machine's, then those that they know, and so on.
     """
-    found = asyncio.run(survey.walk(access.targets(address), trust))
-    if not found.statuses:
-        raise UnreachableError(f"no deca-node answers at {next(iter(found.errors.values()))}")
+    begin = access.targets(address)
+    panorama = Panorama()
+    observer = Observer(panorama, partial(access.link, trust=trust), lambda: begin, LOOK_SECONDS)
+    asyncio.run(_look(panorama, observer))
     if as_json:
-        typer.echo(json.dumps(survey.as_json(found)))
+        typer.echo(json.dumps(survey.as_json(panorama, time.monotonic())))
     else:
-        status.make_console().print(survey.render(found))
+        status.make_console().print(survey.render(panorama, time.monotonic()))
+
+
+async def _look(panorama: Panorama, observer: Observer) -> None:
+    """Look once.
+
+    Raises:
+        UnreachableError: nobody answers.
+    """
+    await observer.look()
+    if not panorama.statuses():
+        silent = panorama.view(time.monotonic())["silent"]
+        raise UnreachableError(f"no deca-node answers at {silent[0]['error']}")
 
 
 def watch_swarm(
@@ -179,14 +193,10 @@ def watch_swarm(
 
 
 async def _watch(console: Any, begin: list[str], trust: Path | None, every: float) -> None:
-    found = await survey.walk(begin, trust)
-    if not found.statuses:
-        raise UnreachableError(f"no deca-node answers at {next(iter(found.errors.values()))}")
-    picture = watch.Picture()
+    panorama = Panorama()
+    observer = Observer(panorama, partial(access.link, trust=trust), lambda: begin, every)
+    await _look(panorama, observer)
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            picture.look(found, time.time())
-            live.update(watch.Screen(picture), refresh=True)
-            await asyncio.sleep(every)
-            again = list(dict.fromkeys([*begin, *picture.addresses()]))
-            found = await survey.walk(again, trust)
+        await observer.run(
+            lambda: live.update(watch.Screen(panorama, time.monotonic(), time.time()), refresh=True)
+        )

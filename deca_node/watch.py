@@ -1,25 +1,19 @@
-"""A swarm as a picture in a terminal: curves, the block schedule as a strip, edges, events.
-
-What is shown is a function of what was seen (Picture) and the terminal's size (Screen).
-"""
+"""A swarm as a picture in a terminal: curves, the block schedule as a strip, edges, events."""
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from deca_node import status, survey
-from deca_node.pb import node_pb2 as pb
-from deca_node.survey import Survey, plain
+from deca_node.curve import VALUES
+from deca_node.panorama import Panorama
 
-# Of each curve: an hour at a look every 2 s; a curve is drawn from the last that fit.
-MAX_POINTS = 1800
-MAX_EVENTS = 200
 _BARS = "▁▂▃▄▅▆▇█"
 # For terminals whose encoding has none of these.
 _ASCII = str.maketrans(_BARS + "▶·—─…", "_.-:=+*#" + ">.--~")
@@ -28,12 +22,18 @@ _NARROW = 120
 _MAX_NAME = 20
 # A wide table without its names, blocks and curves.
 _WIDE_REST = 82
-_TITLE_ROWS = 2
+# What several nodes tell of one peer within so many seconds is one line.
+_TOGETHER_SECONDS = 10.0
+_WORDS = {"stale": "no answer", "gone": "gone"}
+# A node's curve begins with first and last step of each point.
+_LOSS, _APART = 2 + VALUES.index("loss"), 2 + VALUES.index("disagreement")
+
+Points = Sequence[Sequence[float | None]]
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
+def sparkline(values: Sequence[float | None], width: int) -> str:
     """A curve in one line: each column is the mean of its share of ``values``, NaN left out."""
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite or width < 1:
         return ""
     columns = min(width, len(finite))
@@ -44,94 +44,32 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
 
 
-def strip(now: pb.NodeStatus, width: int) -> str:
+def strip(node: Mapping[str, Any], width: int) -> str:
     """The blocks of a round as cells: done, under way, to come; several to a cell if need be."""
-    if not now.blocks or width < 1:
+    if not node["blocks"] or width < 1:
         return ""
-    cells = min(width, now.blocks)
-    if now.steps_total and now.steps_done >= now.steps_total:
+    cells = min(width, int(node["blocks"]))
+    if node["steps_total"] and node["steps_done"] >= node["steps_total"]:
         return _DONE * cells
-    here = min(now.position * cells // now.blocks, cells - 1)
+    here = min(int(node["position"] * cells // node["blocks"]), cells - 1)
     return _DONE * here + _NOW + _TO_COME * (cells - here - 1)
 
 
-class Picture:
-    """What has been seen so far."""
-
-    def __init__(self) -> None:
-        self.nodes: dict[tuple[str, str], pb.NodeStatus] = {}
-        self.lost: dict[tuple[str, str], float] = {}  # since when they do not answer
-        self.curves: dict[tuple[str, str], deque[tuple[float, float]]] = {}
-        self.events: deque[tuple[float, str, str]] = deque(maxlen=MAX_EVENTS)  # time, text, style
-        self._where: dict[tuple[str, str], str] = {}
-
-    def addresses(self) -> list[str]:
-        """Where nodes have answered: to be asked again, even when nobody knows them any more."""
-        return list(self._where.values())
-
-    def look(self, found: Survey, now: float) -> None:
-        """Take in a look at the swarm.
-
-        Args:
-            found: what answered.
-            now: the time of day, seconds since 1970.
-        """
-        seen = {(each.run, each.node): each for each in found.statuses.values()}
-        self._where.update(
-            {(each.run, each.node): address for address, each in found.statuses.items()}
-        )
-        for key, each in sorted(seen.items()):
-            for text, style in changes(self.nodes.get(key), each):
-                self.events.append((now, f"{plain(each.node)}: {text}", style))
-            if key in self.lost:
-                del self.lost[key]
-                self.events.append((now, f"{plain(each.node)}: answers again", "green"))
-            before = self.nodes.get(key)
-            self.nodes[key] = each
-            moved = before is None or before.steps_done != each.steps_done
-            if each.loss and moved:
-                curve = self.curves.setdefault(key, deque(maxlen=MAX_POINTS))
-                curve.append((each.loss, each.disagreement))
-        for key, each in self.nodes.items():
-            ended = each.phase in (pb.PHASE_DONE, pb.PHASE_STOPPING, pb.PHASE_SERVING)
-            if key not in seen and key not in self.lost:
-                self.lost[key] = now
-                word = "has ended" if ended else "does not answer"
-                self.events.append((now, f"{plain(each.node)}: {word}", "" if ended else "red"))
-
-
-def changes(before: pb.NodeStatus | None, now: pb.NodeStatus) -> Iterable[tuple[str, str]]:
-    """What is worth telling of a node since its status before: text and style."""
-    if before is None:
-        yield f"seen, {status.phase(now.phase)}", ""
-        return
-    if before.pid != now.pid:
-        yield "was started again", "yellow"
-    if before.phase != now.phase:
-        yield status.phase(now.phase), ""
-    elif before.round != now.round:
-        yield f"round {now.round + 1} of {now.rounds}", ""
-    known = {peer.node: peer.state for peer in before.peers}
-    for peer in now.peers:
-        if peer.node in known and known[peer.node] != peer.state:
-            style = "green" if peer.state == "alive" else "yellow"
-            yield f"finds {plain(peer.node)} {plain(peer.state)}", style
-    for warning in now.warnings:
-        if warning not in before.warnings:
-            yield plain(warning), "yellow"
-
-
 class Screen:
-    """The picture in the size of the terminal, whatever that is at the moment."""
+    """What has been seen of a swarm, in the size of the terminal, whatever that is at the moment.
 
-    def __init__(self, picture: Picture) -> None:
-        self._picture = picture
+    Args:
+        panorama: what has been seen.
+        now: the time by the clock that it was seen by.
+        wall: the same moment, in seconds since 1970.
+    """
+
+    def __init__(self, panorama: Panorama, now: float, wall: float) -> None:
+        self._panorama, self._now, self._wall = panorama, now, wall
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """See rich."""
-        width = options.max_width
-        height = options.height or console.height
-        screen = _screen(self._picture, width, height)
+        screen = self._drawn(options.max_width, options.height or console.height)
         if console.encoding.startswith("utf"):
             yield screen
             return
@@ -139,62 +77,63 @@ class Screen:
             text = segment.text.translate(_ASCII).encode(console.encoding, "replace")
             yield segment._replace(text=text.decode(console.encoding))
 
+    def _drawn(self, width: int, height: int) -> RenderableType:
+        view = self._panorama.view(self._now)
+        curves = self._panorama.curves({})
+        nodes = [node for run in view["runs"] for node in run["nodes"]]
+        links = [link for run in view["runs"] for link in run["links"]]
+        title = [_line(_title(run), width, "bold") for run in view["runs"]]
+        loss = sparkline(_mean(list(curves.values()), _LOSS), width - len("loss "))
+        title.append(_line(f"loss {loss}", width, "cyan"))
+        # Events get what the tables leave, and at least three lines of them.
+        room = height - len(title) - 3
+        shown = nodes[: max(1, room)]
+        parts: list[RenderableType] = [
+            *title,
+            _nodes(shown, curves, width, several=len(view["runs"]) > 1),
+        ]
+        room -= len(shown) + 1
+        near = links[: max(0, room - 4)]  # those in trouble come first
+        if near:
+            more = f" ({len(near)} of {len(links)})" if len(near) < len(links) else ""
+            parts.append(survey.edges(near, f"edge{more}"))
+            room -= len(near) + 1
+        events = _told(self._panorama.events(0, self._now, self._wall))
+        lines = [_line(text, width, style) for text, style in events[-max(1, room + 2) :]]
+        return Group(*parts, Text("─" * width, "dim"), *lines)
 
-def _screen(picture: Picture, width: int, height: int) -> RenderableType:
-    keys = sorted(picture.nodes)
-    statuses = [picture.nodes[key] for key in keys if key not in picture.lost]
-    pairs = survey.edges(statuses)
-    # Events get what the tables leave, and at least three lines of them.
-    room = height - _TITLE_ROWS - 3
-    nodes = _nodes(picture, keys[: max(1, room)], width)
-    room -= min(len(keys), max(1, room)) + 1
-    parts: list[RenderableType] = [_title(picture, statuses, width), nodes]
-    shown = pairs[: max(0, room - 4)]
-    if shown:
-        parts.append(_edges(shown, len(pairs), width))
-        room -= len(shown) + 2
-    lines = [
-        Text(f"{time.strftime('%H:%M:%S', time.localtime(at))} {text}", style, no_wrap=True)
-        for at, text, style in list(picture.events)[-max(1, room + 2) :]
-    ]
-    for line in lines:
-        line.truncate(width, overflow="ellipsis")
-    return Group(*parts, Text("─" * width, "dim"), *lines)
 
-
-def _title(picture: Picture, statuses: Sequence[pb.NodeStatus], width: int) -> RenderableType:
-    trained = [now for now in statuses if now.loss]
-    runs = sorted({plain(run) for run, _ in picture.nodes})
-    words = [", ".join(runs), f"{len(statuses)} of {len(picture.nodes)} nodes answer"]
-    if trained:
-        words.append(f"mean loss {sum(now.loss for now in trained) / len(trained):.3f}")
-        done = sum(now.steps_done for now in trained) / sum(now.steps_total for now in trained)
-        words.append(f"{done:.0%}")
-        if left := max(now.eta_seconds for now in trained):
-            words.append(f"{status.duration(left)} left")
-    line = Text("  ".join(words), "bold", no_wrap=True)
+def _line(text: str, width: int, style: str) -> Text:
+    line = Text(text, style, no_wrap=True)
     line.truncate(width, overflow="ellipsis")
-    curve = _mean_curve(picture)
-    label = "loss "
-    spark = Text(label + sparkline([loss for loss, _ in curve], width - len(label)), "cyan")
-    spark.no_wrap = True
-    return Group(line, spark)
+    return line
 
 
-def _mean_curve(picture: Picture) -> list[tuple[float, float]]:
-    """The mean of the nodes' last points, as many as the shortest has."""
-    curves = [list(curve) for curve in picture.curves.values() if curve]
+def _title(run: Mapping[str, Any]) -> str:
+    summary = run["summary"]
+    words = [run["run"], f"{summary['live']} of {summary['nodes']} nodes answer"]
+    if summary["loss"]:
+        words.append(f"median loss {summary['loss']:.3f}")
+    if summary["progress"]:
+        words.append(f"{summary['progress']:.0%}")
+    if summary["eta_seconds"]:
+        words.append(f"{status.duration(summary['eta_seconds'])} left")
+    return "  ".join(words)
+
+
+def _mean(curves: Sequence[Points], value: int) -> list[float]:
+    """Of the last points of several curves, as many as the shortest has."""
     if not curves:
         return []
     length = min(map(len, curves))
-    tails = [curve[-length:] for curve in curves]
-    return [
-        (sum(a for a, _ in points) / len(points), sum(b for _, b in points) / len(points))
-        for points in zip(*tails, strict=True)
-    ]
+    columns = zip(*(curve[-length:] for curve in curves), strict=True)
+    told = [[one for point in column if (one := point[value]) is not None] for column in columns]
+    return [sum(values) / len(values) for values in told if values]
 
 
-def _nodes(picture: Picture, keys: Sequence[tuple[str, str]], width: int) -> RenderableType:
+def _nodes(
+    nodes: Sequence[Mapping[str, Any]], curves: Mapping[str, Points], width: int, *, several: bool
+) -> Table:
     narrow = width < _NARROW
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1), expand=False)
     table.add_column("node", no_wrap=True, max_width=14 if narrow else _MAX_NAME)
@@ -208,43 +147,68 @@ def _nodes(picture: Picture, keys: Sequence[tuple[str, str]], width: int) -> Ren
         table.add_column("in", no_wrap=True, justify="right")
         table.add_column("out", no_wrap=True, justify="right")
         table.add_column("memory", no_wrap=True, justify="right")
-    several = len({run for run, _ in picture.nodes}) > 1
-    names = {key: plain("/".join(key) if several else key[1]) for key in keys}
+    names = [node["key"] if several else node["node"] for node in nodes]
     cells = 12 if width < 160 else 24
-    longest = min(_MAX_NAME, max(map(len, names.values())))
+    longest = min(_MAX_NAME, max(map(len, names), default=0))
     spark = 10 if narrow else max(5, min(30, (width - _WIDE_REST - cells - longest) // 2))
-    for key in keys:
-        now, curve = picture.nodes[key], list(picture.curves.get(key, ()))
-        lost = key in picture.lost
-        word = "no answer" if lost else status.phase(now.phase).replace("_", " ")
-        style = "red" if lost else "green" if word in ("training", "done") else "yellow"
-        points = curve[-MAX_POINTS:]
-        row = [
-            Text(names[key], "bold"),
-            Text(word, style),
-            Text(strip(now, cells)),
-            Text(f"{now.loss:.3f}" if now.loss else "-"),
-            Text(sparkline([loss for loss, _ in points], spark), "cyan"),
-            Text(f"{now.disagreement:.2g}" if now.loss else "-"),
+    for name, node in zip(names, nodes, strict=True):
+        table.add_row(*_row(name, node, curves.get(node["key"], ()), cells, spark, narrow))
+    return table
+
+
+def _row(
+    name: str, node: Mapping[str, Any], points: Points, cells: int, spark: int, narrow: bool
+) -> list[Text]:
+    if node["state"] == "heard":
+        return [Text(name, "bold"), Text(f"{node['said']}, not asked", "dim")]
+    live = node["state"] == "live"
+    word = (
+        str(node["phase"]).replace("_", " ") if live else _WORDS.get(node["state"], node["state"])
+    )
+    style = "green" if word in ("training", "done", "finished") else "yellow" if live else "red"
+    loss, apart = node["loss"], node["disagreement"]
+    row = [
+        Text(name, "bold"),
+        Text(word, style),
+        Text(strip(node, cells)),
+        Text(f"{loss:.3f}" if loss else "-"),
+        Text(sparkline([point[_LOSS] for point in points], spark), "cyan"),
+        Text("-" if apart is None or not loss else f"{apart:.2g}"),
+    ]
+    if not narrow:
+        row += [
+            Text(sparkline([point[_APART] for point in points], spark), "magenta"),
+            Text(status.rate(node["receive_rate"]) if node["receive_rate"] else "-"),
+            Text(status.rate(node["send_rate"]) if node["send_rate"] else "-"),
+            Text(status.size(node["memory_bytes"])),
         ]
-        if not narrow:
-            row += [
-                Text(sparkline([apart for _, apart in points], spark), "magenta"),
-                Text(status.rate(now.receive_rate) if now.receive_rate else "-"),
-                Text(status.rate(now.send_rate) if now.send_rate else "-"),
-                Text(status.size(now.memory_bytes)),
-            ]
-        table.add_row(*row, style="dim" if lost else "")
-    return table
+    if not live:
+        for cell in row[2:]:
+            cell.style = "dim"
+    return row
 
 
-def _edges(pairs: Sequence[survey.Edge], total: int, width: int) -> RenderableType:
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1))
-    more = f" ({len(pairs)} of {total})" if len(pairs) < total else ""
-    table.add_column(f"edge{more}", no_wrap=True, max_width=max(16, width - 48))
-    for heading in ("weight", "rate", "waited"):
-        table.add_column(heading, no_wrap=True, justify="right")
-    table.add_column("state", no_wrap=True)
-    for edge in pairs:
-        table.add_row(*survey.cells(edge))
-    return table
+def _told(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Lines and their styles; what several nodes say of one peer together is one."""
+    found: list[dict[str, Any]] = []
+    for event in sorted(events, key=lambda event: event["at"]):
+        for other in found[-40:]:
+            if (
+                (event["peer"], event["kind"]) == (other["peer"], other["kind"])
+                and (event["peer"] or event["text"] == other["text"])
+                and event["at"] - other["at"] < _TOGETHER_SECONDS
+                and event["node"] not in other["nodes"]
+            ):
+                other["nodes"].append(event["node"])
+                break
+        else:
+            found.append({**event, "nodes": [event["node"]]})
+    lines = []
+    for event in found:
+        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
+        nodes = event["nodes"]
+        names = ", ".join(nodes if len(nodes) < 4 else [*nodes[:2], f"{len(nodes) - 2} more"])
+        text = f"{event['peer'] or names} {event['text']}"
+        by = f" (says {names})" if event["peer"] else ""
+        lines.append((f"{at} {text}{by}", "yellow" if event["trouble"] else ""))
+    return lines

@@ -1,5 +1,4 @@
 """The dashboard: one page that shows what the nodes of a swarm tell of themselves.
 
-``panorama`` makes one picture of what several nodes tell (pure), ``observer`` asks them over gRPC,
-``web`` serves the picture to browsers, ``page`` is what a browser loads.
+``web`` serves the picture (``deca_node.panorama``) to browsers, ``page`` is what a browser loads.
 """

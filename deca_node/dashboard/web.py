@@ -24,10 +24,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deca_node import __version__
-from deca_node.dashboard.observer import Observer
-from deca_node.dashboard.panorama import Panorama
 from deca_node.errors import ListenError
 from deca_node.limits import MAX_BROWSERS, MAX_NAME_BYTES
+from deca_node.observer import Observer
+from deca_node.panorama import Panorama
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 # Nothing but this origin; no inline script or style, and no text can become markup.

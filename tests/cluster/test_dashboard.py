@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import pytest
 
 from deca_node.dashboard import web
-from deca_node.dashboard.observer import Observer
-from deca_node.dashboard.panorama import Panorama
+from deca_node.observer import Observer
+from deca_node.panorama import Panorama
 from tests.cluster.daemons import Daemon, end_all
 from tests.pretend import PretendSwarm
 from tests.tiny import make_model

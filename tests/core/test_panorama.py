@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from deca_node.dashboard.panorama import MAX_VAIN_CALLS, Panorama
 from deca_node.limits import (
     MAX_EVENTS_KEPT,
     MAX_LINKS_SHOWN,
@@ -13,6 +12,7 @@ from deca_node.limits import (
     MAX_POINTS_SHOWN,
     MAX_PROPOSALS,
 )
+from deca_node.panorama import MAX_VAIN_CALLS, Panorama
 from deca_node.pb import node_pb2 as pb
 from tests.pretend import PretendSwarm
 

@@ -12,10 +12,10 @@ from starlette.testclient import TestClient
 
 from deca_node import cli, errors
 from deca_node.dashboard import web
-from deca_node.dashboard.observer import Observer
-from deca_node.dashboard.panorama import Panorama
 from deca_node.errors import ListenError, PeerRefused
 from deca_node.limits import MAX_BROWSERS
+from deca_node.observer import Observer
+from deca_node.panorama import Panorama
 from deca_node.transport import GrpcTransport, ask_status
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.edges.test_transport import serving

@@ -8,10 +8,14 @@ import pytest
 from rich.console import Console
 
 from deca_node import cli, cli_watch, errors, registry, survey, watch
+from deca_node import status as words
 from deca_node.errors import PeerUnavailable
-from deca_node.limits import MAX_SURVEYED
+from deca_node.limits import MAX_MEMBERS, MAX_PROPOSALS, MAX_SURVEYED
+from deca_node.observer import Observer
+from deca_node.panorama import Panorama
 from deca_node.pb import node_pb2 as pb
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
+from tests.pretend import PretendSwarm
 
 
 def status(name, *peers, run="run", **fields):
@@ -24,17 +28,30 @@ def status(name, *peers, run="run", **fields):
     return now
 
 
-async def look(statuses, *begin):
-    """Walk over nodes by address; all others do not answer."""
+class _Link:
+    def __init__(self, statuses, address):
+        self._statuses, self._address = statuses, address
+
+    async def get_status(self, timeout):
+        if self._address not in self._statuses:
+            raise PeerUnavailable(f"{self._address}: nobody listens")
+        return copy.deepcopy(self._statuses[self._address])
+
+    async def close(self):
+        pass
+
+
+async def look(statuses, *begin, panorama=None, now=0.0):
+    """One look at nodes by address; all others do not answer."""
     asked = []
 
-    async def ask(address):
+    async def link(address):
         asked.append(address)
-        if address not in statuses:
-            raise PeerUnavailable(f"{address}: nobody listens")
-        return copy.deepcopy(statuses[address])
+        return _Link(statuses, address)
 
-    return await survey.walk(begin, ask=ask), asked
+    panorama = panorama or Panorama()
+    await Observer(panorama, link, lambda: begin, 1.0, lambda: now).look()
+    return panorama, asked
 
 
 async def test_one_node_leads_to_all_that_can_be_reached():
@@ -42,22 +59,33 @@ async def test_one_node_leads_to_all_that_can_be_reached():
     ring = {f"{n}:1": status(n, *ps) for n, ps in {"a": "bd", "b": "ac", "c": "bd"}.items()}
     found, asked = await look(ring, "a:1", "a:1")
     assert sorted(asked) == ["a:1", "b:1", "c:1", "d:1"]
-    assert {now.node for now in found.statuses.values()} == {"a", "b", "c"}
-    assert found.unreachable() == {"d": "d:1: nobody listens"}
-    edges = {edge.ends: edge for edge in survey.edges(found.statuses.values())}
-    assert set(edges) == {("a", "b"), ("a", "d"), ("b", "c"), ("c", "d")}
-    assert edges["a", "b"].weights == (0.25, 0.25)
-    assert edges["a", "d"].weights == (0.25, None)
-    tree = survey.as_json(found)
+    assert set(found.statuses()) == {"run/a", "run/b", "run/c"}
+    tree = survey.as_json(found, 0.0)
+    assert tree["unreachable"] == {"d": "d:1: nobody listens"}
+    edges = {tuple(edge["ends"]): edge for edge in tree["edges"]}
+    assert list(edges) == [("a", "b"), ("a", "d"), ("b", "c"), ("c", "d")]
+    assert edges["a", "b"]["weights"] == [0.25, 0.25]
+    assert edges["a", "d"]["weights"] == [0.25, None]
     assert json.loads(json.dumps(tree, allow_nan=False)) == tree
-    assert [edge["ends"] for edge in tree["edges"]] == [list(ends) for ends in sorted(edges)]
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(survey.render(found, 0.0))
+    lines = console.export_text().splitlines()
+    assert any(line.startswith("d ") and "no answer: d:1: nobody" in line for line in lines)
+    assert ["a", "—", "b", "0.250", "-", "0s", "ok"] in [line.split() for line in lines]
 
 
 async def test_a_node_at_two_addresses_is_one():
     here = {"unix:/s": status("a", "b"), "a:1": status("a", "b"), "b:1": status("b", "a")}
     found, _ = await look(here, "unix:/s", "a:1")
-    assert sorted(now.node for now in found.statuses.values()) == ["a", "b"]
-    assert not found.unreachable()
+    assert sorted(found.statuses()) == ["run/a", "run/b"]
+    assert not survey.as_json(found, 0.0)["unreachable"]
+
+
+async def test_this_machines_socket_file_leads_to_its_other_nodes():
+    here = {"unix:/s": status("a", "b"), "127.0.0.1:2": status("b", "a")}
+    here["unix:/s"].peers[0].address = "127.0.0.1:2"
+    found, _ = await look(here, "unix:/s")
+    assert sorted(found.statuses()) == ["run/a", "run/b"]
 
 
 async def test_a_node_that_knows_too_many_does_not_send_us_everywhere():
@@ -67,113 +95,117 @@ async def test_a_node_that_knows_too_many_does_not_send_us_everywhere():
     liar.peers[1].address = "no port"
     liar.peers[2].state = "refused"
     found, asked = await look({"a:1": liar}, "a:1")
-    assert len(asked) == MAX_SURVEYED
+    assert len(asked) == 1 + MAX_PROPOSALS
     assert not {"\x1b[2Jx:1", "no port", "n2:1"} & set(asked)
-    assert len(found.errors) == MAX_SURVEYED - 1
+    missing = survey.as_json(found, 0.0)["unreachable"]
+    assert missing["n2"] == "not asked, others find it refused"
+    assert len(missing) == MAX_MEMBERS - 1
 
 
-def test_an_edge_that_one_end_does_not_use_is_no_healthy_one():
+async def test_an_edge_that_one_end_does_not_use_is_no_healthy_one():
+    async def state(a, b):
+        found, _ = await look({"a:1": a, "b:1": b}, "a:1")
+        [edge] = survey.as_json(found, 0.0)["edges"]
+        assert edge["healthy"] == (edge["state"] == "ok")
+        return edge["state"]
+
     a, b = status("a", "b"), status("b", "a")
-    assert survey.edges([a, b])[0].healthy
+    assert await state(a, b) == "ok"
     b.peers[0].neighbour, b.peers[0].weight = False, 0.0
-    assert not survey.edges([a, b])[0].healthy
+    assert await state(a, b) == "one-sided"
     b = status("b", "a")
     b.peers[0].state = "suspect"
-    assert not survey.edges([a, b])[0].healthy
+    assert await state(a, b) == "suspect"
 
 
 # the picture
 
 
-def draw(picture, width, height, encoding="utf-8"):
+def draw(panorama, width, height, now=0.0, encoding="utf-8"):
+    screen = watch.Screen(panorama, now, 1e9 + now)
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     console = Console(file=file, width=width, height=height, force_terminal=True)
-    console.print(watch.Screen(picture))
+    console.print(screen)
     file.flush()
     plain = Console(width=width, height=height, record=True, file=io.StringIO())
-    plain.print(watch.Screen(picture))
+    plain.print(screen)
     return plain.export_text().rstrip("\n").split("\n")
-
-
-async def swarm_of(count):
-    names = [f"node-{index:02}" for index in range(count)]
-    return {
-        f"{name}:1": status(name, names[index - 1], names[(index + 1) % count])
-        for index, name in enumerate(names)
-    }
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (70, 20), (120, 30), (160, 50), (200, 24)])
 @pytest.mark.parametrize("count", [1, 4, 40])
 async def test_the_picture_fits_the_terminal(width, height, count):
     """No line is wrapped, nothing runs off the screen, and events are seen."""
-    picture = watch.Picture()
-    for turn in range(30):
-        states = await swarm_of(count)
-        for now in states.values():
-            now.loss, now.steps_done = 3.0 - turn / 20, turn + 1
-        found, _ = await look(states, "node-00:1")
-        picture.look(found, 1000.0 + turn)
-    lines = draw(picture, width, height)
+    swarm = PretendSwarm(count)
+    panorama = Panorama()
+    panorama.give(swarm.addresses)
+    for now in (140.0, 141.0, 142.0):
+        swarm.now = now
+        for name in swarm.names:
+            panorama.answered(swarm.address(name), swarm.status(name), now)
+    for name in swarm.names:
+        points = [swarm.point(name, step) for step in range(swarm.done(name))]
+        panorama.steps_made(swarm.address(name), points)
+    lines = draw(panorama, width, height, 142.0)
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)
     text = "\n".join(lines)
-    assert "node-00" in text
     assert "training" in text
     assert "▁" in text
-    assert "seen, training" in text
+    assert f"{count} of {count} nodes answer" in text
+    assert "saved its state" in text
     assert "disagr" in text
-    first = next(line for line in lines if line.startswith("node-00"))
+    first = next(line for line in lines if line.startswith("node-0"))
     assert "…" not in first  # each column has its place
 
 
-async def test_what_happens_becomes_an_event():
-    """Phases, restarts, peers lost and found, warnings, silence and return: each once."""
-    picture = watch.Picture()
-    states = {"a:1": status("a", "b"), "b:1": status("b", "a")}
-    found, _ = await look(states, "a:1")
-    picture.look(found, 1.0)
-    states["a:1"].peers[0].state = "suspect"
-    states["a:1"].warnings.append("low\x1b[2J disk")
-    del states["b:1"]
-    found, _ = await look(states, "a:1")
-    picture.look(found, 2.0)
-    picture.look(found, 3.0)
-    states["b:1"] = status("b", "a", pid=5, phase=pb.PHASE_CATCHING_UP)
-    found, _ = await look(states, "a:1")
-    picture.look(found, 4.0)
-    assert [text for _, text, _ in picture.events][2:] == [
-        "a: finds b suspect",
-        "a: low?[2J disk",
-        "b: does not answer",
-        "b: was started again",
-        "b: catching_up",
-        "b: answers again",
-    ]
-    assert "\x1b" not in "\n".join(draw(picture, 80, 24))
+async def test_what_happens_is_told_once_however_many_tell_it():
+    """A peer found gone by all is a line; silence and return are told; no escape gets through."""
+    swarm = PretendSwarm(3)
+    swarm.now = 20.0
+    panorama = Panorama()
+    panorama.give(swarm.addresses)
+
+    def ask(now):
+        swarm.now = now
+        for name in swarm.names:
+            if name in swarm.down:
+                panorama.failed(swarm.address(name), "refused", now)
+            else:
+                panorama.answered(swarm.address(name), swarm.status(name), now)
+
+    ask(20.0)
+    swarm.down["node-2"] = 20.0
+    swarm.warnings["node-0"] = ["low\x1b[2J disk"]
+    ask(31.0)
+    lines = draw(panorama, 120, 40, 31.0)
+    ends = [line.partition(" ")[2].rstrip() for line in lines]
+    assert "node-2 gone: no greeting (says node-0, node-1)" in ends
+    assert f"node-2 does not answer at {swarm.address('node-2')}" in ends
+    assert "node-0 low?[2J disk" in ends
+    assert any(line.startswith("node-2") and "gone" in line for line in lines)
+    assert any("node-2" in line and line.rstrip().endswith("gone") for line in lines)
+    assert "\x1b" not in "\n".join(lines)
+    swarm.down.clear()
+    ask(32.0)
+    ends = [line.partition(" ")[2].rstrip() for line in draw(panorama, 120, 40, 32.0)]
+    assert "node-2 answers again" in ends
 
 
 async def test_a_terminal_without_unicode_gets_letters():
-    picture = watch.Picture()
-    states = await swarm_of(2)
-    for turn in range(5):
-        for now in states.values():
-            now.loss, now.steps_done = 2.0 + turn, turn + 1
-        found, _ = await look(states, "node-00:1")
-        picture.look(found, 1.0)
-    draw(picture, 80, 24, encoding="ascii")  # raises where a letter has no code
+    found, _ = await look({"a:1": status("a", "b"), "b:1": status("b", "a")}, "a:1")
+    draw(found, 80, 24, encoding="ascii")  # raises where a letter has no code
 
 
 def test_curves_and_strips():
     assert watch.sparkline([1, 2, 3], 10) == "▁▅█"
     assert watch.sparkline([5, 5], 10) == "▁▁"
-    assert watch.sparkline([float("nan")], 10) == ""
+    assert watch.sparkline([float("nan"), None], 10) == ""
     assert len(watch.sparkline(list(range(1000)), 30)) == 30
-    assert watch.strip(status("a"), 20) == "███▶······"
-    assert len(watch.strip(status("a"), 4)) == 4
-    now = status("a")
-    now.steps_done = now.steps_total
-    assert watch.strip(now, 5) == "█████"
+    node = words.as_json(status("a"))
+    assert watch.strip(node, 20) == "███▶······"
+    assert len(watch.strip(node, 4)) == 4
+    assert watch.strip(node | {"steps_done": node["steps_total"]}, 5) == "█████"
 
 
 # whom a verb is about

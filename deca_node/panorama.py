@@ -17,6 +17,7 @@ from deca_node.config import checked_address
 from deca_node.curve import VALUES, Curve, Point
 from deca_node.events import printable
 from deca_node.limits import (
+    MAX_ADDRESS_BYTES,
     MAX_BLOCKS_SHOWN,
     MAX_EVENTS,
     MAX_EVENTS_KEPT,
@@ -154,6 +155,8 @@ class Panorama:
                 or _key(status.run, peer.node) in known
             ):
                 continue
+            if len(peer.address) > MAX_ADDRESS_BYTES or not peer.address.isprintable():
+                continue
             try:
                 address = checked_address(peer.address)
             except ValueError:
@@ -162,6 +165,10 @@ class Panorama:
                 continue
             self._watched[address] = _Watched(address, given=False, by=source)
             named += 1
+
+    def statuses(self) -> dict[str, pb.NodeStatus]:
+        """What nodes told last, as they told it, by key."""
+        return {one.key: one.status for one in self._watched.values() if one.status is not None}
 
     # --- what comes back
 
@@ -310,6 +317,7 @@ class Panorama:
                         "address": printable(peer.address),
                         "state": "heard",
                         "said": _word(peer.state),
+                        "error": self._error(peer.address),
                     }
         links = sorted(
             self._links(run, met, nodes),
@@ -322,6 +330,9 @@ class Panorama:
             "links_left_out": max(0, len(links) - MAX_LINKS_SHOWN),
             "summary": _summary(nodes.values()),
         }
+
+    def _error(self, address: str) -> str:
+        return self._watched[address].error if address in self._watched else ""
 
     def _state(self, one: _Watched, now: float) -> str:
         """A node's state; one that is silent may have taken leave of others before."""
@@ -368,9 +379,10 @@ class Panorama:
                     said.setdefault(pair, {})[one.key] = peer
                     shares[pair] = max(shares.get(pair, 0.0), _waiting(one.waits.get(peer.node)))
         for pair in self._edges:
-            if pair not in said and pair[0] in nodes and pair[1] in nodes:
-                said[pair] = {}
+            said.setdefault(pair, {})
         for (a, b), ends in said.items():
+            if a not in nodes or b not in nodes:
+                continue  # of another run, or beyond MAX_MEMBERS
             state = _link_state((nodes[a], nodes[b]), ends, shares.get((a, b), 0.0))
             if not state:
                 continue  # was an edge once, and both ends are well without it
@@ -379,6 +391,7 @@ class Panorama:
                 "b": b,
                 "state": state,
                 "weights": [_number(ends[key].weight) if key in ends else None for key in (a, b)],
+                "states": [_word(ends[key].state) if key in ends else "" for key in (a, b)],
                 "seen": max((_number(row.last_seen_seconds) for row in ends.values()), default=0),
                 "waited": sum(_number(row.waited_seconds) for row in ends.values()),
                 "waiting": round(shares.get((a, b), 0.0), 2),
@@ -532,6 +545,8 @@ def _natural(key: str) -> list[tuple[int, int | str]]:
 
 
 def _is_local(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -1,19 +1,21 @@
-"""Asks nodes for their status and curve over gRPC, again and again, and fills the panorama."""
+"""Asks nodes for their status and curve over gRPC, once or again and again, for the panorama."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
-from deca_node.dashboard.panorama import Panorama
 from deca_node.errors import DecaError, PeerRefused
-from deca_node.limits import MAX_HISTORY_POINTS
+from deca_node.limits import MAX_HISTORY_POINTS, MAX_SURVEYED
+from deca_node.panorama import Panorama
 from deca_node.pb import node_pb2 as pb
 
 # An answer takes milliseconds; a node whose machine is busy a second.
 ASK_SECONDS = 4.0
 # With more nodes than this each is asked more seldom, so that asking stays a small load.
 UNHURRIED = 32
+# Asked at once in a single look: a laptop's look at a large swarm is to stay a look.
+ASK_AT_ONCE = 16
 
 
 class Asked(Protocol):
@@ -35,7 +37,7 @@ class Asked(Protocol):
 
 
 class Observer:
-    """Follows every address of the panorama with a task of its own.
+    """Asks every address of the panorama.
 
     Args:
         panorama: what is filled.
@@ -65,8 +67,37 @@ class Observer:
         """Seconds between two questions to a node."""
         return self._interval * max(1.0, len(self._tasks) / UNHURRIED)
 
+    async def look(self) -> None:
+        """Ask for the status of each once, then of those that they name, and so on."""
+        panorama, asked = self._panorama, set[str]()
+        panorama.give(self._given())
+        slots = asyncio.Semaphore(ASK_AT_ONCE)
+
+        async def one(address: str) -> None:
+            async with slots:
+                try:
+                    link = await self._link(address)
+                    try:
+                        status = await link.get_status(ASK_SECONDS)
+                        panorama.answered(address, status, self._clock())
+                    finally:
+                        await link.close()
+                except DecaError as error:
+                    panorama.failed(address, str(error), self._clock())
+
+        while True:
+            coming = [address for address in panorama.addresses() if address not in asked]
+            coming = coming[: MAX_SURVEYED - len(asked)]
+            if not coming:
+                return
+            asked.update(coming)
+            await asyncio.gather(*map(one, coming))
+
     async def run(self, ticked: Callable[[], None]) -> None:
-        """Observe until cancelled; ``ticked`` is called whenever there may be news."""
+        """Follow each with a task of its own until cancelled.
+
+        ``ticked`` is called whenever there may be news.
+        """
         try:
             while True:
                 self._panorama.give(self._given())
