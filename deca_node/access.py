@@ -69,7 +69,7 @@ async def link(address: str, trust: Path | None = None) -> GrpcLink:
 
 
 async def _folder(address: str) -> Path | None:
-    """The trust folder for a node elsewhere: of the run that its certificate names.
+    """The trust folder for a node elsewhere: this machine's of the run that its certificate names.
 
     The name is not believed for more than that: the folder's authority decides who answers.
     """
@@ -82,7 +82,8 @@ async def _folder(address: str) -> Path | None:
         holder = None
     if holder is None:
         raise UnreachableError(f"{address}: answers under TLS, but not as a deca-node")
-    folder = default_trust_folder(holder.run)
+    used = {entry.run: Path(entry.trust) for entry in registry.local_nodes() if entry.trust}
+    folder = used.get(holder.run) or default_trust_folder(holder.run)
     if not folder.exists():
         raise TrustError(
             f"{address}: is a node of run {holder.run!r} and answers its members only; give its "

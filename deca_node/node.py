@@ -51,7 +51,7 @@ from deca_node.methods import Method
 from deca_node.methods.choose import build, prepare
 from deca_node.models import LanguageModel, pick_device
 from deca_node.pb import node_pb2 as pb
-from deca_node.prometheus import Endpoint, Measurements
+from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.record import History, history_line, read_summary, write_summary
 from deca_node.rounds import Start, StepRecord
 from deca_node.standing import Standing
@@ -78,8 +78,7 @@ class Node:
     Args:
         settings: all of them.
         log: a structlog logger.
-        progress: called with the status about once a second and after every step, on the event
-            loop's thread.
+        progress: called with the status about once a second, on the event loop's thread.
         transport: how to reach others; gRPC when not given.
     """
 
@@ -94,7 +93,7 @@ class Node:
         self.timing = settings.timing()
         ring = Ring()
         self._log = log = Heard(log, ring, time.monotonic)
-        self._report = progress or (lambda _: None)
+        self._report = progress
         self._guard = None
         if transport is None and settings.needs_trust():
             keyring = Keyring.of_run(settings.trust_folder(), settings.run.name)
@@ -107,8 +106,7 @@ class Node:
             health_port=settings.node.health_port,
         )
         self._session = secrets.randbits(63) | 1  # 0 would be an unset field
-        self._standing = Standing(settings, log, ring)
-        self._standing.guard = self._guard
+        self._standing = Standing(settings, log, ring, self._guard)
         self._upkeep = (
             Upkeep(self._guard, self._standing.warn, log) if self._guard is not None else None
         )
@@ -119,7 +117,7 @@ class Node:
         self._named: NamedPeers | None = None
         self._left = False
         self._history: History | None = None
-        self._measurements = Measurements()
+        self._measurements = Measurements(self._status_elsewhere)
         self._scalars: Scalars | None = None
         self._kept: KeptBlocks | None = None
         self._saved_at = time.monotonic()
@@ -144,7 +142,7 @@ class Node:
         self._changed = asyncio.Event()
         self._control = Control(self.settings, self._standing, self.stop, self._stopping)
         self._worker = TrainingThread()
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
@@ -203,7 +201,8 @@ class Node:
         stack.enter_context(registry.announce(*entry))
         if settings.metrics.port is not None:
             endpoint = Endpoint(settings.metrics.host, settings.metrics.port, self._measurements)
-            stack.callback(endpoint.close)
+            # A scrape under way is answered by this loop.
+            stack.push_async_callback(asyncio.to_thread, endpoint.close)
             at = _joined(settings.metrics.host, endpoint.port)
             self._log.info("metrics", address=f"http://{at}/metrics")
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
@@ -683,14 +682,9 @@ class Node:
                 self._lookout.look(self._member, self._discovery, self._named, met)
             if self._upkeep is not None and not self._left:
                 self._upkeep.look(self._member)
-            self._tell()
+            if self._report is not None:
+                self._report(self.status())
             await happens(self._changed, 1.0)
-
-    def _tell(self) -> None:
-        """Tell who watches from within this process."""
-        now = self.status()
-        self._measurements.stands(now)
-        self._report(now)
 
     # --- answers to peers (transport.Handler), before and after there is a member
 
@@ -755,6 +749,15 @@ class Node:
         """Everything there is to know about this node now."""
         return self._standing.status(self._member, self._lookout.findings)
 
+    def _status_elsewhere(self) -> pb.NodeStatus | None:
+        """The same, asked on another thread than the loop's; None when the loop is too busy."""
+        asked = asyncio.run_coroutine_threadsafe(self.get_status(), self._loop)
+        try:
+            return asked.result(SCRAPE_SECONDS)
+        except TimeoutError:
+            asked.cancel()
+            return None
+
     # --- what the rounds tell (through _Keeper)
 
     def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
@@ -799,7 +802,6 @@ class Node:
             serial = standing.schedule.serial(record.visit.index, record.step)
             values = scalars(row, record.edges.weights)
             self._save(lambda: curves.write(serial, values))
-        self._tell()
 
     def agreeing(self, block: int, edges: Edges, plan: str) -> None:
         """The agreement on a block begins."""

@@ -1,13 +1,13 @@
 """A node's measurements for Prometheus; the only file that imports prometheus_client.
 
-What is served is made anew from the last status and the last step at each scrape, so that its
+What is served is made at each scrape from the status of that moment and the last step, so that its
 labels are those of now: peers (at most limits.MAX_MEMBERS), blocks of the model, and words of ours.
 """
 
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
@@ -25,22 +25,22 @@ _PHASES = {value: name.removeprefix("PHASE_").lower() for name, value in pb.Phas
 
 
 class Measurements(Collector):
-    """The last status and step, as metric families.
+    """The node's status and last step, as metric families.
 
-    Told on the event loop's thread, read on the server's: each attribute is replaced in one piece.
+    Told of steps on the event loop's thread, read on the server's: each attribute is replaced in
+    one piece.
+
+    Args:
+        status: called on the server's thread for the status now; None when there is none.
     """
 
-    def __init__(self) -> None:
-        self._status = pb.NodeStatus()
+    def __init__(self, status: Callable[[], pb.NodeStatus | None]) -> None:
+        self._status = status
         self._step: StepRecord | None = None
         self._blocks: dict[int, float] = {}  # disagreement at the last step of each
         self._steps = 0
         self._seconds = dict.fromkeys(("gradient", "exchange", "update"), 0.0)
         self._exposed = 0.0
-
-    def stands(self, status: pb.NodeStatus) -> None:
-        """The node's status now."""
-        self._status = status
 
     def stepped(self, record: StepRecord) -> None:
         """A step is complete."""
@@ -57,8 +57,8 @@ class Measurements(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client's Collector."""
-        now = self._status
-        if not now.node:
+        now = self._status()
+        if now is None:
             return
         yield from _about(now)
         yield from _place(now)
@@ -266,6 +266,6 @@ class Endpoint:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; waits for a scrape under way."""
         self._server.shutdown()
         self._server.server_close()

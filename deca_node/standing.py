@@ -37,6 +37,7 @@ class Standing:
         settings: of the node.
         log: a structlog logger.
         events: what it lately said.
+        guard: whom it believes; None in plain text.
 
     Attributes:
         phase: of the node while it has no member, which knows it better.
@@ -53,13 +54,13 @@ class Standing:
         warnings: said once, the latest last.
         curve: the steps made, thinned; those of earlier processes as well.
         label_counts: examples by label; told only when the settings say so.
-        guard: whom it believes; None in plain text.
     """
 
-    def __init__(self, settings: Settings, log: Any, events: Ring) -> None:
+    def __init__(self, settings: Settings, log: Any, events: Ring, guard: Guard | None) -> None:
         self._settings = settings
         self._log = log
         self._events = events
+        self._guard = guard
         self._disagreements: dict[int, float] = {}  # by block, at its last step
         self._started = time.monotonic()
         self._steps_here = 0
@@ -78,7 +79,6 @@ class Standing:
         self.warnings: list[str] = []
         self.curve = Curve(MAX_HISTORY_POINTS)
         self.label_counts: Mapping[str, int] = {}
-        self.guard: Guard | None = None
 
     def resume(self, progress: Progress) -> None:
         """Go on from what an earlier process kept."""
@@ -141,10 +141,10 @@ class Standing:
             method=settings.run.method,
             topology=settings.topology.kind,
         )
-        if self.guard is not None:
-            status.certificate_ends = self.guard.ends
-            status.revoked.extend(sorted(self.guard.revoked))
-            for reason, count in self.guard.refused.items():
+        if self._guard is not None:
+            status.certificate_ends = self._guard.ends
+            status.revoked.extend(sorted(self._guard.revoked))
+            for reason, count in self._guard.refused.items():
                 status.refusals[reason] += count
         if status.phase == pb.PHASE_PAUSED:
             status.waiting_for = f"its operator: deca-node resume {settings.node.name}"
@@ -180,7 +180,7 @@ class Standing:
         return pb.HistoryReply(points=[pb.HistoryPoint(**asdict(point)) for point in points])
 
     def _security(self) -> str:
-        if self.guard is not None:
+        if self._guard is not None:
             return "TLS 1.3, both ends certified"
         if is_loopback(self._settings.node.host):
             return "plain text, on this machine only"

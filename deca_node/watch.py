@@ -206,7 +206,7 @@ def _told(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     lines = []
     for event in found:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-        nodes = event["nodes"]
+        nodes = sorted(event["nodes"])
         names = ", ".join(nodes if len(nodes) < 4 else [*nodes[:2], f"{len(nodes) - 2} more"])
         text = f"{event['peer'] or names} {event['text']}"
         by = f" (says {names})" if event["peer"] else ""

@@ -130,7 +130,7 @@ def test_a_swarm_comes_up_is_cut_heals_and_stops(engine, stack, tmp_path):
     assert {name: status.node for name, status in shown.items()} == {name: name for name in NODES}
     assert all("TLS" in status.security for status in shown.values())
     assert all(status.phase == pb.PHASE_TRAINING for status in shown.values())
-    words = ("deca-node", "swarm", "status", "--trust", "/data/trust")
+    words = ("deca-node", "swarm", "status")
     printed = swarm.compose("exec", "-T", "node-0", *words)
     assert all(name in printed for name in NODES), printed
     reach = (

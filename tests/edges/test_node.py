@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from deca_node.errors import DiskFullError
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
 from deca_node.node import Node
+from deca_node.standing import Standing
 from tests.tiny import make_model
 from tests.virtual_time import run
 
@@ -64,12 +66,55 @@ async def test_a_block_that_could_not_be_kept_is_kept_with_the_next(tmp_path, mo
             assert torch.equal(tensor, model[name])
 
 
+class Looking(Node):
+    """A node whose status is looked at after every step."""
+
+    def __init__(self, settings, look):
+        super().__init__(settings, structlog.get_logger())
+        self._look = look
+
+    def step_done(self, record, data_position):
+        super().step_done(record, data_position)
+        self._look(self.status())
+
+
+async def test_a_status_that_nobody_asks_for_is_not_made(tmp_path, monkeypatch):
+    """But a scrape, on the server's thread, and a caller get the one of that moment."""
+    made = []
+    plain = Standing.status
+
+    def counted(self, *arguments):
+        made.append(threading.current_thread())
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Standing, "status", counted)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    assert await Node(settings(tmp_path / "a"), structlog.get_logger()).run()
+    assert not made
+
+    scraped = []
+
+    async def scrape(node):
+        measured = await asyncio.to_thread(lambda: list(node._measurements.collect()))
+        scraped.append(
+            {family.name: family.samples[0].value for family in measured if family.samples}
+        )
+
+    tasks = []
+    node = Looking(
+        settings(tmp_path / "b"), lambda _: tasks.append(asyncio.create_task(scrape(node)))
+    )
+    assert await node.run()
+    await asyncio.gather(*tasks)
+    assert max(sample["deca_schedule_steps_done"] for sample in scraped) == 8
+    assert set(made) == {threading.main_thread()}  # the loop's
+
+
 async def test_status_knows_the_schedule_before_and_after(tmp_path):
     """Position, totals and phase are right at the end of a run in descending order."""
     seen = []
-    node = Node(
-        settings(tmp_path, "schedule.order=descending"), structlog.get_logger(), seen.append
-    )
+    node = Looking(settings(tmp_path, "schedule.order=descending"), seen.append)
     assert await node.run()
     last = node.status()
     assert (last.steps_done, last.steps_total) == (8, 8)
@@ -91,7 +136,7 @@ async def test_others_are_told_the_advertised_address_and_this_machine_its_own(t
     run = settings(
         tmp_path, "run.name=behind-a-router", "node.advertise=192.0.2.7", "node.advertise_port=7001"
     )
-    node = Node(run, structlog.get_logger(), look)
+    node = Looking(run, look)
     assert await node.run()
     assert said == {("192.0.2.7:7001", "192.0.2.7", 7001)}
     assert len(here) == 1
@@ -155,13 +200,17 @@ async def test_a_full_disk_at_the_end_is_waited_for(tmp_path, monkeypatch):
 
 async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path):
     """A restart that meets nobody keeps the addresses that it knew."""
-    node = Node(settings(tmp_path, "schedule.rounds=30"), structlog.get_logger())
-    node._report = lambda status: node.stop() if status.steps_done == 5 else None
+    node = Looking(
+        settings(tmp_path, "schedule.rounds=30"),
+        lambda status: node.stop() if status.steps_done == 5 else None,
+    )
     assert not await node.run()
     path = tmp_path / "out" / "state" / "manifest.json"
     assert json.loads(path.read_text())["peers"] == {}
-    node = Node(settings(tmp_path, "schedule.rounds=30"), structlog.get_logger())
-    node._report = lambda status: node.stop() if status.steps_done == 12 else None
+    node = Looking(
+        settings(tmp_path, "schedule.rounds=30"),
+        lambda status: node.stop() if status.steps_done == 12 else None,
+    )
     judge = node._judge
 
     def know(checkpoint):

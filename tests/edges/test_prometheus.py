@@ -77,9 +77,20 @@ def scrape(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
+class Stands:
+    """A node's status, as it is told."""
+
+    now: pb.NodeStatus | None = None
+
+    def __call__(self) -> pb.NodeStatus | None:
+        return self.now
+
+
 @pytest.fixture
 def served():
-    measurements = Measurements()
+    stands = Stands()
+    measurements = Measurements(stands)
+    measurements.stands = lambda now: setattr(stands, "now", now)
     endpoint = Endpoint("127.0.0.1", 0, measurements)
     yield measurements, endpoint.port
     endpoint.close()
@@ -150,9 +161,9 @@ def test_a_loss_that_is_none_is_served_as_one(served) -> None:
 def test_a_taken_port_is_said_in_a_line(served) -> None:
     _, port = served
     with pytest.raises(ListenError, match=rf"metrics on 127.0.0.1:{port}: .*set metrics.port"):
-        Endpoint("127.0.0.1", port, Measurements())
+        Endpoint("127.0.0.1", port, Measurements(Stands()))
     with pytest.raises(ListenError, match=r"metrics\.host"):
-        Endpoint("203.0.113.1", 0, Measurements())
+        Endpoint("203.0.113.1", 0, Measurements(Stands()))
 
 
 def test_a_caller_that_says_nothing_holds_up_nobody_for_long(served, monkeypatch) -> None:

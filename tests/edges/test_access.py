@@ -1,0 +1,35 @@
+"""What a person's verb shows to a node."""
+
+import base64
+
+import pytest
+
+from deca_node import access, registry
+from deca_node.errors import TrustError
+from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
+from tests.trust import Run
+
+ELSEWHERE = "192.0.2.7:7430"
+
+
+async def test_other_nodes_are_asked_with_the_folder_that_a_node_here_uses(tmp_path, monkeypatch):
+    """As in a container, where trust.folder is not the default and nobody types --trust."""
+    run = Run(tmp_path / "run", "swarm")
+    keyring, other = run.keyring("here"), run.keyring("other")
+    lines = other.caller().certificate.decode().splitlines()
+    shown = base64.b64decode("".join(line for line in lines if "-----" not in line))
+
+    async def certificate(address):
+        assert address == ELSEWHERE
+        return shown
+
+    monkeypatch.setattr(access, "_certificate", certificate)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    with registry.announce("127.0.0.1:7430", "swarm", "here", str(keyring.folder)):
+        assert list(await access.credentials([ELSEWHERE])) == [ELSEWHERE]
+    with (
+        registry.announce("127.0.0.1:7430", "swarm", "plain"),
+        registry.announce("127.0.0.1:7431", "another-run", "here", str(keyring.folder)),
+        pytest.raises(TrustError, match="give its trust folder with --trust"),
+    ):
+        await access.credentials([ELSEWHERE])
