@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,23 @@ class Step:
     text: str
 
 
-def steps(page: str) -> list[Step]:
+def steps(page: str, instead: Mapping[str, str]) -> list[Step]:
     """What a page tells to do, in its order."""
-    found = _BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for word, other in instead.items():
+        text, count = re.subn(rf"\b{re.escape(word)}\b", other, text)
+        assert count, f"{page} does not have {word!r} any more"
+    found = _BLOCK.findall(text)
     return [Step(*one) for one in found if one[0] in ("console", "python") or one[1]]
 
 
-def follow(page: str, folder: Path) -> dict[str, str]:
+def follow(page: str, folder: Path, instead: Mapping[str, str] | None = None) -> dict[str, str]:
     """Do all of it in a folder; what each command printed, by command.
+
+    Args:
+        page: its name in docs/.
+        folder: where to type it.
+        instead: words of the page that are other ones here, as hosts and ports.
 
     Raises:
         AssertionError: a command failed.
@@ -38,7 +48,7 @@ def follow(page: str, folder: Path) -> dict[str, str]:
     bin_folder = Path(sys.executable).parent
     surroundings = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     printed: dict[str, str] = {}
-    for step in steps(page):
+    for step in steps(page, instead or {}):
         if step.title:
             (folder / step.title).write_text(step.text, encoding="utf-8")
             continue
