@@ -354,7 +354,7 @@ def export_model(
     if name is not None:
         if config is not None or settings:
             raise ConfigError("--name asks a running node, which has its settings")
-        typer.echo(cli_watch.export_of_node(node, name, trust, consensus=consensus))
+        cli_watch.export_of_node(node, name, trust, consensus=consensus)
         return
     if node is not None:
         raise ConfigError(f"{node}: to ask a running node give --name in place of --to")

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Annotated
 
 import typer
 
-from deca_node import access, registry
+from deca_node import access, registry, steering
 from deca_node.config import checked_address
-from deca_node.errors import ConfigError
+from deca_node.errors import ConfigError, DecaError, UnreachableError
+from deca_node.events import printable
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
+from deca_node.steering import ORDERS
 
 PORT = 7480
 
@@ -37,6 +40,10 @@ def dashboard(
         list[str] | None,
         typer.Option("--allow-host", metavar="NAME", help="A name that browsers call it by."),
     ] = None,
+    operate: Annotated[
+        bool,
+        typer.Option("--operate", help="Let who opens the printed address pause or stop nodes."),
+    ] = False,
     walk: Annotated[
         bool, typer.Option("--walk/--no-walk", help="Also ask the peers of the nodes.")
     ] = True,
@@ -51,8 +58,8 @@ def dashboard(
 ) -> None:
     """Serve a web page that shows a swarm live: graph, curves, schedule, events.
 
-    It asks the nodes over gRPC and shows what they tell; it changes nothing. Nodes need not run
-    yet. Ctrl-C ends it.
+    It asks the nodes over gRPC and shows what they tell; without --operate it changes nothing.
+    Nodes need not run yet. Ctrl-C ends it.
     """
     given = _checked(addresses or ())
     try:
@@ -63,6 +70,11 @@ def dashboard(
         raise ConfigError(
             f"the dashboard needs the package {error.name}: pip install 'deca-node[dashboard]'"
         ) from None
+    if operate and (public or not web.is_expected(host, frozenset(), public=False)):
+        raise ConfigError(
+            "--operate serves on the loopback only: leave out --host and --public, and reach it "
+            "through a tunnel (ssh -L)"
+        )
     if not public and not web.is_expected(host, frozenset(), public=False):
         raise ConfigError(
             f"--host {host} shows the swarm to every machine that reaches the port, without "
@@ -73,8 +85,16 @@ def dashboard(
         await access.credentials([], trust)  # says now what is wrong with the folder
         panorama = Panorama(walk=walk)
         feed = web.Feed(panorama, interval, given or ["this machine's nodes"])
+        operator = (
+            web.Operator(partial(_operate, panorama, trust), frozenset({*ORDERS, "export"}))
+            if operate
+            else None
+        )
         app = web.make_app(
-            feed, names=frozenset(name.lower() for name in allow_host or ()), public=public
+            feed,
+            names=frozenset(name.lower() for name in allow_host or ()),
+            public=public,
+            operator=operator,
         )
 
         observer = Observer(
@@ -85,7 +105,12 @@ def dashboard(
         )
         with web.listen(host, port) as opened:
             shown = f"[{host}]" if ":" in host else host
-            typer.echo(f"dashboard at http://{shown}:{opened.getsockname()[1]}/  (Ctrl-C ends it)")
+            at = f"http://{shown}:{opened.getsockname()[1]}/"
+            if operator is not None:
+                at += f"#operate={operator.token}"
+            typer.echo(f"dashboard at {at}  (Ctrl-C ends it)")
+            if operator is not None:
+                typer.echo("whoever has that address can pause and stop nodes: keep it to yourself")
             if public:
                 typer.echo("everybody who reaches that port can look; nothing is encrypted")
             stop = asyncio.Event()
@@ -94,6 +119,25 @@ def dashboard(
             await web.serve(app, feed, observer, opened, stop)
 
     asyncio.run(run())
+
+
+async def _operate(panorama: Panorama, trust: Path | None, key: str, verb: str) -> str:
+    """Tell a node that the page shows what to do; through its socket file if it runs here."""
+    address = panorama.address(key)
+    if address is None:
+        raise UnreachableError("no node of that name answers now")
+    here = {entry.address: entry.target for entry in registry.local_nodes()}
+    if verb == "export":
+        order = steering.export(time.strftime("dashboard-%Y%m%d-%H%M%S"))
+    else:
+        order = ORDERS[verb]
+    try:
+        said = printable(await steering.tell(here.get(address, address), trust, order))
+    except DecaError as error:
+        typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {key}: {printable(str(error))}")
+        raise
+    typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {key}: {said}")
+    return said
 
 
 def _checked(addresses: Sequence[str]) -> list[str]:

@@ -10,16 +10,13 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
-from deca_node import access, registry, status, survey, watch
+from deca_node import access, registry, status, steering, survey, watch
 from deca_node.config import checked_address
-from deca_node.errors import ConfigError, ControlError, OutputError, PeerError, UnreachableError
+from deca_node.errors import ConfigError, UnreachableError
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
-from deca_node.pb import node_pb2 as pb
+from deca_node.steering import ORDERS, Order
 
-TELL_SECONDS = 10.0
-# A step may take minutes, and a model is written after all of it was read.
-SAVE_SECONDS = 1800.0
 LOOK_SECONDS = 2.0
 
 NodeArgument = Annotated[
@@ -82,29 +79,8 @@ def target(given: str | None) -> str:
         raise ConfigError(str(error)) from None
 
 
-def tell(given: str | None, trust: Path | None, verb: str, request: Any, seconds: float) -> Any:
-    """Make a call of the service Control.
-
-    Raises:
-        UnreachableError: nobody answers, or not in time.
-        ControlError: the node refuses.
-        OutputError: what was to be written is there already, or could not be.
-    """
-    return asyncio.run(_tell(target(given), trust, verb, request, seconds))
-
-
-async def _tell(address: str, trust: Path | None, verb: str, request: Any, seconds: float) -> Any:
-    link = await access.link(address, trust)
-    try:
-        return await link.control(verb, request, seconds)
-    except PeerError as error:
-        if error.reason in ("unavailable", "late"):
-            raise UnreachableError(f"no deca-node answers at {error}") from None
-        if error.reason in ("exists", "failed", "not_saved"):
-            raise OutputError(str(error)) from None
-        raise ControlError(f"{verb.lower()} refused by {error}") from None
-    finally:
-        await link.close()
+def _tell(given: str | None, trust: Path | None, order: Order) -> None:
+    typer.echo(asyncio.run(steering.tell(target(given), trust, order)))
 
 
 def pause(node: NodeArgument = None, trust: TrustOption = None) -> None:
@@ -112,33 +88,27 @@ def pause(node: NodeArgument = None, trust: TrustOption = None) -> None:
 
     It saves its state first. The others do not wait for it, and count it as paused.
     """
-    said = tell(node, trust, "Pause", pb.PauseRequest(), TELL_SECONDS)
-    typer.echo("it was to pause already" if said.already else "pauses after the step under way")
+    _tell(node, trust, ORDERS["pause"])
 
 
 def resume(node: NodeArgument = None, trust: TrustOption = None) -> None:
     """Let a paused node take part again; it fetches first what the others have changed."""
-    said = tell(node, trust, "Resume", pb.ResumeRequest(), TELL_SECONDS)
-    typer.echo("it was not to pause" if said.already else "takes part again")
+    _tell(node, trust, ORDERS["resume"])
 
 
 def checkpoint(node: NodeArgument = None, trust: TrustOption = None) -> None:
     """Let a node save its state now: after the step under way. Returns when it is on disk."""
-    said = tell(node, trust, "Checkpoint", pb.CheckpointRequest(), SAVE_SECONDS)
-    typer.echo(f"saved at block visit {said.visit + 1}, {said.step} steps done in it")
+    _tell(node, trust, ORDERS["checkpoint"])
 
 
 def stop(node: NodeArgument = None, trust: TrustOption = None) -> None:
     """End a node with its state saved, as SIGTERM does; `deca-node start` resumes it."""
-    said = tell(node, trust, "Stop", pb.StopRequest(), TELL_SECONDS)
-    typer.echo(f"stops: process {said.pid}")
+    _tell(node, trust, ORDERS["stop"])
 
 
-def export_of_node(node: str | None, name: str, trust: Path | None, *, consensus: bool) -> str:
-    """Let a running node write its model into OUTPUT/exports/NAME; where that is, and what."""
-    request = pb.ExportRequest(name=name, consensus=consensus)
-    said = tell(node, trust, "Export", request, SAVE_SECONDS)
-    return f"wrote {said.path} on the node's machine: {said.model}"
+def export_of_node(node: str | None, name: str, trust: Path | None, *, consensus: bool) -> None:
+    """Let a running node write its model into OUTPUT/exports/NAME."""
+    _tell(node, trust, steering.export(name, consensus=consensus))
 
 
 # --- watching

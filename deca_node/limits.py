@@ -138,6 +138,8 @@ MAX_EVENTS = 64
 MAX_HISTORY_POINTS = 1024
 # Labels whose counts are told, with data.share_label_counts.
 MAX_LABELS = 64
+# What a browser sends to operate a node: a name and a verb.
+MAX_ORDER_BYTES = 1024
 # Warnings of one node that a dashboard shows; health and the node itself tell fewer.
 MAX_WARNINGS_SHOWN = 64
 # Blocks of a model that a dashboard draws: the deepest known have some 130 layers.

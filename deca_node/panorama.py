@@ -170,6 +170,11 @@ class Panorama:
         """What nodes told last, as they told it, by key."""
         return {one.key: one.status for one in self._watched.values() if one.status is not None}
 
+    def address(self, key: str) -> str | None:
+        """Where a node that answers now is asked."""
+        here = (one for one in self._watched.values() if one.key == key and one.failing is None)
+        return next((one.address for one in here), None)
+
     # --- what comes back
 
     def answered(self, address: str, status: pb.NodeStatus, now: float) -> None:

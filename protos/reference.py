@@ -25,10 +25,11 @@ $ grpcurl -cacert authority.pem -cert operator.pem -key operator.key -authority 
     192.0.2.2:7430 deca.v1.Status/GetStatus
 ```
 
-The folder is that of the run `bbc` ([securing.md](securing.md#the-folder)), and the name is `RUN.deca.internal` for
-every run: certificates name run and node, not hosts. A member's certificate in `nodes/` does as well, but for the
-service Control, which wants the operator's or the machine's socket file. In plain text (a node on the loopback, or
-with `--insecure`) nothing is shown:
+The folder is that of the run `bbc` ([securing.md](securing.md#the-folder)), and the name is
+`RUN.deca.internal` for every run: certificates name run and node, not hosts. A member's
+certificate in `nodes/` does as well, but for the service Control, which wants the operator's or
+the machine's socket file. In plain text (a node on the loopback, or with `--insecure`)
+nothing is shown:
 
 ```console
 $ grpcurl -plaintext 127.0.0.1:7430 list

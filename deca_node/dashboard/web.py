@@ -1,17 +1,20 @@
 """Serves the panorama to browsers: the only file that knows starlette and uvicorn.
 
-Read-only. Against pages of other sites in the same browser: a request must name this server by an
-address or an expected name (DNS rebinding), come from this page or from no page at all, and the
-page may load and call nothing else (Content-Security-Policy).
+Read-only, unless it is made with an Operator: then who has its token may tell nodes what to do.
+Against pages of other sites in the same browser: a request must name this server by an address or
+an expected name (DNS rebinding), come from this page or from no page at all, and the page may load
+and call nothing else (Content-Security-Policy).
 """
 
 import asyncio
 import contextlib
 import ipaddress
 import json
+import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -24,8 +27,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deca_node import __version__
-from deca_node.errors import ListenError
-from deca_node.limits import MAX_BROWSERS, MAX_NAME_BYTES
+from deca_node.errors import DecaError, ListenError
+from deca_node.limits import MAX_BROWSERS, MAX_NAME_BYTES, MAX_ORDER_BYTES
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
 
@@ -49,6 +52,21 @@ _HEADERS = {
 _RETRY_MS = 1500
 # A stream without news says so, so that a browser can tell a quiet swarm from a dead connection.
 _QUIET_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Who may tell nodes what to do through the page.
+
+    Attributes:
+        tell: key of a node and verb; what the node says. Raises DecaError.
+        verbs: that there are.
+        token: who shows it is the operator. It is in no answer of this server.
+    """
+
+    tell: Callable[[str, str], Awaitable[str]]
+    verbs: frozenset[str]
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
 
 
 class Feed:
@@ -118,13 +136,20 @@ class Feed:
         self.tick()
 
 
-def make_app(feed: Feed, *, names: frozenset[str] = frozenset(), public: bool = False) -> ASGIApp:
+def make_app(
+    feed: Feed,
+    *,
+    names: frozenset[str] = frozenset(),
+    public: bool = False,
+    operator: Operator | None = None,
+) -> ASGIApp:
     """The web application.
 
     Args:
         feed: what is shown.
         names: further names by which browsers may call this server.
         public: callers from other machines may call it by its addresses.
+        operator: who may do more than look; nobody if there is none.
     """
     page = {
         file.name: file.read_bytes()
@@ -164,6 +189,27 @@ def make_app(feed: Feed, *, names: frozenset[str] = frozenset(), public: bool = 
     async def alive(_: Request) -> Response:
         return PlainTextResponse("serving\n")
 
+    async def operate(request: Request) -> Response:
+        assert operator is not None  # noqa: S101
+        if refusal := _not_from_the_operator(request, operator):
+            return JSONResponse({"error": refusal}, 403)
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_ORDER_BYTES:
+                return JSONResponse({"error": "too long"}, 413)
+        try:
+            order = json.loads(body)
+            key, verb = str(order["key"]), str(order["verb"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return JSONResponse({"error": "send an object with key and verb"}, 400)
+        if verb not in operator.verbs:
+            return JSONResponse({"error": f"{verb[:20]!r} is no verb"}, 400)
+        try:
+            return JSONResponse({"said": await operator.tell(key, verb)})
+        except DecaError as error:
+            return JSONResponse({"error": str(error)}, 409)
+
     routes = [
         Route("/", file),
         Route("/page/{name}", file),
@@ -172,6 +218,8 @@ def make_app(feed: Feed, *, names: frozenset[str] = frozenset(), public: bool = 
         Route("/api/stream", stream),
         Route("/healthz", alive),
     ]
+    if operator is not None:
+        routes.append(Route("/api/operate", operate, methods=["POST"]))
     return _Guard(Starlette(routes=routes), names, public=public)
 
 
@@ -206,6 +254,23 @@ class _Guard:
         if site not in ("none", "same-origin") and path != "/":
             return "another site's page may not ask this dashboard\n"
         return ""
+
+
+def _not_from_the_operator(request: Request, operator: Operator) -> str:
+    """Why a request may only look; empty when it may do more.
+
+    The token is enough. That a page of this server sends it, and that a browser cannot be made to
+    send it by a form, holds even if the token should be lost.
+    """
+    headers = request.headers
+    if headers.get("origin") != f"http://{headers.get('host', '')}":
+        return "only this dashboard's own page may operate nodes"
+    if headers.get("content-type") != "application/json":
+        return "send JSON"
+    shown = headers.get("x-deca-operator", "").encode()
+    if not secrets.compare_digest(shown, operator.token.encode()):
+        return "this page was not opened with the address that `dashboard --operate` printed"
+    return ""
 
 
 def is_expected(host: str, names: frozenset[str], *, public: bool) -> bool:

@@ -65,7 +65,7 @@ class Page:
 
 
 @contextmanager
-def browsing(folder, origin, *, width=1440, height=1000, scheme="light"):
+def browsing(folder, address, *, width=1440, height=1000, scheme="light"):
     """A fresh Chromium at the dashboard."""
     from playwright.sync_api import sync_playwright
 
@@ -80,9 +80,9 @@ def browsing(folder, origin, *, width=1440, height=1000, scheme="light"):
             reduced_motion="reduce",
         )
         try:
-            page = Page(context.pages[0], origin)
+            page = Page(context.pages[0], address.partition("#")[0].rstrip("/"))
             page.page.set_default_timeout(PATIENCE)
-            page.page.goto(origin + "/")
+            page.page.goto(address)
             yield page
         finally:
             context.close()
@@ -98,7 +98,7 @@ def dashboard(*arguments):
     )
     try:
         line = process.stdout.readline()
-        yield line.split()[2].rstrip("/"), process
+        yield line.split()[2], process
     finally:
         process.kill()
         process.wait()
@@ -161,7 +161,7 @@ def test_a_swarm_that_trains_is_shown_live_and_a_killed_node_as_gone(daemons, tm
     for daemon in daemons:
         daemon.start()
     address = daemons[0].until(lambda status: status.steps_done >= 5).address
-    with dashboard(address) as (origin, _), browsing(tmp_path, origin) as seen:
+    with dashboard(address, "--operate") as (home, _), browsing(tmp_path, home) as seen:
         seen.until("document.querySelectorAll('#node-rows tr.live').length === 3")
         # On a busy machine steps of a millisecond may wait for an edge most of the time.
         seen.until("document.querySelectorAll('.edge.ok, .edge.slow').length === 3")
@@ -198,6 +198,8 @@ def test_a_swarm_that_trains_is_shown_live_and_a_killed_node_as_gone(daemons, tm
         seen.until("!document.getElementById('tip').hidden")
         assert all(name in seen.text("#tip") for name in ("step", "ada", "bob", "cyd"))
 
+        operate(seen, daemons[0])
+
         daemons[2].end(signal.SIGKILL)
         seen.until("document.querySelectorAll('#node-rows tr.gone').length === 1")
         assert "cyd" in seen.text("#node-rows tr.gone")
@@ -208,6 +210,26 @@ def test_a_swarm_that_trains_is_shown_live_and_a_killed_node_as_gone(daemons, tm
         seen.until(told)
         seen.page.screenshot(path=tmp_path / "gone.png", full_page=True)
         assert seen.wrong == []
+
+
+def operate(seen, daemon):
+    """The operator pauses a node, lets it go on, and thinks better of stopping it."""
+    assert "operate=" not in seen.page.url
+    seen.page.click(f"#node-rows tr:has-text('{daemon.name}') .pick")
+    said = "document.querySelector('#operate [role=status]').innerText.includes({!r})"
+    phase = "document.querySelector('#details .badge').innerText.includes({!r})"
+    seen.page.click("#operate [data-verb=pause]")
+    seen.until(said.format("pauses after the step under way"))
+    seen.until(phase.format("paused"))
+    seen.page.click("#operate [data-verb=resume]")
+    seen.until(said.format("takes part again"))
+    seen.until(phase.format("training"))
+    seen.page.click("#operate [data-verb=stop]")
+    assert seen.all("#operate button:visible") == [f"Stop {daemon.name}, its state saved", "Cancel"]
+    seen.page.screenshot(path=daemon.folder / "operate.png")
+    seen.page.get_by_role("button", name="Cancel").click()
+    assert seen.page.locator("#operate [data-verb=stop]").is_visible()
+    seen.page.keyboard.press("Escape")
 
 
 def test_a_dashboard_that_ends_leaves_a_page_that_says_so(tmp_path):

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from deca_node import cli, errors
 from deca_node.dashboard import web
-from deca_node.errors import ListenError, PeerRefused
+from deca_node.errors import ControlError, ListenError, PeerRefused
 from deca_node.limits import MAX_BROWSERS
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
@@ -78,6 +78,105 @@ def test_nothing_can_be_changed(client):
     for path in ("/", "/api/state", "/api/node", "/api/stream"):
         assert client.post(path).status_code == 405
         assert client.put(path).status_code == 405
+
+
+@pytest.fixture
+def told():
+    """What nodes were told, and what they say to it by verb."""
+    return []
+
+
+@pytest.fixture
+def operated(feed, told):
+    """A client, and the headers with which the page operates nodes."""
+
+    async def tell(key, verb):
+        told.append((key, verb))
+        if verb == "stop":
+            raise ControlError("stop refused by 10.0.0.1:1: only the operator")
+        return "pauses after the step under way"
+
+    operator = web.Operator(tell, frozenset({"pause", "stop"}))
+    client = TestClient(web.make_app(feed, operator=operator), base_url=HOME)
+    return client, {
+        "origin": HOME,
+        "content-type": "application/json",
+        "x-deca-operator": operator.token,
+        "sec-fetch-site": "same-origin",
+    }
+
+
+PAUSE = json.dumps({"key": "bbc/node-0", "verb": "pause"})
+
+
+def test_the_operator_tells_a_node_and_hears_what_it_says(operated, told):
+    client, headers = operated
+    answer = client.post("/api/operate", content=PAUSE, headers=headers)
+    assert (answer.status_code, answer.json()) == (200, {"said": "pauses after the step under way"})
+    stop = json.dumps({"key": "bbc/node-0", "verb": "stop"})
+    answer = client.post("/api/operate", content=stop, headers=headers)
+    assert answer.status_code == 409
+    assert "only the operator" in answer.json()["error"]
+    assert told == [("bbc/node-0", "pause"), ("bbc/node-0", "stop")]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x-deca-operator": ""},
+        {"x-deca-operator": "guess"},
+        {"x-deca-operator": "gu\u00e9ss".encode()},
+        {"origin": "http://evil.example"},
+        {"origin": "http://127.0.0.1:9999"},
+        {"origin": "null"},
+        {"origin": None},
+        {"content-type": "text/plain"},  # what a form of another site can send
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"sec-fetch-site": "cross-site"},
+        {"host": "evil.example"},
+        {"host": "192.168.1.5:7480", "origin": "http://192.168.1.5:7480"},
+    ],
+    ids=str,
+)
+def test_nobody_else_operates_nodes(operated, told, changed):
+    client, headers = operated
+    headers = {name: value for name, value in {**headers, **changed}.items() if value is not None}
+    assert client.post("/api/operate", content=PAUSE, headers=headers).status_code == 403
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("", 400),
+        ("[]", 400),
+        ("{", 400),
+        ('{"key": "bbc/node-0"}', 400),
+        ('{"key": "bbc/node-0", "verb": "export"}', 400),
+        ('{"key": "' + "x" * 5000 + '", "verb": "pause"}', 413),
+        ("[" * 900, 400),
+    ],
+    ids=range(7),
+)
+def test_a_wrong_order_is_none(operated, told, body, status):
+    client, headers = operated
+    assert client.post("/api/operate", content=body, headers=headers).status_code == status
+    assert not told
+
+
+def test_the_token_is_in_no_answer(operated):
+    """A user of this machine who can reach the port can look, and no more."""
+    client, headers = operated
+    token = headers["x-deca-operator"]
+    assert len(token) >= 43
+    for path in ("/", "/page/app.js", "/page/operate.js", "/api/state", "/healthz", "/api/operate"):
+        answer = client.get(path)
+        assert token not in answer.text + str(answer.headers)
+    assert client.get("/api/operate").status_code == 405
+
+
+def test_without_the_option_there_is_nothing_to_operate(client):
+    assert client.post("/api/operate", content=PAUSE).status_code == 404
 
 
 def test_the_state_is_json(client):
@@ -262,6 +361,8 @@ def _run(*arguments):
         (["127.0.0.1"], "'127.0.0.1' is not HOST:PORT"),
         (["127.0.0.1:7430", "nonsense:port"], "'nonsense:port' is not HOST:PORT"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 shows the swarm to every machine"),
+        (["--host", "0.0.0.0", "--public", "--operate"], "--operate serves on the loopback only"),
+        (["--host", "192.0.2.1", "--operate"], "--operate serves on the loopback only"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, words, capsys):

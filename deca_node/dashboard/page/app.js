@@ -4,6 +4,7 @@ import { Chart } from "./chart.js";
 import { $, attr, say } from "./dom.js";
 import { duration } from "./format.js";
 import { Graph } from "./graph.js";
+import { Operate } from "./operate.js";
 import { NodeTable, details, empty, events, header, skew, tiles, warnings } from "./panels.js";
 import { Strip } from "./strip.js";
 
@@ -29,6 +30,7 @@ const charts = [
 ];
 const strip = new Strip($("strip"), $("strip-note"));
 const table = new NodeTable(choose);
+const operate = new Operate($("operate"));
 
 // --- the stream
 
@@ -125,6 +127,7 @@ async function look() {
   const node = current()?.nodes.find((each) => each.key === key);
   if (!node) return;
   details(node, tree);
+  operate.show(node);
   if (node.state === "heard") return;
   try {
     const answer = await fetch(`/api/node?key=${encodeURIComponent(key)}`);
