@@ -25,13 +25,16 @@ demo: .venv/demo.stamp
 
 # What needs no whole daemons runs on all cores, those after it one by one.
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile tests/core tests/edges tests/fuzz
-	$(BIN)/pytest -m "not slow" tests/cluster tests/containers
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile \
+	  tests/core tests/edges tests/fuzz tests/cluster/test_faults.py
+	$(BIN)/pytest -m "not slow" --ignore tests/cluster/test_faults.py tests/cluster tests/containers
 
 # Minutes each: the demo held against the README, hosts on a network that fails, containers,
 # chaos, and hundreds of random fault schedules.
+# Much of that is waiting, so two files at a time; those that take longest begin.
 test-slow: .venv/dev.stamp .venv/demo.stamp
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder \
+	  tests/containers tests/cluster tests/edges tests/fuzz
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ import torch
 from deca_node.config import DataSettings
 from deca_node.errors import ConfigError, DataError
 
+_MARK = "\0"  # stands for the text where its place in a template is looked for
 IGNORED = -100  # the target that cross entropy skips, in PyTorch and in Hugging Face models
 MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own 131,072 is less than a long article
 
@@ -232,6 +233,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
 
+    def starts(self, text: str) -> tuple[list[int], list[int] | None]:
+        """``encode``, and by token where in ``text`` it begins; None if that cannot be told."""
+
     def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
         """A conversation's token ids in order, in segments.
 
@@ -342,29 +346,40 @@ def _prompt(
     """The filled template in at most ``room`` tokens."""
     fields = {name: _value_of(row, name, where) for name in _template_fields(settings.template)}
 
-    def encode(fields: Row) -> list[int]:
+    def fill(fields: Row) -> str:
         try:
-            filled = settings.template.format_map(fields)
+            return settings.template.format_map(fields)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise DataError(f"{where}: data.template cannot be filled: {error}") from None
-        return tokenizer.encode(filled)
 
     texts = {name: value for name, value in fields.items() if isinstance(value, str)}
     longest = max(texts, key=lambda name: len(texts[name]), default="")
     text = texts.get(longest, "")
 
-    def cut(size: int) -> list[int]:
-        return encode({**fields, longest: text[:size]} if longest else fields)
+    def filled(text: str) -> str:
+        return fill({**fields, longest: text} if longest else fields)
 
-    high = 8 * max(
-        room, 1
-    )  # so that the cost depends on what is kept, not on the length of the row
-    while high < len(text) and len(cut(high)) <= room:
-        high *= 2
-    high = min(high, len(text))
-    ids = cut(high)
+    def cut(size: int) -> list[int]:
+        return tokenizer.encode(filled(text[:size]))
+
+    # So that the cost depends on what is kept, not on the length of the row.
+    high = min(8 * max(room, 1), len(text))
+    whole = filled(text[:high])
+    ids, starts = tokenizer.starts(whole)
+    while len(ids) <= room and high < len(text):
+        high = min(2 * high, len(text))
+        whole = filled(text[:high])
+        ids, starts = tokenizer.starts(whole)
     if len(ids) <= room:
         return ids
+    around = filled(_MARK).split(_MARK)
+    if starts is not None and len(around) == 2:
+        begin, end = len(around[0]), len(whole) - len(around[1])
+        size = min(_size_by_starts(starts, room, begin, end), high)
+        tidy = _back_to_space(text, size)
+        # A guess: the text's end and what follows may be other tokens than in the longer one.
+        if tidy > 0 and len(guess := cut(tidy)) <= room:
+            return guess
     least = len(cut(0))
     if room < 1 or least > room:
         raise DataError(
@@ -375,6 +390,19 @@ def _prompt(
     tidy = _back_to_space(text, size)
     ids = cut(tidy)
     return ids if len(ids) <= room else cut(size)
+
+
+def _size_by_starts(starts: Sequence[int], room: int, begin: int, end: int) -> int:
+    """How much of the text between two places fits, judged by a longer one's tokens.
+
+    Args:
+        starts: where each token begins.
+        room: the most tokens.
+        begin: where the text begins.
+        end: where it ends; what follows is kept whole.
+    """
+    kept = room - sum(start >= end for start in starts)
+    return max(0, starts[kept] - begin) if kept > 0 else 0
 
 
 def _longest_fit(

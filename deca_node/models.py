@@ -198,6 +198,13 @@ class Tokenizer:
             ids = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 
+    def starts(self, text: str) -> tuple[list[int], list[int] | None]:
+        """``encode``, and by token the index of its first character; None of a slow tokenizer."""
+        if self._fast is None:
+            return self.encode(text), None
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
         """A conversation's token ids in segments; True marks what the assistant says.
 

@@ -549,7 +549,7 @@ class Node:
             TopologySpec(chosen.kind, chosen.p, chosen.edges, settings.run.seed),
             self.timing,
             settings.network.catch_up_rate * 1e6,
-            settings.network.catch_up_share,
+            settings.network.catch_up_share * torch.get_num_threads(),
             _per_second(settings.network.send_rate),
             _per_second(settings.network.send_rate_per_peer),
             Format.named(settings.network.wire_format),

@@ -19,7 +19,7 @@ from torch import nn
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.compression import Format
 from deca_node.config import Timing
-from deca_node.errors import PayloadError
+from deca_node.errors import DiskFullError, PayloadError
 from deca_node.kept import fits
 from deca_node.loopback import LoopbackNetwork
 from deca_node.member import Member, Run
@@ -80,14 +80,17 @@ class ToyModel:
 class Part:
     """catchup.Partial in memory."""
 
-    def __init__(self, xxh3):
-        self.xxh3, self.data = xxh3, bytearray()
+    def __init__(self, disk, xxh3):
+        self.disk, self.xxh3, self.data = disk, xxh3, bytearray()
 
     @property
     def size(self):
         return len(self.data)
 
     def write(self, data):
+        if self.disk.full:
+            self.disk.refused += 1
+            raise DiskFullError("disk: no space left")
         self.data += data
 
     def close(self):
@@ -103,6 +106,8 @@ class Disk:
         self.place = Start()
         self.lost = frozenset()
         self.fetched = 0
+        self.full = False  # takes nothing that is fetched
+        self.refused = 0
 
 
 class Keeping:
@@ -148,7 +153,7 @@ class Keeping:
         return {xxh3 for _, xxh3 in self.disk.parts}
 
     async def partial(self, block, xxh3):
-        return self.disk.parts.setdefault((block, xxh3), Part(xxh3))
+        return self.disk.parts.setdefault((block, xxh3), Part(self.disk, xxh3))
 
     async def install(self, block, partial, visit):
         data = bytes(partial.data)

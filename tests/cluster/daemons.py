@@ -1,11 +1,9 @@
-"""Real `deca-node start` processes on this machine, for tests."""
+"""Real `deca-node start` daemons on this machine, for tests."""
 
 import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
 from deca_node.registry import local_nodes
 from deca_node.transport import ask_status
+from tests import warm
 
 DEADLINE = 360.0  # a bound on failure; nothing waits this long when all is well
 
@@ -40,16 +39,11 @@ class Daemon:
             *settings,
         ]
         self.run_name = next(s for s in settings if s.startswith("run.name=")).partition("=")[2]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: warm.Process | None = None
 
     def start(self) -> "Daemon":
-        command = [sys.executable, "-m", "deca_node", "start"]
-        for setting in self.settings:
-            command += ["--set", setting]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+        options = [word for setting in self.settings for word in ("--set", setting)]
+        self.process = warm.start(["start", *options], os.environ, self.log)
         return self
 
     def wait(self) -> int:

@@ -39,14 +39,23 @@ BOS, EOS, PAD = 256, 257, 258
 class ByteTokenizer:
     """One token a UTF-8 byte."""
 
-    def __init__(self, bos_id: int | None = BOS, eos_id: int | None = EOS) -> None:
+    def __init__(
+        self, bos_id: int | None = BOS, eos_id: int | None = EOS, *, tells: bool = True
+    ) -> None:
         self.bos_id = bos_id
+        self.tells = tells  # where in a text a token begins
         self.eos_id = eos_id
         self.pad_id = PAD
 
     def encode(self, text: str) -> list[int]:
         """Bytes are ids."""
         return list(text.encode())
+
+    def starts(self, text: str) -> tuple[list[int], list[int] | None]:
+        """Each byte begins where its character is."""
+        if not self.tells:
+            return self.encode(text), None
+        return self.encode(text), [i for i, char in enumerate(text) for _ in char.encode()]
 
     def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
         """``<u>hi`` EOS ``<a>ho`` EOS, of which ``ho`` EOS is learned."""
@@ -303,6 +312,13 @@ def test_long_text_is_cut_at_a_space() -> None:
     assert completion_of(example) == " x"
 
 
+def test_a_text_that_a_template_has_twice_is_cut_in_both_places() -> None:
+    """Where it ends cannot be told from one tokenization then: it is tried."""
+    settings = data_settings(template="{text}|{text}|", max_tokens=32)
+    [example] = examples([{"text": "alpha beta gamma", "label": "x"}], settings, TOKENIZER, SOURCE)
+    assert prompt_of(example) == "alpha beta|alpha beta|"
+
+
 def test_text_without_spaces_is_cut_between_characters() -> None:
     """Characters of several tokens are never halved, and the room is used up."""
     settings = data_settings(max_tokens=32)
@@ -318,6 +334,8 @@ def test_cut_rows_always_fit(text: str, other: str, limit: int) -> None:
     settings = data_settings(template="{other}|{text}|", max_tokens=limit)
     row = {"text": "." * 6 + text, "other": other, "label": "x"}
     [example] = examples([row], settings, TOKENIZER, SOURCE)
+    # Here every byte counts for itself, so that where a tokenizer cannot tell comes to the same.
+    assert examples([row], settings, ByteTokenizer(tells=False), SOURCE) == [example]
     assert len(example.input_ids) <= limit
     kept = prompt_of(example).removeprefix(other + "|").removesuffix("|")
     assert str(row["text"]).startswith(kept)

@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import pytest
 
+from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp
 from deca_node.errors import PayloadError, PeerRefused
 from deca_node.membership import Phase, State
-from tests.swarm import ToySwarm
+from deca_node.recovery import Kept
+from tests.swarm import Part, ToySwarm
 from tests.virtual_time import run
 
 
@@ -235,6 +237,39 @@ def test_a_lost_block_is_fetched_from_a_neighbour():
     run(scenario())
 
 
+@pytest.mark.parametrize("seconds", [3.0, 40.0])
+def test_a_full_disk_while_catching_up_ends_nothing(seconds):
+    """Short of room it tries again, then trains on where it was; with room it gets into step."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=12, steps=3)
+        swarm.start()
+        victim = swarm.nodes[1]
+        await until(lambda: len(victim.story.steps) >= 10)
+        await victim.kill()
+        gone_at = victim.disk.place.visit
+        await until(lambda: swarm.nodes[0].member.visit >= gone_at + 3)
+        before = dict(victim.disk.blocks)
+        victim.disk.full = True
+        victim.start()
+        await until(lambda: victim.disk.refused)
+        assert victim.disk.blocks == before  # what it had is as it was
+        await asyncio.sleep(seconds)
+        victim.disk.full = False
+        await swarm.finish()
+        again = [record for _, life, record in victim.story.steps if life == 2]
+        went_on_where_it_was = again[0].visit.index <= gone_at + 1
+        assert went_on_where_it_was == (seconds > MAX_DISK_FAILURES * RETRY_SECONDS)
+        assert all(node.story.finished for node in swarm.nodes)
+        assert again[-1].visit.index == swarm.schedule.visits - 1
+        assert again[-1].edges.weights
+        assert victim.disk.fetched > 0
+        for node in (swarm.nodes[0], *swarm.nodes[2:]):
+            assert len(node.story.steps) == swarm.schedule.total_steps  # nobody else was held up
+
+    run(scenario())
+
+
 def test_parts_of_a_graph_given_in_parts_keep_their_own_pace():
     """Nodes without a path between them never catch up with each other."""
 
@@ -361,16 +396,12 @@ def test_a_transfer_cut_in_the_middle_goes_on_where_it_was():
         swarm = ToySwarm(3, rounds=6, steps=3, start_when=2)
         swarm.start(0, 1)
         await until(lambda: len(swarm.nodes[0].story.steps) >= 14)
-        from deca_node.catchup import CatchUp
-        from deca_node.recovery import Kept
-        from tests.swarm import Part
-
         late = swarm.nodes[2]
         late.start()
         await until(lambda: late.member is not None and len(late.member.swarm.givers()) == 2)
         giver = swarm.nodes[0]
         block, (kept, data) = next(iter(giver.disk.blocks.items()))
-        part = Part(kept.xxh3)
+        part = Part(late.disk, kept.xxh3)
         part.write(data[:100])
         link = late.member.swarm.givers()["n0"]
         assert isinstance(late.member.catch_up, CatchUp)
@@ -378,7 +409,7 @@ def test_a_transfer_cut_in_the_middle_goes_on_where_it_was():
         assert bytes(part.data) == data
         wrong = Kept(kept.visit, kept.bytes + 10, kept.xxh3)
         with pytest.raises(PayloadError, match="ended early"):
-            await late.member.catch_up._receive(link, block, wrong, Part(kept.xxh3))
+            await late.member.catch_up._receive(link, block, wrong, Part(late.disk, kept.xxh3))
         await swarm.finish()
 
     run(scenario())

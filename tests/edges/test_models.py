@@ -454,6 +454,7 @@ def test_tokenizer() -> None:
     ids = tokenizer.encode("x a é")
     assert 1 not in ids
     assert tokenizer.hf.decode(ids) == "x a é"
+    assert tokenizer.starts("x a é") == (ids, [0, 1, 3, 4, 4])  # é is two tokens here
 
 
 def test_a_bos_that_the_tokenizer_does_not_use_is_none() -> None:

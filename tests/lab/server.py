@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
-import gc
 import json
 import os
 import selectors
@@ -19,13 +18,13 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tests.lab.switch import Link, Switch
+from tests.warm import Forked, become, import_all
 
 NAMESPACES = Path("/run/netns")
 SOCKETS = Path("/run/lab")
@@ -50,6 +49,11 @@ def inside(host: str) -> Iterator[None]:
             _enter(own.fileno())
 
 
+def _move_to(host: str) -> None:
+    with (NAMESPACES / host).open("rb") as namespace:
+        _enter(namespace.fileno())
+
+
 def _enter(namespace: int) -> None:
     if _libc.setns(namespace, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
@@ -66,72 +70,6 @@ def _runtime_folder(host: str) -> str:
     folder = Path("/run/user") / host
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return str(folder)
-
-
-def _import_all() -> None:
-    """What a daemon imports until it trains a Llama."""
-    if "deca_node.node" not in sys.modules:
-        import transformers.models.llama.modeling_llama
-        import transformers.models.llama.tokenization_llama  # noqa: F401
-
-        import deca_node.cli
-        import deca_node.node  # noqa: F401
-
-        gc.collect()
-        gc.freeze()  # copies do not touch, and so share, what is there
-
-
-def _become(host: str, arguments: list[str], env: dict[str, str], log: str) -> NoReturn:
-    """Turn a copy of the server into a daemon of a host."""
-    code = 1
-    try:
-        os.setsid()
-        with (NAMESPACES / host).open("rb") as namespace:
-            _enter(namespace.fileno())
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for copy in (1, 2):
-            os.dup2(out, copy)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.closerange(3, 1024)  # devices and sockets of the server
-        os.environ.clear()
-        os.environ.update(env)
-        from deca_node.cli import main
-
-        main(arguments)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException:  # noqa: BLE001 - below are the frames of the server
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-class Forked:
-    """A copy of this process, with the part of Popen's interface that is used here."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._code: int | None = None
-
-    def poll(self) -> int | None:
-        """The exit status, minus the signal's number when one ended it, None while it runs."""
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._code = os.waitstatus_to_exitcode(status)
-        return self._code
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def wait(self) -> None:
-        """Until it has ended."""
-        while self.poll() is None:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
 
 class Server:
@@ -235,11 +173,11 @@ class Server:
         The process is a copy of this one, which imports them once; from ``main`` on it is what
         ``do_start`` would have made.
         """
-        _import_all()
+        import_all()
         env = {**env, "XDG_RUNTIME_DIR": _runtime_folder(host)}
         pid = os.fork()
         if pid == 0:
-            _become(host, arguments, env, log)
+            become(arguments, env, log, partial(_move_to, host))
         self._processes[pid] = Forked(pid)
         return {"pid": pid}
 
