@@ -1,9 +1,11 @@
 """How close an exchange comes to what the socket can do: `make bench`.
 
 Two processes on loopback, in one run and interleaved, each size and repetition one after the other:
-raw TCP from Python; the project's transport alone; an exchange as a daemon does it (snapshot with
-checksums, publish, pull, check, mix into the block); both in plain text and under TLS with both
-ends checked; and hivemind's averager of the same tensor where it is installed (the extra `bench`).
+raw TCP from Python; gRPC alone, with the project's settings and messages and nothing else of it,
+which says how much of the distance to TCP is gRPC's own; the project's transport; an exchange as a
+daemon does it (publish, messages with checksums made while the first ones are sent, pull, check,
+mix into the block); both in plain text and under TLS with both ends checked; and hivemind's
+averager of the same tensor where it is installed (the extra `bench`).
 
 Prints medians, their ratio to raw TCP of the same run, and CPU seconds per GB over both ends;
 writes all of it as JSON and a picture, and says which bar is missed.
@@ -26,6 +28,7 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import structlog
 import torch
 from torch import nn
@@ -44,7 +47,7 @@ from deca_node.models import ActiveBlock
 from deca_node.moments import Rule
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.transport import GrpcTransport
+from deca_node.transport import CLIENT_OPTIONS, SERVER_OPTIONS, GrpcTransport
 from deca_node.worker import TrainingThread
 
 MB = 1_000_000
@@ -57,6 +60,8 @@ QUIET = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound
 CASES = {
     "tcp one-way": (False, "tcp one-way"),
     "tcp both ways": (True, "tcp both ways"),
+    "gRPC alone one-way": (False, "tcp one-way"),
+    "gRPC alone both ways": (True, "tcp both ways"),
     "transport one-way": (False, "tcp one-way"),
     "transport both ways": (True, "tcp both ways"),
     "transport one-way, mTLS": (False, "tcp one-way"),
@@ -161,24 +166,60 @@ class Side:
         return pb.GoodbyeReply()
 
 
+class Bare:
+    """A server and a channel of gRPC's own, which carry the messages and do nothing with them."""
+
+    METHOD = "pull"
+
+    def __init__(self):
+        self.ready = []
+
+    async def listen(self):
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        pull = grpc.unary_stream_rpc_method_handler(self._answer)
+        handler = grpc.method_handlers_generic_handler("bench", {self.METHOD: pull})
+        self.server.add_generic_rpc_handlers([handler])
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        await self.server.start()
+        return f"127.0.0.1:{port}"
+
+    def meet(self, address):
+        self.channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        self.call = self.channel.unary_stream(f"/bench/{self.METHOD}")
+
+    async def _answer(self, request, context):
+        for message in self.ready:
+            await context.write(message)
+
+    async def pull(self):
+        """Bytes that came."""
+        got, call = 0, self.call(b"")
+        while (message := await call.read()) is not grpc.aio.EOF:
+            got += len(message)
+        return got
+
+
 class End:
     """One of the two processes."""
 
     def __init__(self, name, guard):
         self.name = name
+        self.bare = Bare()
         self.sides = {"": Side(name, None), "mTLS": Side(name, guard)}
 
     async def listen(self):
         self.server = socket.create_server(("127.0.0.1", 0))
         self.worker = TrainingThread()
         addresses = {kind: await side.listen() for kind, side in self.sides.items()}
-        return {"tcp": self.server.getsockname(), **addresses}
+        bare = await self.bare.listen()
+        return {"tcp": self.server.getsockname(), "bare": bare, **addresses}
 
     async def meet(self, addresses):
         """Connect the raw sockets, one a direction, and let the nodes meet."""
         other = NAMES[1 - NAMES.index(self.name)]
         self.outgoing = socket.create_connection(addresses["tcp"])
         self.incoming, _ = await asyncio.to_thread(self.server.accept)
+        self.bare.meet(addresses["bare"])
         await asyncio.gather(*(s.meet(addresses[k], other) for k, s in self.sides.items()))
 
     async def size(self, megabytes):
@@ -193,7 +234,7 @@ class End:
         self.sent = memoryview(bytes(self.method.outgoing(0).messages[1])[:PIECE])
         for side in self.sides.values():
             side.exchange.release()
-            side.ready = self.method.outgoing(0).messages
+            side.ready = self.bare.ready = self.method.outgoing(0).messages
 
     async def run(self, case, sends, receives):
         """One repetition of this end's part: begin, end (one clock for all), CPU seconds."""
@@ -206,6 +247,9 @@ class End:
         cpu, begin = time.process_time(), time.monotonic()
         if case.startswith("tcp"):
             await asyncio.to_thread(self._tcp, sends, receives)
+        elif case.startswith("gRPC alone"):
+            if receives:
+                self._check(await self.bare.pull())
         elif case.startswith("transport"):
             if receives:
                 await self._pull(side)
@@ -238,16 +282,24 @@ class End:
         got, request = 0, pb.PullRequest(sender=pb.Sender(node=self.name))
         async for message in side.link.pull(request, 60):
             got += len(message)
+        self._check(got)
+
+    def _check(self, got):
         assert got > 4 * self.count, f"{got} bytes came"
 
     async def _exchange(self, side, sends, receives):
-        if sends:
-            make = functools.partial(self.method.outgoing, side.serial)
+        made = None
+        if sends:  # as rounds.py does, but for the update
+            block = self.method.state()["x"]
+            promised = self.method.promise(side.serial)
             await side.exchange.make_room()
-            side.exchange.publish(await self.worker(make))
+            side.exchange.publish(promised)
+            made = self.worker(functools.partial(promised.grow, block, block.numel()))
         if receives:
             gathered = await side.exchange.gather(side.serial, self.method.layout, self.method.mix)
             assert gathered.complete, gathered
+        if made is not None:
+            await made
 
 
 def end_main(connection, name, guard):

@@ -260,7 +260,7 @@ _COMMON: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-_SERVER = [
+SERVER_OPTIONS = [
     *_COMMON,
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.so_reuseport", 0),  # two nodes on one port would share its callers
@@ -271,7 +271,7 @@ _SERVER = [
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
     ("grpc.http2.settings_timeout", HANDSHAKE_SECONDS * 1000),
 ]
-_CLIENT = [
+CLIENT_OPTIONS = [
     *_COMMON,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
@@ -285,7 +285,7 @@ _CLIENT = [
 # That least pause is also what a connection has to be made in, and the other end of a handshake may
 # be a machine that trains.
 _SECURE_CLIENT = [
-    *(option for option in _CLIENT if option[0] != "grpc.min_reconnect_backoff_ms"),
+    *(option for option in CLIENT_OPTIONS if option[0] != "grpc.min_reconnect_backoff_ms"),
     ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
 ]
 
@@ -471,7 +471,7 @@ class GrpcLink:
 
     def _connect(self, node: str | None = None) -> _Connection:
         if self._credentials is None:
-            return _Connection(grpc.aio.insecure_channel(self.address, options=_CLIENT))
+            return _Connection(grpc.aio.insecure_channel(self.address, options=CLIENT_OPTIONS))
         return _Connection(self._credentials.channel(self.address, node))
 
     async def _call(
@@ -704,7 +704,7 @@ class GrpcTransport:
         port: int,
     ) -> int:
         gate = _Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
-        server = grpc.aio.server(options=_SERVER, interceptors=[gate])
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate])
         server.add_generic_rpc_handlers([_peer_handlers(handler, self._patience, self._guard)])
         names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if status is not None:
@@ -773,7 +773,7 @@ class GrpcTransport:
             request_deserializer=health_pb2.HealthCheckRequest.FromString,
             response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
         )
-        server = grpc.aio.server(options=_SERVER, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
+        server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
         server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
         )
