@@ -10,7 +10,7 @@ x − x_next = (x½ − x_next) + γ m̂ / (√v̂ + ε), so that one pass takes
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,11 +63,14 @@ def half_step(x: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, rule
         step: r, counted from 0 within the visit; the bias correction uses r + 1.
         rule: the constants.
     """
-    for part in slices(x):
-        g, m_, v_ = gradient[part].to(x.dtype), m[part], v[part]
-        m_.mul_(rule.adam_beta1).add_(g, alpha=1 - rule.adam_beta1)  # (4)
-        v_.mul_(rule.adam_beta2).addcmul_(g, g, value=1 - rule.adam_beta2)  # (4)
-        x[part].sub_(_adam_step(m_, v_, step, rule))  # (5), (6)
+    for part, same in _parts(x, m, v):
+        x_, m_, v_ = same
+        g = _native(gradient[part].to(x.dtype))
+        m_ *= rule.adam_beta1
+        m_ += (1 - rule.adam_beta1) * g  # (4)
+        v_ *= rule.adam_beta2
+        v_ += (1 - rule.adam_beta2) * g * g  # (4)
+        x_ -= _adam_step(m_, v_, step, rule)  # (5), (6)
 
 
 def discrepancy_norm(
@@ -87,10 +90,11 @@ def discrepancy_norm(
         ‖x − x_next‖² (the norm of (8), squared so that slices add up) and ‖x½ − x_next‖².
     """
     total, mixed = 0.0, 0.0
-    for part in slices(x_next):
-        moved = x_half[part] - x_next[part]
+    for _, (half, next_, m_, v_) in _parts(x_half, x_next, m, v):
+        moved = half - next_
         mixed += _square(moved)
-        total += _square(moved.add_(_adam_step(m[part], v[part], step, rule)))
+        moved += _adam_step(m_, v_, step, rule)
+        total += _square(moved)
     return total, mixed
 
 
@@ -121,21 +125,44 @@ def fold(
     if rule.bma == "off":
         return
     beta1, beta2 = rule.kept
-    for part in slices(x_next):
-        m_, v_ = m[part], v[part]
-        h = x_half[part] - x_next[part]
-        h.add_(_adam_step(m_, v_, step, rule)).mul_(factor)  # (8)
-        m_.mul_(beta1).add_(h, alpha=1 - beta1)  # (9)
-        v_.mul_(beta2).addcmul_(h, h, value=1 - beta2)  # (10)
+    for _, same in _parts(x_half, x_next, m, v):
+        half, next_, m_, v_ = same
+        h = half - next_
+        h += _adam_step(m_, v_, step, rule)
+        h *= factor  # (8)
+        m_ *= beta1
+        m_ += (1 - beta1) * h  # (9)
+        v_ *= beta2
+        v_ += (1 - beta2) * h * h  # (10)
 
 
-def _adam_step(m: Tensor, v: Tensor, step: int, rule: Rule) -> Tensor:
-    """γ m̂ / (√v̂ + ε) of (5) and (6) as a new tensor; the same bits each time it is asked for."""
+def _adam_step(m: Any, v: Any, step: int, rule: Rule) -> Any:
+    """γ m̂ / (√v̂ + ε) of (5) and (6), newly made; the same bits each time it is asked for."""
     correction1 = 1 - rule.adam_beta1 ** (step + 1)
     correction2 = 1 - rule.adam_beta2 ** (step + 1)
-    denominator = v.sqrt().div_(math.sqrt(correction2)).add_(rule.adam_eps)
-    return torch.div(m, denominator, out=denominator).mul_(rule.learning_rate / correction1)
+    denominator = v**0.5
+    denominator /= math.sqrt(correction2)
+    denominator += rule.adam_eps
+    moved = m / denominator
+    moved *= rule.learning_rate / correction1
+    return moved
 
 
-def _square(values: Tensor) -> float:
+def _native(values: Tensor) -> Any:
+    """A view that computes fast: NumPy's on a CPU, where a call of torch's costs as much again.
+
+    The operators above mean the same for both.
+    """
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[slice, list[Any]]]:
+    """Slices of the first tensor, and the same part of each, to be computed with in place."""
+    whole = [_native(tensor) for tensor in tensors]
+    for part in slices(tensors[0]):
+        yield part, [values[part] for values in whole]
+
+
+def _square(values: Any) -> float:
+    values = torch.as_tensor(values)
     return float(torch.dot(values, values))
