@@ -47,7 +47,8 @@ from deca_node.models import ActiveBlock
 from deca_node.moments import Rule
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.transport import CLIENT_OPTIONS, SERVER_OPTIONS, GrpcTransport
+from deca_node.transport.connection import CLIENT_OPTIONS, SERVER_OPTIONS
+from deca_node.transport.server import GrpcTransport
 from deca_node.worker import TrainingThread
 
 MB = 1_000_000

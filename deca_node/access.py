@@ -10,7 +10,8 @@ from deca_node.config import checked_address, default_trust_folder
 from deca_node.errors import ConfigError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
-from deca_node.transport import Credentials, GrpcLink
+from deca_node.transport.client import GrpcLink
+from deca_node.transport.connection import Credentials
 
 PROBE_SECONDS = 3.0
 

@@ -43,7 +43,7 @@ from deca_node.errors import (
     UnreachableError,
 )
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcLink, ask_all, ask_status
+from deca_node.transport.client import GrpcLink, ask_all, ask_status
 
 ASK_SECONDS = 3.0
 WATCH_SECONDS = 1.0

@@ -21,7 +21,7 @@ from deca_node.identity import Authority
 from deca_node.keyring import Keyring, Pair, lifetime_days
 from deca_node.limits import MAX_REVOKED, MAX_TOKEN_ADDRESSES
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcLink
+from deca_node.transport.client import GrpcLink
 from deca_node.trust import Certificate, Invitation, is_name, is_renewal_due, read_token, token
 
 app = typer.Typer(

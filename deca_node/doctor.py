@@ -48,7 +48,8 @@ from deca_node.methods.choose import added, kept_arrivals, state_bytes
 from deca_node.models import LanguageModel, Outline, outline, pick_device, pick_dtype
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.transport import GrpcTransport, ask_status
+from deca_node.transport.client import ask_status
+from deca_node.transport.server import GrpcTransport
 
 # Up to this size the weights are read for their digest without being asked for: some seconds.
 QUICK_BYTES = 2 << 30

@@ -12,7 +12,8 @@ from deca_node.errors import DecaError, PeerRefused, TrustError
 from deca_node.keyring import Keyring, Pair, lifetime_days
 from deca_node.limits import MAX_REVOKED
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import Caller, Credentials
+from deca_node.transport import Caller
+from deca_node.transport.connection import Credentials
 from deca_node.trust import barred, is_name, is_renewal_due, objection
 
 

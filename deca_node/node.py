@@ -58,7 +58,8 @@ from deca_node.standing import Standing
 from deca_node.swarm import Identity
 from deca_node.tensorboard import Scalars, scalars
 from deca_node.topology import TopologySpec
-from deca_node.transport import GrpcTransport, Transport
+from deca_node.transport import Transport
+from deca_node.transport.server import GrpcTransport
 from deca_node.upkeep import Upkeep
 from deca_node.waiting import happens
 from deca_node.worker import Stopped, TrainingThread, unless_stopped

@@ -38,7 +38,7 @@ from deca_node.disk import translated, write_atomically
 from deca_node.errors import DataError, OutputError, SwarmError
 from deca_node.partition import write_shards
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import ask_all
+from deca_node.transport.client import ask_all
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 2.0

@@ -13,7 +13,7 @@ from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
 from deca_node.registry import local_nodes
-from deca_node.transport import ask_status
+from deca_node.transport.client import ask_status
 from tests import warm
 
 DEADLINE = 360.0  # a bound on failure; nothing waits this long when all is well

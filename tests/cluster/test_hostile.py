@@ -11,7 +11,7 @@ import torch
 from deca_node.errors import PeerError
 from deca_node.limits import MAX_MESSAGE_BYTES
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcTransport
+from deca_node.transport.server import GrpcTransport
 from deca_node.wire import Layout, TensorSpec, frame, metadata, parse, snapshot
 from tests.cluster.daemons import Daemon
 from tests.tiny import make_model

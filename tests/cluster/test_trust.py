@@ -18,7 +18,8 @@ from deca_node.keyring import Keyring
 from deca_node.limits import MAX_JOIN_ATTEMPTS
 from deca_node.pairing import Inviter, Terms, join
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcLink, GrpcTransport, ask_status
+from deca_node.transport.client import GrpcLink, ask_status
+from deca_node.transport.server import GrpcTransport
 from deca_node.trust import read_token, token
 from tests.edges.test_transport import Answers
 from tests.trust import Run
@@ -112,7 +113,7 @@ def run(tmp_path):
 def naive(run, node, **options):
     """Credentials of a member, used without its own checks."""
     pair = run.keyring(node, **options).node(node)
-    from deca_node.transport import Credentials
+    from deca_node.transport.connection import Credentials
 
     return Naive(Credentials(pair.key, pair.certificate, run.authority.certificate, run.name))
 

@@ -14,7 +14,7 @@ from deca_node.errors import PeerError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import ask_status
+from deca_node.transport.client import ask_status
 from tests.containers.engine import COMPOSE_FILE, REPOSITORY, EngineError, running, unavailable
 
 NODES = ("node-0", "node-1", "node-2", "node-3")

@@ -20,7 +20,7 @@ from deca_node.membership import Phase
 from deca_node.mixing import mix_arrival
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.transport import GrpcTransport
+from deca_node.transport.server import GrpcTransport
 from deca_node.wire import (
     Layout,
     TensorSpec,

@@ -14,7 +14,7 @@ import structlog
 
 from deca_node import cli, config, errors, logs, registry, template
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcTransport
+from deca_node.transport.server import GrpcTransport
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 
 

@@ -10,7 +10,9 @@ from deca_node.errors import PeerRefused
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import CONTROL, GrpcLink, GrpcTransport
+from deca_node.transport.client import GrpcLink
+from deca_node.transport.connection import CONTROL
+from deca_node.transport.server import GrpcTransport
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.edges.test_transport import Answers
 from tests.trust import Run

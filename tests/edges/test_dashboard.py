@@ -16,7 +16,8 @@ from deca_node.errors import ControlError, ListenError, PeerRefused
 from deca_node.limits import MAX_BROWSERS
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
-from deca_node.transport import GrpcTransport, ask_status
+from deca_node.transport.client import ask_status
+from deca_node.transport.server import GrpcTransport
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.edges.test_transport import serving
 from tests.pretend import PretendSwarm

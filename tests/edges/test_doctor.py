@@ -15,7 +15,7 @@ from deca_node.config import load
 from deca_node.doctor import Verdict, examine
 from deca_node.errors import CheckError
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcTransport
+from deca_node.transport.server import GrpcTransport
 from tests.cluster.daemons import Daemon
 from tests.tiny import make_model
 from tests.trust import Run

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from deca_node import transport as door
 from deca_node.admission import Places, Turns, network
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerError, PeerRefused
@@ -26,7 +25,8 @@ from deca_node.limits import (
 )
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import REFUSED_HEARTBEATS
-from deca_node.transport import GrpcTransport
+from deca_node.transport import server as door
+from deca_node.transport.server import GrpcTransport
 from deca_node.wire import Layout, Receiver, TensorSpec, frame
 from tests.edges.test_transport import Answers, sender
 from tests.fuzz import live
@@ -129,8 +129,10 @@ async def test_a_connection_has_only_so_many_streams():
 
 async def test_more_connections_than_allowed_are_turned_away(monkeypatch):
     """Those that are there stay; when some close there is room again."""
-    few = [o for o in door._SERVER if o[0] != "grpc.max_allowed_incoming_connections"]
-    monkeypatch.setattr(door, "_SERVER", [*few, ("grpc.max_allowed_incoming_connections", 3)])
+    few = [o for o in door.SERVER_OPTIONS if o[0] != "grpc.max_allowed_incoming_connections"]
+    monkeypatch.setattr(
+        door, "SERVER_OPTIONS", [*few, ("grpc.max_allowed_incoming_connections", 3)]
+    )
     async with served() as (_, link, port):
         assert await answers(link)
         others = [Raw(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(6)]

@@ -23,7 +23,7 @@ from deca_node.models import ActiveBlock
 from deca_node.moments import Rule
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
-from deca_node.transport import GrpcTransport
+from deca_node.transport.server import GrpcTransport
 from deca_node.wire import metadata, snapshot
 from tests.answers import Answers
 

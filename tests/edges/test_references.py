@@ -18,7 +18,7 @@ from deca_node.mixing import mix_arrival
 from deca_node.pb import node_pb2 as pb
 from deca_node.pb.node_pb2 import Chunk
 from deca_node.references import Followed, OwnReferences
-from deca_node.transport import GrpcTransport
+from deca_node.transport.server import GrpcTransport
 from deca_node.wire import (
     PREFIX_BYTES,
     SCALES,

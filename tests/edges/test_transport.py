@@ -19,7 +19,8 @@ from deca_node.errors import (
 )
 from deca_node.loopback import LoopbackNetwork
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import GrpcTransport, ask_all, ask_status
+from deca_node.transport.client import ask_all, ask_status
+from deca_node.transport.server import GrpcTransport
 from deca_node.wire import frame
 
 

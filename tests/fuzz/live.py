@@ -22,7 +22,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from deca_node.limits import MAX_REQUEST_BYTES
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import PEER, STATUS, ask_status
+from deca_node.transport.client import ask_status
+from deca_node.transport.connection import PEER, STATUS
 from tests.cluster.daemons import Daemon
 from tests.fuzz.mutate import Mutator
 from tests.tiny import make_model
@@ -284,7 +285,7 @@ async def _attack(daemon, status, frames, seed, tell):
     after = await ask_status(status.address, 30)
     later = await asyncio.to_thread(daemon.until, lambda s: s.steps_done > after.steps_done)
     grown = process.memory_info().rss - before
-    # grpc 1.85 ends its server over a path that is not UTF-8; ours begins another (transport.py).
+    # grpc 1.85 ends its server over a path that is not UTF-8; ours begins another.
     lines = daemon.log.read_text().splitlines(keepends=True)
     log = "".join(line for line in lines if "UnicodeDecodeError" not in line)
     restarts = sum("ended the server" in line for line in lines)

@@ -29,7 +29,7 @@ from deca_node.limits import MAX_CONTACTS, MAX_MEMBERS, MAX_MESSAGE_BYTES
 from deca_node.pb import node_pb2 as pb
 from deca_node.references import Followed
 from deca_node.robust import Aggregation, Arrivals
-from deca_node.transport import PEER
+from deca_node.transport.connection import PEER
 from deca_node.wire import (
     Layout,
     Receiver,

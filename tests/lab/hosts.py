@@ -21,7 +21,8 @@ from deca_node.errors import PeerError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport import Credentials, ask_status
+from deca_node.transport.client import ask_status
+from deca_node.transport.connection import Credentials
 from tests.cluster.daemons import Daemon
 from tests.lab.server import PORT, SOCKETS
 from tests.lab.switch import Link

@@ -1,0 +1,217 @@
+"""The transport itself: listens on ports and on a socket file, and makes links."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from deca_node.admission import Places
+from deca_node.errors import ListenError
+from deca_node.limits import (
+    MAX_CALLS,
+    MAX_CALLS_PER_ADDRESS,
+    MAX_HEALTH_CHECKS,
+    REQUEST_SECONDS,
+)
+from deca_node.transport import ControlHandler, Handler, StatusHandler
+from deca_node.transport.client import GrpcLink
+from deca_node.transport.connection import CONTROL, PEER, SERVER_OPTIONS, STATUS, Guard
+from deca_node.transport.gate import Gate
+from deca_node.transport.services import control_handlers, peer_handlers, status_handlers
+
+# A reader that turns away within a stream is logged there as an error with a traceback; what it
+# means for the run is in our own report.
+logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+_log = logging.getLogger(__name__)
+
+# Between two tries to listen again where grpc's server has ended.
+RELISTEN_SECONDS = 0.1
+
+
+class GrpcTransport:
+    """gRPC on one port, in plain text or under TLS.
+
+    Args:
+        host: interface address to listen on.
+        port: 0 takes a free one.
+        guard: whom it believes; without one nothing is encrypted, and anybody is anybody.
+        patience: seconds that a reader may take for one message of a stream.
+        health_port: where the health service answers besides, alone and always in plain text.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        guard: Guard | None = None,
+        patience: float = 60.0,
+        health_port: int | None = None,
+    ) -> None:
+        self._host, self._port = host, port
+        self._guard = guard
+        self._patience = patience
+        self._health_port = health_port
+        self._server: grpc.aio.Server | None = None
+        self._health_server: grpc.aio.Server | None = None
+        self._keepers: list[asyncio.Task[None]] = []
+        self._health = health.aio.HealthServicer()
+
+    async def listen(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None = None,
+        socket: Path | None = None,
+    ) -> int:
+        """See Transport."""
+        begin = partial(self._serve, handler, status, control, socket)
+        port = await begin(self._port)
+        self._keep_serving(lambda: self._server, partial(begin, port))
+        if self._health_port is not None:
+            await self._serve_health(self._health_port)
+            again = partial(self._serve_health, self._health_port)
+            self._keep_serving(lambda: self._health_server, again)
+        return port
+
+    async def _serve(
+        self,
+        handler: Handler,
+        status: StatusHandler | None,
+        control: ControlHandler | None,
+        socket: Path | None,
+        port: int,
+    ) -> int:
+        gate = Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate])
+        server.add_generic_rpc_handlers([peer_handlers(handler, self._patience, self._guard)])
+        names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if status is not None:
+            server.add_generic_rpc_handlers([status_handlers(status, self._guard)])
+            names.append(STATUS.full_name)
+        if control is not None:
+            server.add_generic_rpc_handlers([control_handlers(control, self._guard)])
+            names.append(CONTROL.full_name)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(names, server)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            address = f"{host}:{port}"
+            if self._guard is None:
+                found = server.add_insecure_port(address)
+            else:
+                found = _listen(server, address, self._guard)
+        except RuntimeError:
+            found = 0
+        if found == 0:
+            raise ListenError(
+                f"cannot listen on {host}:{port}: the port is taken or the address is not "
+                "this machine's; set node.port (0 takes a free one) or node.host"
+            )
+        if socket is not None:
+            _listen_locally(server, socket)
+        await server.start()
+        self._server = server
+        for name in ("", PEER.full_name, STATUS.full_name):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return int(found)
+
+    def _keep_serving(
+        self,
+        server: Callable[[], grpc.aio.Server | None],
+        serve: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
+        self._keepers.append(asyncio.create_task(self._serve_anew(server, serve)))
+
+    @staticmethod
+    async def _serve_anew(
+        server: Callable[[], grpc.aio.Server | None],
+        serve: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
+        """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
+        while (current := server()) is not None:
+            try:
+                await current.wait_for_termination()
+            except UnicodeDecodeError as error:
+                _log.warning(
+                    "a caller's path ended the server, which begins anew: %s", error.reason
+                )
+            else:
+                return
+            while True:
+                try:
+                    await serve()
+                    break
+                except ListenError:  # the one that has ended may not have let go of it yet
+                    await asyncio.sleep(RELISTEN_SECONDS)
+
+    async def _serve_health(self, port: int) -> int:
+        """For those who have no certificate, such as a kubelet: whether this node serves."""
+        check = grpc.unary_unary_rpc_method_handler(
+            self._health.Check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
+        )
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            found = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            found = 0
+        if found == 0:
+            raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
+        await server.start()
+        self._health_server = server
+        return int(found)
+
+    def link(self, address: str) -> GrpcLink:
+        """See Transport."""
+        return GrpcLink(address, self._guard)
+
+    async def close(self, grace: float) -> None:
+        """See Transport."""
+        await self._health.enter_graceful_shutdown()
+        for server in (self._health_server, self._server):
+            if server is not None:
+                with suppress(UnicodeDecodeError):  # what ended it, once more
+                    await server.stop(grace)
+        # Only now: who is cancelled while it waits for a server's end takes that end with it.
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+
+def _listen(server: grpc.aio.Server, address: str, guard: Guard) -> int:
+    """Open a port for callers that show a certificate of the run; its number, 0 without success."""
+    shown = guard.credentials()
+
+    def changed() -> Any:
+        nonlocal shown
+        if (now := guard.credentials()) is shown:
+            return None
+        shown = now
+        return now.configuration()
+
+    ours = grpc.dynamic_ssl_server_credentials(
+        shown.configuration(), changed, require_client_authentication=True
+    )
+    return int(server.add_secure_port(address, ours))
+
+
+def _listen_locally(server: grpc.aio.Server, socket: Path) -> None:
+    """Open a socket file for this user's own tools; its folder is the user's alone already."""
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+        socket.chmod(0o600)
+    except (RuntimeError, OSError) as error:
+        socket.unlink(missing_ok=True)
+        _log.warning("no socket file for this machine's own tools: %s", error)
