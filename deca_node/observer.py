@@ -19,7 +19,7 @@ ASK_AT_ONCE = 16
 
 
 class Asked(Protocol):
-    """A link to one node, as transport.GrpcLink has it."""
+    """A link to one node, as GrpcLink has it."""
 
     async def get_status(self, timeout: float) -> pb.NodeStatus:
         """The node's status."""
