@@ -1,10 +1,6 @@
 """The transport itself: listens on ports and on a socket file, and makes links."""
 
-import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +26,6 @@ from deca_node.transport.services import control_handlers, peer_handlers, status
 # means for the run is in our own report.
 logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 _log = logging.getLogger(__name__)
-
-# Between two tries to listen again where grpc's server has ended.
-RELISTEN_SECONDS = 0.1
 
 
 class GrpcTransport:
@@ -60,7 +53,6 @@ class GrpcTransport:
         self._health_port = health_port
         self._server: grpc.aio.Server | None = None
         self._health_server: grpc.aio.Server | None = None
-        self._keepers: list[asyncio.Task[None]] = []
         self._health = health.aio.HealthServicer()
 
     async def listen(
@@ -71,23 +63,6 @@ class GrpcTransport:
         socket: Path | None = None,
     ) -> int:
         """See Transport."""
-        begin = partial(self._serve, handler, status, control, socket)
-        port = await begin(self._port)
-        self._keep_serving(lambda: self._server, partial(begin, port))
-        if self._health_port is not None:
-            await self._serve_health(self._health_port)
-            again = partial(self._serve_health, self._health_port)
-            self._keep_serving(lambda: self._health_server, again)
-        return port
-
-    async def _serve(
-        self,
-        handler: Handler,
-        status: StatusHandler | None,
-        control: ControlHandler | None,
-        socket: Path | None,
-        port: int,
-    ) -> int:
         gate = Gate(Places(MAX_CALLS, MAX_CALLS_PER_ADDRESS), REQUEST_SECONDS)
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[gate])
         server.add_generic_rpc_handlers([peer_handlers(handler, self._patience, self._guard)])
@@ -102,7 +77,7 @@ class GrpcTransport:
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            address = f"{host}:{port}"
+            address = f"{host}:{self._port}"
             if self._guard is None:
                 found = server.add_insecure_port(address)
             else:
@@ -111,7 +86,7 @@ class GrpcTransport:
             found = 0
         if found == 0:
             raise ListenError(
-                f"cannot listen on {host}:{port}: the port is taken or the address is not "
+                f"cannot listen on {host}:{self._port}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
         if socket is not None:
@@ -120,38 +95,11 @@ class GrpcTransport:
         self._server = server
         for name in ("", PEER.full_name, STATUS.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self._health_port is not None:
+            await self._serve_health(self._health_port)
         return int(found)
 
-    def _keep_serving(
-        self,
-        server: Callable[[], grpc.aio.Server | None],
-        serve: Callable[[], Coroutine[Any, Any, int]],
-    ) -> None:
-        self._keepers.append(asyncio.create_task(self._serve_anew(server, serve)))
-
-    @staticmethod
-    async def _serve_anew(
-        server: Callable[[], grpc.aio.Server | None],
-        serve: Callable[[], Coroutine[Any, Any, int]],
-    ) -> None:
-        """Serve anew when grpc has ended: a call whose path is not UTF-8 ends its loop (1.85)."""
-        while (current := server()) is not None:
-            try:
-                await current.wait_for_termination()
-            except UnicodeDecodeError as error:
-                _log.warning(
-                    "a caller's path ended the server, which begins anew: %s", error.reason
-                )
-            else:
-                return
-            while True:
-                try:
-                    await serve()
-                    break
-                except ListenError:  # the one that has ended may not have let go of it yet
-                    await asyncio.sleep(RELISTEN_SECONDS)
-
-    async def _serve_health(self, port: int) -> int:
+    async def _serve_health(self, port: int) -> None:
         """For those who have no certificate, such as a kubelet: whether this node serves."""
         check = grpc.unary_unary_rpc_method_handler(
             self._health.Check,
@@ -171,7 +119,6 @@ class GrpcTransport:
             raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
         await server.start()
         self._health_server = server
-        return int(found)
 
     def link(self, address: str) -> GrpcLink:
         """See Transport."""
@@ -182,12 +129,7 @@ class GrpcTransport:
         await self._health.enter_graceful_shutdown()
         for server in (self._health_server, self._server):
             if server is not None:
-                with suppress(UnicodeDecodeError):  # what ended it, once more
-                    await server.stop(grace)
-        # Only now: who is cancelled while it waits for a server's end takes that end with it.
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+                await server.stop(grace)
 
 
 def _listen(server: grpc.aio.Server, address: str, guard: Guard) -> int:

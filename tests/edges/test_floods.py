@@ -221,22 +221,16 @@ async def test_a_call_that_is_none_is_told_so():
         assert await answers(link)
 
 
-async def test_a_path_that_is_no_text_does_not_silence_a_node():
-    """It ends grpc's server; another one is there at once, on the same port."""
+async def test_a_path_that_is_no_text_silences_nobody():
+    """It would end the server of grpc 1.84 and 1.85, and with calls under way the process."""
     async with served() as (_, link, port):
-        assert await answers(link)
-        for _ in range(3):
+        for _ in range(20):
             async with raw(port) as bad:
                 headers = live.headers(b"/deca.v1.\xff\xff/Hello")
                 flags = live.END_HEADERS | live.END_STREAM
                 bad.writer.write(live.frame(live.HEADERS, flags, 1, headers))
                 await bad.ended(1)
-            async with asyncio.timeout(30):
-                while True:
-                    with suppress(PeerError):
-                        assert await answers(link)
-                        break
-                    await asyncio.sleep(0.05)  # until the port is open again
+            assert await answers(link)
 
 
 def test_a_streams_header_is_no_longer_than_its_tensors_ask_for():
