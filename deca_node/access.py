@@ -72,6 +72,8 @@ async def link(address: str, trust: Path | None = None) -> GrpcLink:
 async def _folder(address: str) -> Path | None:
     """The trust folder for a node elsewhere: this machine's of the run that its certificate names.
 
+    The usual one or one that a node here uses, the operator's before others.
+
     The name is not believed for more than that: the folder's authority decides who answers.
     """
     shown = await _certificate(address)
@@ -83,14 +85,15 @@ async def _folder(address: str) -> Path | None:
         holder = None
     if holder is None:
         raise UnreachableError(f"{address}: answers under TLS, but not as a deca-node")
-    used = {entry.run: Path(entry.trust) for entry in registry.local_nodes() if entry.trust}
-    folder = used.get(holder.run) or default_trust_folder(holder.run)
-    if not folder.exists():
+    usual = default_trust_folder(holder.run)
+    nodes = [entry for entry in registry.local_nodes() if entry.run == holder.run and entry.trust]
+    folders = [each for each in (usual, *(Path(node.trust) for node in nodes)) if each.exists()]
+    if not folders:
         raise TrustError(
             f"{address}: is a node of run {holder.run!r} and answers its members only; give its "
-            f"trust folder with --trust, or have one in {folder}"
+            f"trust folder with --trust, or have one in {usual}"
         )
-    return folder
+    return next((each for each in folders if Keyring(each).has_operator), folders[0])
 
 
 async def _certificate(address: str) -> bytes | None:

@@ -123,20 +123,20 @@ def dashboard(
 
 async def _operate(panorama: Panorama, trust: Path | None, key: str, verb: str) -> str:
     """Tell a node that the page shows what to do; through its socket file if it runs here."""
-    address = panorama.address(key)
-    if address is None:
-        raise UnreachableError("no node of that name answers now")
     here = {entry.address: entry.target for entry in registry.local_nodes()}
     if verb == "export":
         order = steering.export(time.strftime("dashboard-%Y%m%d-%H%M%S"))
     else:
         order = ORDERS[verb]
     try:
+        address = panorama.address(key)
+        if address is None:
+            raise UnreachableError("no node of that name answers now")
         said = printable(await steering.tell(here.get(address, address), trust, order))
     except DecaError as error:
-        typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {key}: {printable(str(error))}")
+        typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {printable(key)}: {printable(str(error))}")
         raise
-    typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {key}: {said}")
+    typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {printable(key)}: {said}")
     return said
 
 

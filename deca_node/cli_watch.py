@@ -129,19 +129,21 @@ def swarm_status(
     begin = access.targets(address)
     panorama = Panorama()
     observer = Observer(panorama, partial(access.link, trust=trust), lambda: begin, LOOK_SECONDS)
-    asyncio.run(_look(panorama, observer))
+    asyncio.run(_look(panorama, observer, trust))
     if as_json:
         typer.echo(json.dumps(survey.as_json(panorama, time.monotonic())))
     else:
         status.make_console().print(survey.render(panorama, time.monotonic()))
 
 
-async def _look(panorama: Panorama, observer: Observer) -> None:
+async def _look(panorama: Panorama, observer: Observer, trust: Path | None) -> None:
     """Look once.
 
     Raises:
+        TrustError: the trust folder that is named cannot be used.
         UnreachableError: nobody answers.
     """
+    await access.credentials([], trust)
     await observer.look()
     if not panorama.statuses():
         silent = panorama.view(time.monotonic())["silent"]
@@ -165,7 +167,7 @@ def watch_swarm(
 async def _watch(console: Any, begin: list[str], trust: Path | None, every: float) -> None:
     panorama = Panorama()
     observer = Observer(panorama, partial(access.link, trust=trust), lambda: begin, every)
-    await _look(panorama, observer)
+    await _look(panorama, observer, trust)
     with Live(console=console, screen=True, auto_refresh=False) as live:
         await observer.run(
             lambda: live.update(watch.Screen(panorama, time.monotonic(), time.time()), refresh=True)

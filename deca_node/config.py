@@ -595,8 +595,8 @@ class NetworkSettings(Section):
     catch_up_share: Positive = Field(
         0.04,
         description="What handing out blocks to nodes that catch up may take of the CPU cores that "
-        "the training uses (node.threads) while it does; by itself it slows to that. Lower spares "
-        "the training, higher brings them back sooner.",
+        "the training uses (node.threads; one with a GPU) while it does; by itself it slows to "
+        "that. Lower spares the training, higher brings them back sooner.",
     )
     wire_format: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",

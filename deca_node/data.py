@@ -373,7 +373,8 @@ def _prompt(
     if len(ids) <= room:
         return ids
     around = filled(_MARK).split(_MARK)
-    if starts is not None and len(around) == 2:
+    # Not where a template has the text twice, or makes something else of it.
+    if starts is not None and text[:high].join(around) == whole and len(around) == 2:
         begin, end = len(around[0]), len(whole) - len(around[1])
         size = min(_size_by_starts(starts, room, begin, end), high)
         tidy = _back_to_space(text, size)

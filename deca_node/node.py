@@ -550,7 +550,8 @@ class Node:
             TopologySpec(chosen.kind, chosen.p, chosen.edges, settings.run.seed),
             self.timing,
             settings.network.catch_up_rate * 1e6,
-            settings.network.catch_up_share * torch.get_num_threads(),
+            settings.network.catch_up_share
+            * (torch.get_num_threads() if self._standing.device.type == "cpu" else 1),
             _per_second(settings.network.send_rate),
             _per_second(settings.network.send_rate_per_peer),
             Format.named(settings.network.wire_format),

@@ -4,6 +4,7 @@ What is served is made at each scrape from the status of that moment and the las
 labels are those of now: peers (at most limits.MAX_MEMBERS), blocks of the model, and words of ours.
 """
 
+import contextlib
 import socket
 import socketserver
 import threading
@@ -211,7 +212,24 @@ def _counter(name: str, text: str, value: float) -> Metric:
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = SCRAPE_SECONDS
+    """A scrape, in SCRAPE_SECONDS or not at all: one thread serves all, and ends with the node."""
+
+    def setup(self) -> None:
+        """See BaseRequestHandler."""
+        super().setup()
+        self._limit = threading.Timer(SCRAPE_SECONDS, self._hang_up)
+        self._limit.daemon = True
+        self._limit.start()
+
+    def finish(self) -> None:
+        """See BaseRequestHandler."""
+        self._limit.cancel()
+        with contextlib.suppress(OSError):  # hung up on
+            super().finish()
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # gone by itself
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: object) -> None:
         """A scrape every few seconds is no news."""

@@ -10,11 +10,11 @@ import gc
 import json
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -104,6 +104,14 @@ class Forked:
 def _serve() -> None:
     import_all()
     started: dict[int, Forked] = {}
+    try:
+        _answer(started)
+    finally:
+        for process in started.values():
+            process.send_signal(signal.SIGKILL)
+
+
+def _answer(started: dict[int, Forked]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
@@ -120,8 +128,6 @@ def _serve() -> None:
                 answer["code"] = started[request["pid"]].poll()
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
-    for process in started.values():
-        process.send_signal(signal.SIGKILL)
 
 
 # --- for tests
@@ -139,6 +145,8 @@ class _Source:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # Ctrl-C is for the tests alone, which end it when they are done.
+            start_new_session=True,
             text=True,
         )
 
@@ -180,16 +188,12 @@ class Process:
         Raises:
             subprocess.TimeoutExpired: it has not.
         """
-        if self.poll() is None:
-            end = os.pidfd_open(self.pid)  # it stays a zombie until it is polled
-            try:
-                select.select([end], [], [], timeout)
-            finally:
-                os.close(end)
-            if self.poll() is None:
+        limit = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if limit is not None and time.monotonic() > limit:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
-        assert self._code is not None
-        return self._code
+            time.sleep(0.05)  # between two questions to another process
+        return code
 
 
 def start(arguments: Sequence[str], env: Mapping[str, str], log: Path) -> Process:

@@ -278,14 +278,17 @@ def is_expected(host: str, names: frozenset[str], *, public: bool) -> bool:
 
     An address cannot be rebound by a hostile DNS server; a name can.
     """
-    bare = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    bare = bare.strip("[]").rstrip(".").lower()
-    if bare == "localhost" or bare in names:
-        return True
     try:
-        address = ipaddress.ip_address(bare)
+        address = ipaddress.ip_address(host.strip("[]"))  # an IPv6 one ends like a port
     except ValueError:
-        return False
+        bare = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        bare = bare.strip("[]").rstrip(".").lower()
+        if bare == "localhost" or bare in names:
+            return True
+        try:
+            address = ipaddress.ip_address(bare)
+        except ValueError:
+            return False
     return public or address.is_loopback
 
 

@@ -18,8 +18,21 @@ from tests.tiny import make_model
 pytestmark = pytest.mark.slow
 
 
-def test_own_data(tmp_path):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder whose background nodes are this test's own, and end with it."""
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    yield tmp_path
+    for entry in registry.local_nodes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, signal.SIGKILL)
+
+
+def test_own_data(tmp_path, monkeypatch):
     """From rows of each task to a model that transformers loads."""
+    monkeypatch.setenv("DECA_NODE__PORT", "0")  # the usual one may be another test's
     make_model(tmp_path / "model", "llama", layers=2)
     printed = follow("own-data.md", tmp_path)
     assert any("rows" in text for text in printed.values())
@@ -30,8 +43,9 @@ def test_own_data(tmp_path):
     assert len(json.loads((tmp_path / "out-rehearsal" / "results.json").read_text())["nodes"]) == 2
 
 
-def test_watching(tmp_path):
+def test_watching(here):
     """Beside two nodes that run; the page's settings are read as they are written."""
+    tmp_path = here
     make_model(tmp_path / "model", "llama", layers=2)
     rows = [{"text": f"{'abcd'[i % 4]} {i}", "label": "ab"[i % 2]} for i in range(24)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,18 +67,6 @@ def test_watching(tmp_path):
     needed = ["model.path=m", "data.train=d"]
     assert load(tmp_path / "metrics.toml", needed).metrics.port == 9464
     assert load(tmp_path / "curves.toml", needed).tensorboard.folder is not None
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder whose background nodes are this test's own, and end with it."""
-    runtime = tmp_path / "runtime"
-    runtime.mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    yield tmp_path
-    for entry in registry.local_nodes():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry.pid, signal.SIGKILL)
 
 
 def test_first_run(here):

@@ -312,6 +312,15 @@ def test_long_text_is_cut_at_a_space() -> None:
     assert completion_of(example) == " x"
 
 
+@pytest.mark.parametrize("template", ["{text:>40}|", "{text:<40}|", "{text!r}|", "{text:.30}|"])
+def test_a_template_that_changes_the_text_loses_none_that_fits(template: str) -> None:
+    """Where a token begins in it says nothing of the row then."""
+    settings = data_settings(template=template, max_tokens=64)
+    rows = [{"text": "alpha beta gamma " * 9, "label": "x"}]
+    found = examples(rows, settings, TOKENIZER, SOURCE)
+    assert found == examples(rows, settings, ByteTokenizer(tells=False), SOURCE)
+
+
 def test_a_text_that_a_template_has_twice_is_cut_in_both_places() -> None:
     """Where it ends cannot be told from one tokenization then: it is tried."""
     settings = data_settings(template="{text}|{text}|", max_tokens=32)

@@ -1,11 +1,13 @@
 """What a person's verb shows to a node."""
 
 import base64
+import contextlib
 
 import pytest
 
 from deca_node import access, registry
 from deca_node.errors import TrustError
+from deca_node.keyring import Keyring
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.trust import Run
 
@@ -27,6 +29,17 @@ async def test_other_nodes_are_asked_with_the_folder_that_a_node_here_uses(tmp_p
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     with registry.announce("127.0.0.1:7430", "swarm", "here", str(keyring.folder)):
         assert list(await access.credentials([ELSEWHERE])) == [ELSEWHERE]
+    head = run.head()
+    folders = (keyring.folder, tmp_path / "removed", head.folder, other.folder)
+    asked = []
+    with contextlib.ExitStack() as nodes, monkeypatch.context() as patch:
+        patch.setattr(access, "Keyring", lambda folder: asked.append(folder) or Keyring(folder))
+        for port, folder in enumerate(folders):
+            nodes.enter_context(
+                registry.announce(f"127.0.0.1:{port}", "swarm", f"n{port}", str(folder))
+            )
+        assert list(await access.credentials([ELSEWHERE])) == [ELSEWHERE]
+    assert asked[-1] == head.folder  # the operator's before others
     with (
         registry.announce("127.0.0.1:7430", "swarm", "plain"),
         registry.announce("127.0.0.1:7431", "another-run", "here", str(keyring.folder)),

@@ -90,6 +90,7 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
         ("swarm revoke c --run r --tell host", 2, "HOST:PORT"),
         ("swarm revoke b --run r --tell 127.0.0.1:9", 3, "revoked, but not told"),
         ("status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
+        ("swarm status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
         ("status 127.0.0.1:9 --trust config/deca-node/r", 3, "no deca-node answers"),
     ],
 )

@@ -203,6 +203,7 @@ def test_one_node_in_full(client):
         ("localhost:7480", False, True),
         ("localhost", False, True),
         ("[::1]:7480", False, True),
+        ("[::1]", False, True),
         ("127.9.9.9", False, True),
         ("evil.example:7480", False, False),
         ("localhost.evil.example", False, False),

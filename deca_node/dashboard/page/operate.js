@@ -19,6 +19,8 @@ export class Operate {
   constructor(box) {
     this.box = box;
     this.token = token();
+    // Another address of this page, typed into its tab, does not load it again.
+    addEventListener("hashchange", () => { this.token = token(); });
     this.key = null;
     this.note = make("p", { class: "note", role: "status" });
     this.verbs = make("div", { class: "buttons" }, ...VERBS.map(([verb, text]) =>
