@@ -346,32 +346,30 @@ def _prompt(
     """The filled template in at most ``room`` tokens."""
     fields = {name: _value_of(row, name, where) for name in _template_fields(settings.template)}
 
-    def fill(fields: Row) -> str:
-        try:
-            return settings.template.format_map(fields)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise DataError(f"{where}: data.template cannot be filled: {error}") from None
-
     texts = {name: value for name, value in fields.items() if isinstance(value, str)}
     longest = max(texts, key=lambda name: len(texts[name]), default="")
     text = texts.get(longest, "")
 
     def filled(text: str) -> str:
-        return fill({**fields, longest: text} if longest else fields)
+        try:
+            return settings.template.format_map({**fields, longest: text} if longest else fields)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise DataError(f"{where}: data.template cannot be filled: {error}") from None
 
     def cut(size: int) -> list[int]:
         return tokenizer.encode(filled(text[:size]))
 
     # So that the cost depends on what is kept, not on the length of the row.
-    high = min(8 * max(room, 1), len(text))
-    whole = filled(text[:high])
-    ids, starts = tokenizer.starts(whole)
-    while len(ids) <= room and high < len(text):
-        high = min(2 * high, len(text))
+    high = 8 * max(room, 1)
+    while True:
         whole = filled(text[:high])
         ids, starts = tokenizer.starts(whole)
-    if len(ids) <= room:
-        return ids
+        if len(ids) > room:
+            break
+        if high >= len(text):
+            return ids
+        high *= 2
+    high = min(high, len(text))
     around = filled(_MARK).split(_MARK)
     # Not where a template has the text twice, or makes something else of it.
     if starts is not None and text[:high].join(around) == whole and len(around) == 2:

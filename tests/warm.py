@@ -166,21 +166,21 @@ def _source() -> _Source:
 
 
 class Process:
-    """A daemon, with the part of Popen's interface that tests use."""
+    """What another process started for us, with the part of Popen's interface that tests use."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, ask: Callable[..., dict[str, Any]], pid: int) -> None:
+        self._ask, self.pid = ask, pid
         self._code: int | None = None
 
     def poll(self) -> int | None:
         """The exit status, None while it runs."""
         if self._code is None:
-            self._code = _source().ask("poll", pid=self.pid)["code"]
+            self._code = self._ask("poll", pid=self.pid)["code"]
         return self._code
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
-        _source().ask("signal", pid=self.pid, number=int(number))
+        self._ask("signal", pid=self.pid, number=int(number))
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit status, once it has ended.
@@ -199,7 +199,8 @@ class Process:
 def start(arguments: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
     """Start ``deca-node`` with arguments; what it says is appended to ``log``."""
     about = {"arguments": list(arguments), "env": dict(env), "log": str(log)}
-    return Process(_source().ask("start", **about)["pid"])
+    ask = _source().ask
+    return Process(ask, ask("start", **about)["pid"])
 
 
 if __name__ == "__main__":

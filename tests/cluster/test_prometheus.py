@@ -9,13 +9,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.daemons import DEADLINE, Daemon, end_all
-from tests.tiny import make_model
+from tests.cluster.daemons import DEADLINE
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 # Of a swarm of two CPUs that nothing goes wrong in there are none.
@@ -25,27 +23,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the command prometheus"),
 ]
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """Two daemons that train for minutes; ended afterwards."""
-    model = make_model(tmp_path / "tiny", "llama", layers=2)
-    rows = [{"text": f"{'abcd'[i % 4]} {i}", "label": "ab"[i % 2]} for i in range(24)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = [
-        f"run.name=prom-{uuid.uuid4().hex[:8]}",
-        f"model.path={model}",
-        "model.dtype=fp32",
-        f"data.train={tmp_path / 'data.jsonl'}",
-        "schedule.rounds=5000",
-        "schedule.steps=20",
-        "run.start_when=2",
-        "metrics.port=0",
-    ]
-    made = [Daemon(tmp_path, name, common).start() for name in ("alice", "bob")]
-    yield made
-    end_all(made)
 
 
 class Prometheus:

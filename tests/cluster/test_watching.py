@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import urllib.request
-import uuid
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,30 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from deca_node.pb import node_pb2 as pb
-from tests.cluster.daemons import Daemon, end_all
-from tests.tiny import make_model
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """Two daemons of one run that train for minutes, with metrics and curves; ended afterwards."""
-    model = make_model(tmp_path / "tiny", "llama", layers=2)
-    rows = [{"text": f"{'abcd'[i % 4]} {i}", "label": "ab"[i % 2]} for i in range(24)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = [
-        f"run.name=watch-{uuid.uuid4().hex[:8]}",
-        f"model.path={model}",
-        "model.dtype=fp32",
-        f"data.train={tmp_path / 'data.jsonl'}",
-        "schedule.rounds=5000",
-        "schedule.steps=20",
-        "run.start_when=2",
-        "metrics.port=0",
-        f"tensorboard.folder={tmp_path / 'curves'}",
-    ]
-    made = [Daemon(tmp_path, name, common).start() for name in ("alice", "bob")]
-    yield made
-    end_all(made)
+from tests.cluster.daemons import Daemon
 
 
 def typed(*arguments, code=0):

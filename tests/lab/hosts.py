@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import permutations
@@ -26,6 +25,7 @@ from deca_node.transport.connection import Credentials
 from tests.cluster.daemons import Daemon
 from tests.lab.server import PORT, SOCKETS
 from tests.lab.switch import Link
+from tests.warm import Process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NETWORK = "10.77.0"
@@ -158,12 +158,12 @@ class Lab:
 
     # --- what runs on hosts
 
-    def start(self, host: str, command: Sequence[str], log: Path) -> "Process":
+    def start(self, host: str, command: Sequence[str], log: Path) -> Process:
         """Start a process on a host; what it says is appended to ``log``."""
         answer = self._ask("start", host=host, command=list(command), env=_env(), log=str(log))
         return Process(self._ask, answer["pid"])
 
-    def start_daemon(self, host: str, arguments: Sequence[str], log: Path) -> "Process":
+    def start_daemon(self, host: str, arguments: Sequence[str], log: Path) -> Process:
         """Start ``deca-node`` with arguments; it does not wait for its imports (see server)."""
         answer = self._ask("fork", host=host, arguments=list(arguments), env=_env(), log=str(log))
         return Process(self._ask, answer["pid"])
@@ -194,31 +194,6 @@ class Lab:
 
 def _env() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
-class Process:
-    """A process on a host, with the part of Popen's interface that tests use."""
-
-    def __init__(self, ask: Any, pid: int) -> None:
-        self._ask, self.pid = ask, pid
-
-    def poll(self) -> int | None:
-        """The exit status, None while it runs."""
-        code: int | None = self._ask("poll", pid=self.pid)["code"]
-        return code
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal."""
-        self._ask("signal", pid=self.pid, number=int(number))
-
-    def wait(self, timeout: float) -> int:
-        """The exit status, once it has ended."""
-        limit = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > limit:
-                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            time.sleep(0.05)  # between two questions to another process
-        return code
 
 
 class LabDaemon(Daemon):
