@@ -45,7 +45,7 @@ class End:
     async def run(self, early, rate):
         """One step; begin and end on one clock, and the seconds of the update."""
         exchange, method = self.side.exchange, self.method
-        exchange._rates = send_rates(rate)
+        exchange._serving._rates = send_rates(rate)
         self.serial += 1
         self.model._parameters["w"].grad = self.gradient
         await exchange.make_room()

@@ -1,4 +1,4 @@
-"""Waiting for an event, but not for ever."""
+"""Waiting for an event, but not for ever; an event that comes again."""
 
 import asyncio
 
@@ -15,3 +15,23 @@ async def happens(event: asyncio.Event, within: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+class Pulse:
+    """Something that happens again and again: who waits is woken the next time."""
+
+    def __init__(self) -> None:
+        self._next = asyncio.Event()
+
+    def beat(self) -> None:
+        """It happens now."""
+        self._next.set()
+        self._next = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Returns the next time."""
+        await self._next.wait()
+
+    async def comes(self, within: float) -> bool:
+        """Whether it happens within so many seconds."""
+        return await happens(self._next, within)

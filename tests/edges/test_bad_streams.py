@@ -252,10 +252,10 @@ async def test_who_never_reads_is_let_go():
         async with grpc.aio.insecure_channel(address) as channel:
             call = channel.unary_stream("/deca.v1.Peer/Pull")(request)
             await asyncio.wait_for(good.refused("evil", "too_slow"), 20)
-            while good.exchange._pulls:
+            while good.exchange._serving._pulls:
                 await good.exchange.changed()
-            assert not good.exchange._reading
-            held = good.exchange._held
+            assert not good.exchange._serving._reading
+            held = good.exchange._serving.held
             assert len(held.messages) == held.count  # others may still have it
             await good.exchange.make_room()
             assert held.messages == []
@@ -281,7 +281,7 @@ async def test_a_wrong_format_id_in_a_call_is_refused():
         with pytest.raises(PeerRefused) as caught:
             await link.open_visit(pb.VisitOffer(sender=sender, visit=1, wire_format=99), 20)
         assert caught.value.reason == "bad_format"
-        assert not good.exchange._pulls
+        assert not good.exchange._serving._pulls
         assert good.exchange.edges.formats == {}
         # The edge goes on as it was.
         stream = link.pull(pb.PullRequest(sender=sender, serial=0), 20)
@@ -296,7 +296,7 @@ async def test_pulls_at_once_are_counted():
         link = evil.transport.link(address)
         request = pb.PullRequest(sender=evil.swarm.sender(), serial=0)
         waiting = [asyncio.ensure_future(anext(link.pull(request, 20))) for _ in range(2)]
-        while good.exchange._pulls["evil"] < 2:
+        while good.exchange._serving._pulls["evil"] < 2:
             await asyncio.sleep(0.01)
         with pytest.raises(PeerRefused) as caught:
             await anext(link.pull(request, 20))

@@ -499,7 +499,7 @@ def test_room_is_made_when_the_readers_are_done():
                 assert len([m async for m in stream]) == old.count - 1
             await room
             assert clock() - begin == pytest.approx(TIMING.step_deadline if stalls else 2, abs=0.1)
-            assert exchange._held is None
+            assert exchange._serving.held is None
             if stalls:
                 with pytest.raises(PeerRefused, match="too slowly"):
                     await anext(stream)
@@ -671,7 +671,7 @@ def test_a_neighbour_that_is_always_late_uses_up_its_budget():
         for member in members:
             member.visit = 1
         await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
-        assert all(member.exchange._worth_waiting("n2") for member in others)
+        assert all(member.exchange._patience.worth({"n2"}) for member in others)
 
     run(scenario())
 

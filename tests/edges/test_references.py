@@ -12,7 +12,7 @@ import torch
 
 from deca_node.compression import MAX_SCALE_BITS, Format
 from deca_node.errors import PayloadError, PeerRefused, PeerUnavailable
-from deca_node.exchange import Exchange
+from deca_node.exchange.gathering import Gathering
 from deca_node.loopback import LoopbackNetwork
 from deca_node.mixing import mix_arrival
 from deca_node.pb import node_pb2 as pb
@@ -96,14 +96,20 @@ async def open_all(members, kind="ring"):
 
 def reference(member, wire):
     """The member's own x̂ as its newest snapshot has it."""
-    return torch.cat(member.exchange._encoded[wire].parts)
+    return torch.cat(member.exchange._serving.encoded[wire].parts)
+
+
+def references(member):
+    """How many references the member keeps: its own, and its neighbours'."""
+    exchange = member.exchange
+    return len(exchange._gathering._followed) + len(exchange._references._last)
 
 
 def assert_in_step(members):
     """Whoever follows a neighbour holds what that neighbour holds of itself, bit for bit."""
     by_name = {member.name: member for member in members}
     for member in members:
-        for peer, followed in member.exchange._followed.items():
+        for peer, followed in member.exchange._gathering._followed.items():
             own = reference(by_name[peer], member.exchange.edges.format(peer))
             assert torch.equal(followed.values, own)
 
@@ -123,7 +129,7 @@ def test_each_edge_has_the_more_compressed_of_its_ends_wishes():
         for step in range(3):
             assert all(report.complete for report in await together(m.step(step) for m in members))
             assert_in_step(members)
-        assert members[1].exchange._encoded.keys() == set(COMPRESSED)
+        assert members[1].exchange._serving.encoded.keys() == set(COMPRESSED)
 
     run(scenario())
 
@@ -137,8 +143,8 @@ def test_without_wishes_nothing_is_compressed():
         await together(m.step(0) for m in members)
         for member, edge in zip(members, edges, strict=True):
             assert edge.formats == {}
-            assert member.exchange._encoded == {}
-            assert member.exchange._followed == {}
+            assert member.exchange._serving.encoded == {}
+            assert member.exchange._gathering._followed == {}
 
     run(scenario())
 
@@ -268,7 +274,7 @@ def test_a_broken_stream_costs_a_whole_one_next(wire, where):
             return message
 
         network.fault = fault
-        messages = len(members[1].exchange._encoded[wire].whole.messages)
+        messages = len(members[1].exchange._serving.encoded[wire].whole.messages)
         for step in range(1, 4):
             for member in members:
                 member.move()
@@ -278,7 +284,7 @@ def test_a_broken_stream_costs_a_whole_one_next(wire, where):
             assert report.complete != cut
             if step < 3:
                 assert_in_step(members)
-                assert ("n1" in members[0].exchange._followed) != cut
+                assert ("n1" in members[0].exchange._gathering._followed) != cut
         if where < messages + (wire is Format.INT8):
             assert {base for base, serial in seen if serial == 2} == {False}
         assert {base for base, serial in seen if serial == 3} == {True}
@@ -294,7 +300,7 @@ def test_a_neighbour_without_a_reference_gets_it_whole_at_any_step():
         await open_all(members)
         for step in range(2):
             await together(m.step(step) for m in members)
-        members[0].exchange._followed.clear()  # as after a restart within the visit
+        members[0].exchange._gathering._followed.clear()  # as after a restart within the visit
         begin = members[0].exchange.bytes_sent, members[1].exchange.bytes_sent
         for member in members:
             member.move()
@@ -315,13 +321,13 @@ def test_references_are_freed_when_the_visit_ends():
         await open_all(members)
         for step in range(4):
             await together(m.step(step) for m in members)
-            left = [len(m.exchange._followed) + len(m.exchange._references._last) for m in members]
+            left = [references(member) for member in members]
             assert left == ([0, 0] if step == 3 else [2, 2])
         for visit in (1, 2):
             for member in members:
                 member.visit = visit
             await open_all(members)
-            assert not any(m.exchange._followed or m.exchange._references._last for m in members)
+            assert not any(references(member) for member in members)
             await together(m.step(0) for m in members)
 
     run(scenario())
@@ -360,7 +366,7 @@ class Witness:
 
     def __init__(self, monkeypatch):
         self.published, self.used, self.whole = {}, 0, 0
-        encode, gather = OwnReferences.encode, Exchange.gather
+        encode, gather = OwnReferences.encode, Gathering.gather
         witness = self
 
         def encoding(self, made, layout, formats, run, node):
@@ -369,27 +375,22 @@ class Witness:
                 seen = witness.published.setdefault((node, made.serial, wire), [])
                 seen.append(torch.cat(encoded.parts))
 
-        async def gathering(self, *arguments, **named):
-            drop, self._drop_references = self._drop_references, lambda: None
-            serial = arguments[0]
-            report = await gather(self, *arguments, **named)
-            self._drop_references = drop
+        async def gathering(self, step, *arguments):
+            report = await gather(self, step, *arguments)
             for peer in report.used:
-                wire = self.edges.format(peer)
+                wire = step.edges.format(peer)
                 if wire is not Format.FP32:
                     followed = self._followed[peer]
-                    lives = witness.published[peer, serial, wire]
-                    assert followed.serial == serial
+                    lives = witness.published[peer, step.serial, wire]
+                    assert followed.serial == step.serial
                     assert any(torch.equal(followed.values, life) for life in lives)
                     witness.used += 1
             for peer in (*report.partial, *report.missing):
                 assert peer not in self._followed
-            if (serial + 1) % self._steps_per_visit == 0:
-                drop()
             return report
 
         monkeypatch.setattr(OwnReferences, "encode", encoding)
-        monkeypatch.setattr(Exchange, "gather", gathering)
+        monkeypatch.setattr(Gathering, "gather", gathering)
 
 
 @pytest.mark.parametrize("wire", [*COMPRESSED, None])
@@ -477,7 +478,7 @@ async def test_compressed_edges_work_over_real_sockets():
         received = []
         for step in range(3):
             if step == 2:
-                members[0].exchange._followed.clear()
+                members[0].exchange._gathering._followed.clear()
             reports = await together(m.step(step) for m in members)
             assert all(report.complete for report in reports)
             assert_in_step(members)
@@ -486,7 +487,8 @@ async def test_compressed_edges_work_over_real_sockets():
         assert received[2][0] == pytest.approx(received[0][0], rel=1e-3)
         assert received[2][1] == pytest.approx(received[1][1], rel=1e-3)
 
-        members[0].exchange._let_go = lambda: None  # goes on handing out what its reader has
+        # It goes on handing out what its reader has.
+        members[0].exchange._serving._let_go = lambda: None
         last = asyncio.ensure_future(members[0].step(3))
         await members[0].exchange.changed()
         link = members[1].swarm.link("n0")

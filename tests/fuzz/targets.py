@@ -368,11 +368,11 @@ class Swarm:
         for each in self._swarm.nodes:
             if not each.alive:
                 each.task.result()
-            swarm, exchange = each.member.swarm, each.member.exchange
+            swarm, asked = each.member.swarm, each.member.exchange._serving._visit.asked
             assert len(swarm.peers) <= MAX_MEMBERS
             assert len(swarm._contacts) <= MAX_CONTACTS
             assert max(map(len, (swarm.refusals, swarm._said, swarm._vain))) <= MAX_CONTACTS
-            assert max(map(len, (swarm.told, swarm.traffic, exchange._asked))) <= MAX_MEMBERS
+            assert max(map(len, (swarm.told, swarm.traffic, asked))) <= MAX_MEMBERS
             assert all(torch.isfinite(layer).all() for layer in each.model.layers)
         return f"{method} {word}"
 

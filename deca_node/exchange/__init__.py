@@ -1,0 +1,170 @@
+"""Exchanging blocks with neighbours: the interface. Its parts are in the files here.
+
+None knows another's state: agreeing on a visit's edges (handshake.py), serving this node's
+snapshots (serving.py), gathering the neighbours' blocks (gathering.py). Whom they wait for and how
+long is decided in patience.py.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from deca_node.compression import Format
+from deca_node.config import Timing
+from deca_node.exchange.gathering import Gathered, Gathering, Hear, Mix, Sink, Step
+from deca_node.exchange.handshake import Handshake
+from deca_node.exchange.neighbourhood import Neighbourhood
+from deca_node.exchange.serving import Serving, send_rates
+from deca_node.membership import Edges
+from deca_node.pacing import SendRates
+from deca_node.patience import Patience
+from deca_node.pb import node_pb2 as pb
+from deca_node.references import OwnReferences
+from deca_node.waiting import Pulse
+from deca_node.wire import Layout, Snapshot
+
+__all__ = ["Exchange", "Gathered", "Hear", "Mix", "Neighbourhood", "Sink", "send_rates"]
+
+
+class Exchange:
+    """One per node: what its steps and its neighbours ask of it.
+
+    Args:
+        peers: the neighbourhood.
+        timing: deadlines.
+        run: the run's name.
+        stopping: set when the node is told to end; nothing is waited for any more.
+        rates: what may be sent; all that the link takes when not given.
+    """
+
+    def __init__(
+        self,
+        peers: Neighbourhood,
+        timing: Timing,
+        run: str,
+        stopping: asyncio.Event,
+        rates: SendRates | None = None,
+    ) -> None:
+        self._peers, self._run = peers, run
+        self._steps_per_visit = 1
+        self._references = OwnReferences()
+        # In common: a change (an offer, a peer's state, the stop signal), and whom to wait for.
+        changes = Pulse()
+        self._patience = patience = Patience(timing, peers.is_suspect)
+        self._handshake = handshake = Handshake(peers, timing, stopping, changes)
+        self._serving = serving = Serving(
+            peers, timing, stopping, rates or send_rates(), patience, changes
+        )
+        self._gathering = Gathering(peers, timing, run, stopping, patience, changes, serving.grown)
+        # What one part does alone.
+        self.wake, self.changed = changes.beat, changes.wait
+        self.is_closed, self.answer_degree = handshake.is_closed, handshake.answer_degree
+        self.make_room, self.publish, self.drain = serving.make_room, serving.publish, serving.drain
+        self.rest, self.wake_up, self.answer_pull = serving.rest, serving.wake_up, serving.answer
+
+    async def open_visit(
+        self,
+        visit: int,
+        steps_per_visit: int,
+        wanted: frozenset[str],
+        first_serial: int,
+        graph: int = 0,
+        wish: Format | None = None,
+    ) -> Edges:
+        """Shake hands with the wanted neighbours and fix the visit's edges and weights.
+
+        Waits at most ``visit_deadline`` for the neighbours to come, and as long for their degrees,
+        since they may be waiting for others first. A peer that let us wait in vain in the last
+        visit is given one call's timeout in this one. ``graph`` is told to the neighbours: a
+        digest of the graph that this node sees, where that matters; and so is ``wish``, the format
+        that this node would have; None takes fp32 for all edges, whatever the neighbours wish.
+        """
+        self._forget_references()
+        self._steps_per_visit = steps_per_visit
+        self._patience.begin_visit()
+        self._serving.begin_visit(visit, steps_per_visit, first_serial)
+        step = first_serial - visit * steps_per_visit
+        edges = await self._handshake.open(visit, step, wanted, graph, wish)
+        self._serving.settle(edges)
+        return edges
+
+    @property
+    def edges(self) -> Edges:
+        """Those of the visit."""
+        return self._serving.edges
+
+    @property
+    def early(self) -> bool:
+        """Whether all edges take a snapshot that is still being made.
+
+        A compressed stream begins with scales, or is of a difference: these need all values.
+        """
+        return not self.edges.formats
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether the visit has no edge because the neighbours had begun it without us."""
+        return self._handshake.overtaken
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of blocks sent to all peers."""
+        return self._serving.bytes_sent
+
+    def give_up(self, peers: Collection[str]) -> None:
+        """Use the edges to these neighbours no more in this visit: neither take nor serve."""
+        weights = {peer: w for peer, w in self.edges.weights.items() if peer not in peers}
+        self._serving.settle(replace(self.edges, weights=weights))
+
+    def encode(self, snapshot: Snapshot, layout: Layout) -> None:
+        """Add what neighbours on compressed edges get; may run on another thread.
+
+        Once for each step's snapshot, before it is published.
+        """
+        formats = frozenset(self.edges.formats.values())
+        self._references.encode(snapshot, layout, formats, self._run, self._peers.sender().node)
+
+    async def gather(
+        self,
+        serial: int,
+        layout: Layout,
+        sink: Mix | None = None,
+        hear: Hear | None = None,
+        busy: "asyncio.Future[Any] | None" = None,
+        intake: Callable[[str], Mix] | None = None,
+    ) -> Gathered:
+        """Pull the step's block from every neighbour and mix what passes its checks.
+
+        Either ``sink`` takes the values, or ``intake`` says for each neighbour where they go, or
+        blocks must come with notes and ``hear`` says it when it has heard the note.
+
+        ``busy`` is what the caller does meanwhile: until it is done nobody waits, so it costs no
+        neighbour its budget.
+
+        Returns when all came, or those that came lately are through and the others failed, at
+        latest after ``step_deadline``.
+        """
+        serving = self._serving
+        step = Step(serial, layout, serving.edges, serving.held, serving.encoded, hear)
+        gathered = await self._gathering.gather(step, intake or (lambda _: sink), busy)
+        sent = serving.end_step(gathered.used)
+        for peer, edge in gathered.edges.items():
+            edge.sent = sent[peer]
+        if (serial + 1) % self._steps_per_visit == 0:
+            self._forget_references()
+        return gathered
+
+    def answer_offer(self, request: pb.VisitOffer) -> pb.VisitAnswer:
+        """A neighbour offers an edge."""
+        return self._handshake.answer_offer(request, resting=self._serving.resting)
+
+    def release(self) -> None:
+        """Nothing is served any more; readers under way end."""
+        self._forget_references()
+        self._serving.release()
+
+    def _forget_references(self) -> None:
+        """Free this node's references and its neighbours': the next exchange is a whole one."""
+        self._references = OwnReferences()
+        self._gathering.forget_references()
