@@ -297,7 +297,9 @@ class End:
             side.exchange.publish(promised)
             made = self.worker(functools.partial(promised.grow, block, block.numel()))
         if receives:
-            gathered = await side.exchange.gather(side.serial, self.method.layout, self.method.mix)
+            gathered = await side.exchange.gather(
+                side.serial, self.method.layout, self.method.intake
+            )
             assert gathered.complete, gathered
         if made is not None:
             await made

@@ -129,15 +129,14 @@ class Exchange:
         self,
         serial: int,
         layout: Layout,
-        sink: Mix | None = None,
+        intake: Callable[[str], Mix] | None = None,
         hear: Hear | None = None,
         busy: "asyncio.Future[Any] | None" = None,
-        intake: Callable[[str], Mix] | None = None,
     ) -> Gathered:
         """Pull the step's block from every neighbour and mix what passes its checks.
 
-        Either ``sink`` takes the values, or ``intake`` says for each neighbour where they go, or
-        blocks must come with notes and ``hear`` says it when it has heard the note.
+        Either ``intake`` says for each neighbour where its values go, or blocks must come with
+        notes and ``hear`` says it when it has heard the note.
 
         ``busy`` is what the caller does meanwhile: until it is done nobody waits, so it costs no
         neighbour its budget.
@@ -147,7 +146,7 @@ class Exchange:
         """
         serving = self._serving
         step = Step(serial, layout, serving.edges, serving.held, serving.encoded, hear)
-        gathered = await self._gathering.gather(step, intake or (lambda _: sink), busy)
+        gathered = await self._gathering.gather(step, intake, busy)
         sent = serving.end_step(gathered.used)
         for peer, edge in gathered.edges.items():
             edge.sent = sent[peer]

@@ -156,18 +156,19 @@ class Gathering:
     async def gather(
         self,
         step: Step,
-        intake: Callable[[str], Mix | None],
+        intake: Callable[[str], Mix] | None,
         busy: "asyncio.Future[Any] | None",
     ) -> Gathered:
-        """See Exchange; ``intake`` says where a neighbour's values go, if no note has to."""
+        """See Exchange."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
         idle_since, mixed_before = begin if busy is None else None, 0.0
         deadline = begin + self._timing.step_deadline
         report = Gathered()
+        mixes = {peer: intake(peer) if intake else None for peer in step.edges.weights}
         tasks = {
-            asyncio.create_task(self._take(step, peer, intake(peer), report, deadline)): peer
-            for peer in step.edges.weights
+            asyncio.create_task(self._take(step, peer, mix, report, deadline)): peer
+            for peer, mix in mixes.items()
         }
         alone_since = begin  # when all but those that are still missing had come
         pending = set(tasks)

@@ -17,7 +17,7 @@ from deca_node.patience import RETRY_SECONDS, to_come
 from deca_node.pb import node_pb2 as pb
 from deca_node.waiting import Pulse
 
-# Of a peer's answers, those after which the offer need not be made again.
+# A peer's answers that count; after any other the offer is made again.
 FINAL = frozenset[int]({Verdict.ACCEPTED, Verdict.PASSED, Verdict.NOT_WANTED})
 
 

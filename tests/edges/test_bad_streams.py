@@ -75,7 +75,7 @@ class Side(Answers):
             part = slice(first, first + values.numel())
             mix_arrival(self.values[part], own[part], values, weight)
 
-        return await self.exchange.gather(serial, LAYOUT, mix)
+        return await self.exchange.gather(serial, LAYOUT, lambda _: mix)
 
     async def list_blocks(self, request):
         return pb.BlockList()

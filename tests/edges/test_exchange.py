@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from functools import partial
 
 import pytest
 import structlog
@@ -74,7 +75,7 @@ class Member(Answers):
             part = slice(first, first + values.numel())
             mix_arrival(self.values[part], own[part], values, weight)
 
-        return await self.exchange.gather(serial, LAYOUT, mix)
+        return await self.exchange.gather(serial, LAYOUT, lambda _: mix)
 
 
 async def meet(network, count):
@@ -427,7 +428,7 @@ def test_a_block_travels_and_is_mixed_as_far_as_it_is_updated():
             assert member.exchange.early
             member.exchange.publish(each)
 
-        def mix(index):
+        def intake(index, peer):
             def take(first, values, weight):
                 mixed[index] = first + len(values)
                 part = slice(first, mixed[index])
@@ -436,7 +437,8 @@ def test_a_block_travels_and_is_mixed_as_far_as_it_is_updated():
             return take
 
         gathering = [
-            asyncio.create_task(m.exchange.gather(0, LAYOUT, mix(i))) for i, m in enumerate(members)
+            asyncio.create_task(m.exchange.gather(0, LAYOUT, partial(intake, i)))
+            for i, m in enumerate(members)
         ]
         progress = [(0, 0), (1, 0), (1, 2), (2, 2), (3, 3)]
         for parts in progress:

@@ -77,7 +77,7 @@ class Member(test_exchange.Member):
                 part = slice(low, low + sent.numel())
                 mix_arrival(self.values[part], sent, values[low - first :][: len(sent)], weight)
 
-        return await self.exchange.gather(serial, self.layout, mix)
+        return await self.exchange.gather(serial, self.layout, lambda _: mix)
 
 
 async def meet(count, wishes=None, layout=LAYOUT, steps=4, network=None):
