@@ -95,6 +95,7 @@ def dashboard(
             names=frozenset(name.lower() for name in allow_host or ()),
             public=public,
             operator=operator,
+            refused=_say,
         )
 
         observer = Observer(
@@ -134,10 +135,15 @@ async def _operate(panorama: Panorama, trust: Path | None, key: str, verb: str) 
             raise UnreachableError("no node of that name answers now")
         said = printable(await steering.tell(here.get(address, address), trust, order))
     except DecaError as error:
-        typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {printable(key)}: {printable(str(error))}")
+        _say(f"{verb} {printable(key)}: {printable(str(error))}")
         raise
-    typer.echo(f"{time.strftime('%H:%M:%S')} {verb} {printable(key)}: {said}")
+    _say(f"{verb} {printable(key)}: {said}")
     return said
+
+
+def _say(line: str) -> None:
+    """A line of the log of what pages asked for: the terminal."""
+    typer.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
 
 def _checked(addresses: Sequence[str]) -> list[str]:

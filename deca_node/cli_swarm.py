@@ -180,7 +180,7 @@ async def _invite(
     word = token(inviter.invitation(where))
     typer.echo(f"deca-node swarm join {word}")
     typer.echo(
-        f"waiting for {terms.node or 'a machine'} for {terms.ttl / 60:g} min, at "
+        f"waiting for {terms.node or 'a machine'} for {status.duration(terms.ttl)}, at "
         f"{', '.join(where)}; Ctrl-C takes the invitation back",
         err=True,
     )

@@ -56,6 +56,15 @@ def _private(pem: bytes) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def check_key(pem: bytes) -> None:
+    """Whether it is a private key that a node can use.
+
+    Raises:
+        TrustError: it is not.
+    """
+    _private(pem)
+
+
 def _loaded(pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)

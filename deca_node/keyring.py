@@ -196,6 +196,8 @@ class Keyring:
     def _pair(self, path: Path, remedy: str) -> Pair:
         certificate = _read(path, remedy)
         pair = Pair(_read_key(path.with_suffix(".key"), remedy), certificate)
+        with _at(path.with_suffix(".key")):
+            identity.check_key(pair.key)
         with _at(path):
             identity.check_pair(pair.key, pair.certificate, self.authority)
         return pair

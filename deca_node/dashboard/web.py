@@ -21,14 +21,22 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deca_node import __version__
+from deca_node.admission import Turns
 from deca_node.errors import DecaError, ListenError
-from deca_node.limits import MAX_BROWSERS, MAX_NAME_BYTES, MAX_ORDER_BYTES
+from deca_node.events import printable
+from deca_node.limits import (
+    MAX_BROWSERS,
+    MAX_NAME_BYTES,
+    MAX_ORDER_BYTES,
+    REFUSAL_LINES,
+    REFUSAL_LINES_BURST,
+)
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
 
@@ -142,6 +150,7 @@ def make_app(
     names: frozenset[str] = frozenset(),
     public: bool = False,
     operator: Operator | None = None,
+    refused: Callable[[str], None] = lambda _: None,
 ) -> ASGIApp:
     """The web application.
 
@@ -150,7 +159,10 @@ def make_app(
         names: further names by which browsers may call this server.
         public: callers from other machines may call it by its addresses.
         operator: who may do more than look; nobody if there is none.
+        refused: takes a line for the log about a request that was turned away (403); within the
+            bound of such lines.
     """
+    refusals = _Refusals(refused)
     page = {
         file.name: file.read_bytes()
         for file in resources.files("deca_node.dashboard").joinpath("page").iterdir()
@@ -192,6 +204,7 @@ def make_app(
     async def operate(request: Request) -> Response:
         assert operator is not None  # noqa: S101
         if refusal := _not_from_the_operator(request, operator):
+            refusals.add(request, refusal)
             return JSONResponse({"error": refusal}, 403)
         body = bytearray()
         async for part in request.stream():
@@ -220,14 +233,41 @@ def make_app(
     ]
     if operator is not None:
         routes.append(Route("/api/operate", operate, methods=["POST"]))
-    return _Guard(Starlette(routes=routes), names, public=public)
+    return _Guard(Starlette(routes=routes), names, refusals, public=public)
+
+
+class _Refusals:
+    """Lines about requests that were turned away; of a flood a few, and how many there were."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._untold = tell, 0
+        self._turns = Turns(REFUSAL_LINES, REFUSAL_LINES_BURST, 1)
+
+    def add(self, request: HTTPConnection, why: str) -> None:
+        """Tell of one more, if its turn has come."""
+        if not self._turns.take("", time.monotonic()):
+            self._untold += 1
+            return
+        caller = request.client.host if request.client else "?"
+        method, path = request.scope["method"][:10], request.scope["path"][:40]
+        line = printable(f"refused {method} {path} from {caller}")
+        if origin := request.headers.get("origin"):
+            line += printable(f" (page of {origin[:60]})")
+        line += f": {why.strip()}"
+        if self._untold:
+            line += f"; {self._untold} more since the last such line"
+            self._untold = 0
+        self._tell(line)
 
 
 class _Guard:
     """Turns away who was sent by another site, and puts the headers on every answer."""
 
-    def __init__(self, app: ASGIApp, names: frozenset[str], *, public: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, names: frozenset[str], refusals: _Refusals, *, public: bool
+    ) -> None:
         self._app, self._names, self._public = app, names, public
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -240,8 +280,10 @@ class _Guard:
                     headers[name] = value
             await send(message)
 
-        refusal = self._refusal(Headers(scope=scope), scope["path"])
-        app = PlainTextResponse(refusal, 403) if refusal else self._app
+        app = self._app
+        if refusal := self._refusal(Headers(scope=scope), scope["path"]):
+            self._refusals.add(HTTPConnection(scope), refusal)
+            app = PlainTextResponse(refusal, 403)
         await app(scope, receive, guarded)
 
     def _refusal(self, headers: Headers, path: str) -> str:

@@ -37,6 +37,7 @@ def _path(service: Any, method: str) -> str:
 # What gRPC says of a handshake that failed, by a part of it, and what that means.
 _HANDSHAKES = (
     ("http1.x server", "a web server is there (a dashboard?), not a node"),
+    ("Failed parsing HTTP/2", "another program is there, not a node"),
     ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
     ("Hostname Verification Check failed", "its certificate names another node or another run"),
@@ -44,7 +45,9 @@ _HANDSHAKES = (
 
 
 def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
-    said = str(error.details() or "")
+    # Of "failed to connect to all addresses; last error: …: Connection refused" only the end tells.
+    said = str(error.details() or "").rpartition("; last error: ")[2]
+    said = said.rpartition("Failed to connect to remote host: ")[2]
     details = next((text for sign, text in _HANDSHAKES if sign in said), said)[:MAX_REASON_BYTES]
     code = error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):

@@ -46,7 +46,10 @@ def mixed(own, others, weights, aggregation, share=1.0, pieces=1000):
 
 
 def clipped_oracle(own, others, weights, hostile, tau=None):
-    """x_i + Σ w_ij clip(x_j − x_i, τ_i) as the paper prints it, in float64."""
+    """x_i + Σ w_ij clip(x_j − x_i, τ_i) as the paper prints it, in float64.
+
+    But for τ_i, which is at most half of what the farthest is away who is not left out.
+    """
     own = own.astype(np.float64)
     away = {peer: values - own for peer, values in others.items()}
     far = {peer: np.linalg.norm(d) for peer, d in away.items()}
@@ -54,6 +57,7 @@ def clipped_oracle(own, others, weights, hostile, tau=None):
         near = sorted(far, key=far.get)[: len(far) - hostile]
         delta = sum(sorted(weights.values())[-hostile:])
         tau = math.sqrt(sum(weights[p] * far[p] ** 2 for p in near) / delta) if near else 0.0
+        tau = min(tau, 0.5 * max((far[p] for p in near), default=0.0))
     return own + sum(weights[p] * d * min(1.0, tau / far[p]) for p, d in away.items())
 
 
@@ -103,17 +107,28 @@ def test_one_neighbour_moves_a_block_no_further_than_the_others_could(factor, co
     found, _ = mixed(own, others, weights, Aggregation(rule))
     assert np.isfinite(found).all()
     moved = float(np.linalg.norm(found - own))
-    # Clipped: each by its weight times τ, and τ² is at most the sum of the honest squares.
-    assert moved <= honest * math.sqrt(count) * 1.001
+    # Clipped: each by its weight times τ, which is at most half the farthest honest distance.
+    assert moved <= honest * 1.001
 
 
 def test_a_radius_that_no_neighbour_can_blow_up():
     """Distances near the end of float64 stay numbers; ties and zeros are no trouble."""
     weights = {"a": 0.25, "b": 0.25, "c": 0.25}
-    assert radius({"a": 1e300, "b": 1e300, "c": 1e300}, weights, 1) == pytest.approx(2**0.5 * 1e300)
+    assert radius({"a": 1e300, "b": 1e300, "c": 1e300}, weights, 1) == pytest.approx(5e299)
     assert radius({"a": 0.0, "b": 0.0, "c": 9.0}, weights, 1) == 0.0
     factors = clip_factors({"a": 0.0, "b": 0.0, "c": 9.0}, weights, Aggregation("clipped"))
     assert factors == {"a": 1.0, "b": 1.0, "c": 0.0}
+
+
+def test_a_liar_adds_no_more_than_half_of_the_farthest_of_those_who_count():
+    """How far the liar is does not matter; a heavy one is the paper's case, and adds less."""
+    far = {"a": 1.0, "b": 2.0, "c": 3.0, "evil": 1e30}
+    equal = dict.fromkeys(far, 0.2)
+    assert radius(far, equal, 1) == 1.5
+    factors = clip_factors(far, equal, Aggregation("clipped"))
+    assert factors == {"a": 1.0, "b": 0.75, "c": 0.5, "evil": pytest.approx(1.5e-30)}
+    heavy = {"a": 0.05, "b": 0.05, "c": 0.05, "evil": 0.8}
+    assert radius(far, heavy, 1) == pytest.approx(math.sqrt(14 * 0.05 / 0.8))
 
 
 def test_who_did_not_come_in_full_counts_for_nothing():

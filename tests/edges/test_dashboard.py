@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -13,7 +14,7 @@ from starlette.testclient import TestClient
 from deca_node import cli, errors
 from deca_node.dashboard import web
 from deca_node.errors import ControlError, ListenError, PeerRefused
-from deca_node.limits import MAX_BROWSERS
+from deca_node.limits import MAX_BROWSERS, REFUSAL_LINES, REFUSAL_LINES_BURST
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
 from deca_node.transport.client import ask_status
@@ -88,7 +89,13 @@ def told():
 
 
 @pytest.fixture
-def operated(feed, told):
+def log():
+    """Lines about requests that were turned away."""
+    return []
+
+
+@pytest.fixture
+def operated(feed, told, log):
     """A client, and the headers with which the page operates nodes."""
 
     async def tell(key, verb):
@@ -98,8 +105,8 @@ def operated(feed, told):
         return "pauses after the step under way"
 
     operator = web.Operator(tell, frozenset({"pause", "stop"}))
-    client = TestClient(web.make_app(feed, operator=operator), base_url=HOME)
-    return client, {
+    app = web.make_app(feed, operator=operator, refused=log.append)
+    return TestClient(app, base_url=HOME), {
         "origin": HOME,
         "content-type": "application/json",
         "x-deca-operator": operator.token,
@@ -139,11 +146,45 @@ def test_the_operator_tells_a_node_and_hears_what_it_says(operated, told):
     ],
     ids=str,
 )
-def test_nobody_else_operates_nodes(operated, told, changed):
+def test_nobody_else_operates_nodes(operated, told, log, changed):
     client, headers = operated
     headers = {name: value for name, value in {**headers, **changed}.items() if value is not None}
-    assert client.post("/api/operate", content=PAUSE, headers=headers).status_code == 403
+    answer = client.post("/api/operate", content=PAUSE, headers=headers)
+    assert answer.status_code == 403
     assert not told
+    (line,) = log  # with the reason that the caller was given
+    assert line.startswith("refused POST /api/operate from testclient")
+    assert line.endswith(answer.text.strip() if answer.text[0] != "{" else answer.json()["error"])
+    if origin := headers.get("origin"):
+        assert f"(page of {origin})" in line
+
+
+def test_a_line_about_a_refusal_is_one_line_and_shows_no_token(operated, log):
+    client, headers = operated
+    wrong = {**headers, "origin": "http://evil\x1b[2J" + "x" * 9000, "x-deca-operator": "guess"}
+    client.post("/api/operate", content=PAUSE, headers=wrong)
+    client.get("/api/state%0d%0asecond" + "y" * 9000, headers={"host": "evil.example"})
+    assert len(log) == 2
+    for line in log:
+        assert line.isprintable()
+        assert len(line) < 300
+        assert "guess" not in line
+
+
+def test_a_flood_of_refusals_is_a_few_lines(operated, log, monkeypatch):
+    """As many as a node's log has of refused callers; the next line says how many it left out."""
+    now = [0.0]
+    monkeypatch.setattr(web, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    client, headers = operated
+    for _ in range(REFUSAL_LINES_BURST + 7):
+        wrong = {**headers, "x-deca-operator": "guess"}
+        assert client.post("/api/operate", content=PAUSE, headers=wrong).status_code == 403
+    assert len(log) == REFUSAL_LINES_BURST
+    now[0] = 1 / REFUSAL_LINES
+    for _ in range(2):
+        client.get("/api/state", headers={"sec-fetch-site": "cross-site"})
+    assert len(log) == REFUSAL_LINES_BURST + 1
+    assert log[-1].endswith("; 7 more since the last such line")
 
 
 @pytest.mark.parametrize(

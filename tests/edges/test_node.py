@@ -220,3 +220,22 @@ async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path):
     node._judge = know
     assert not await node.run()
     assert json.loads(path.read_text())["peers"] == {"bob": "192.0.2.1:7430"}
+
+
+async def test_plain_text_on_the_network_is_said_in_log_and_status(tmp_path):
+    """What it means, for as long as it runs; on the loopback there is nothing to warn of."""
+    for name, open_to_all in (("loopback", False), ("network", True)):
+        (tmp_path / name).mkdir()
+        more = ["node.host=0.0.0.0", "trust.insecure=true"] if open_to_all else []
+        with structlog.testing.capture_logs() as logged:
+            node = Node(settings(tmp_path / name, *more), structlog.get_logger())
+            assert await node.run()
+        said = [str(line) for line in logged if line["log_level"] == "warning"]
+        shown = node.status()
+        for texts in (said, list(shown.warnings)):
+            assert any("whoever reaches this port can read" in one for one in texts) == open_to_all
+        assert shown.security == (
+            "PLAIN TEXT on the network (trust.insecure)"
+            if open_to_all
+            else "plain text, on this machine only"
+        )

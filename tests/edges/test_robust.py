@@ -1,6 +1,7 @@
 """Clipped and trimmed mixing in whole swarms: in every format, late, and with a liar in it."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from deca_node.methods.deca import Deca
 from deca_node.mixing import STALE_STEP
 from deca_node.moments import Rule
 from deca_node.robust import Aggregation
-from deca_node.simulator import Simulation, summary
+from deca_node.simulator import Simulation
 from tests.swarm import ToyModel, ToySwarm
 
 CLIPPED, TRIMMED = Aggregation("clipped"), Aggregation("trimmed")
@@ -53,7 +54,7 @@ def test_the_mix_is_made_when_all_have_come(aggregation, stale):
     else:
         far = {peer: float((values - half).norm()) for peer, values in came.items()}
         near = sorted(far.values())[:-1]
-        tau = np.sqrt(sum(0.25 * d**2 for d in near) / 0.25)
+        tau = min(np.sqrt(sum(0.25 * d**2 for d in near) / 0.25), 0.5 * near[-1])
         expected = half.numpy() + sum(
             0.25 * (values - half).numpy() * min(1, tau / far[peer])
             for peer, values in came.items()
@@ -110,13 +111,13 @@ nodes = {nodes}
 seeds = {seeds}
 
 [rehearsal]
-rows = 600
+rows = 1200
 layers = 2
 hidden = 32
 
 [partition]
 alpha = 1.0
-test_per_label = 25
+test_per_label = 100
 
 [node]
 threads = 1
@@ -126,50 +127,49 @@ rounds = 1
 steps = 24
 
 [optimizer]
-learning_rate = 1e-2
+learning_rate = 2e-2
 
 [topology]
 kind = "full"
 
-[[grid]]
-faults.attacks = [{{}}, {{ node-0 = {factor} }}]
-aggregation.rule = ["mean"]
-
-[[grid]]
-faults.attacks = [{{ node-0 = {factor} }}]
-aggregation.rule = ["clipped", "trimmed"]
+[grid]
+faults.attacks = [{attack}]
+aggregation.rule = ["{rule}"]
 """
+NODES, LIAR = 8, "node-0"
 
 
-def accuracies(tmp_path, factor, nodes=8, seeds=(0,)):
-    """Mean accuracy of the honest nodes, by rule and whether there was an attack."""
-    path, out = tmp_path / "experiment.toml", tmp_path / "out"
-    path.write_text(TOY.format(nodes=nodes, factor=factor, seeds=json.dumps(list(seeds))))
+def accuracies(tmp_path, rule, factor=None, seeds=(0, 1, 2)):
+    """Mean accuracy of the seven that are honest in all runs, by seed."""
+    path, out = tmp_path / f"{rule}{factor}.toml", tmp_path / f"{rule}{factor}"
+    attack = "{}" if factor is None else f"{{ {LIAR} = {factor} }}"
+    told = {"nodes": NODES, "seeds": json.dumps(list(seeds)), "rule": rule, "attack": attack}
+    path.write_text(TOY.format(**told))
     out.mkdir()
-    found = experiment.read(path, out)
-    laboratory, sums = Laboratory(found, out), {}
-    for cell in found.cells:
-        rows = []
+    grid = experiment.read(path, out)
+    laboratory, found = Laboratory(grid, out), []
+    for cell in grid.cells:
         material, _ = laboratory._material(cell)
-        simulation = Simulation(cell, material, rows.append)
+        simulation = Simulation(cell, material, lambda _: None)
         virtual_time.run(simulation.run())
-        row = summary(simulation, rows, simulation.measure())
-        key = cell.settings.aggregation.rule, bool(cell.world.faults.attacks)
-        assert len(simulation.honest) == nodes - key[1]
-        sums[key] = sums.get(key, 0.0) + row["test_accuracy"] / len(seeds)
-    return sums
+        rows = [row for row in simulation.measure() if row["node"] != LIAR]
+        assert len(rows) == NODES - 1
+        found.append(statistics.fmean(row["accuracy"] for row in rows))
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("factor", "seeds"), [(-1.0, (0, 1, 2)), (1e6, (0,))])
-def test_one_liar_spoils_the_mean_and_not_the_clipped_mix(tmp_path, factor, seeds):
-    """Signs turned or huge: chance with the mean, else near to where it is honest.
+def test_one_liar_spoils_the_mean_and_not_the_clipped_mix(tmp_path):
+    """Signs turned or huge: chance with the mean, else within 3 points of where all are honest.
 
-    The margins are wide: the liar's share of the data is missing, and the run is short.
+    Of three seeds in the mean. All honest, the seven have the eighth's data beside theirs.
     """
-    found = accuracies(tmp_path, factor, seeds=seeds)
-    honest = found["mean", False]
-    assert honest > 0.6, found
-    assert found["mean", True] < 0.35, found  # four labels: chance is 0.25
-    assert found["clipped", True] > honest - 0.15, found
-    assert found["trimmed", True] > 0.5, found
+    honest = statistics.fmean(accuracies(tmp_path, "mean"))
+    assert honest > 0.9
+    for factor in (-1.0, 1e6):
+        (spoilt,) = accuracies(tmp_path, "mean", factor, seeds=(0,))
+        assert spoilt < 0.35  # four labels: chance is 0.25
+        clipped = statistics.fmean(accuracies(tmp_path, "clipped", factor))
+        assert clipped > honest - 0.03, (factor, clipped, honest)
+    (trimmed,) = accuracies(tmp_path, "trimmed", -1.0, seeds=(0,))
+    assert trimmed > 0.7

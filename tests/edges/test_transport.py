@@ -247,3 +247,33 @@ async def test_health_and_reflection_work_without_our_protos():
         services, described = await asyncio.to_thread(reflect)
         assert {"deca.v1.Peer", "deca.v1.Status", "grpc.health.v1.Health"} <= services
         assert described == {"Control", "Peer", "Status"}
+
+
+@pytest.mark.parametrize(
+    ("greeting", "error", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", PeerRefused, "another program is there, not a node"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", PeerRefused, "a web server is there"),
+        (None, PeerUnavailable, "Connection refused"),
+    ],
+    ids=["another program", "a web server", "nothing"],
+)
+async def test_what_is_at_a_port_is_said_in_a_few_words(greeting, error, words):
+    """Without gRPC's own story of it, and whose address it was."""
+
+    async def greet(_, writer):
+        writer.write(greeting)
+        await writer.drain()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    if greeting is None:
+        server.close()
+        await server.wait_closed()
+    try:
+        with pytest.raises(error, match=words) as told:
+            await ask_status(f"127.0.0.1:{port}", 30)
+        assert str(told.value).startswith(f"127.0.0.1:{port}: ")
+        assert len(str(told.value)) < 80
+    finally:
+        server.close()
