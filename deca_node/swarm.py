@@ -799,7 +799,9 @@ class Swarm:
             self._changed()
 
     def _traffic(self, peer: str) -> Traffic:
-        if peer not in self.traffic and len(self.traffic) >= MAX_MEMBERS:
+        if (known := self.traffic.get(peer)) is not None:
+            return known
+        if len(self.traffic) >= MAX_MEMBERS:
             return Traffic()
         return self.traffic.setdefault(peer, Traffic())
 

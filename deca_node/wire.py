@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -84,9 +85,9 @@ class Layout:
 
     tensors: tuple[TensorSpec, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
-        """Elements in the flat buffer."""
+        """Elements in the flat buffer; asked for with every message."""
         return sum(spec.numel for spec in self.tensors)
 
     @property
