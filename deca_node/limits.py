@@ -69,7 +69,8 @@ REQUEST_SECONDS = 10.0
 # Connections. Members need one each way, and under TLS a second one each to learn a name; watchers
 # one each; the rest is for when nodes restart and their old connections are not known to be dead.
 MAX_CONNECTIONS = 4 * MAX_MEMBERS
-# What a new connection has for the first exchange of HTTP/2 and TLS.
+# What a new connection has for the first exchange of HTTP/2 and TLS: milliseconds of computing and
+# three trips.
 HANDSHAKE_SECONDS = 10
 # One on which nothing was called for so long is closed: members greet at least every minute.
 IDLE_SECONDS = 300
@@ -119,12 +120,6 @@ MAX_TOKEN_BYTES = 2048
 MAX_TOKEN_ADDRESSES = 4
 # Longest certificate, or request for one, that is read: ours have 900 bytes.
 MAX_CERTIFICATE_BYTES = 4096
-# A connection that has not ended its TLS handshake by then is closed: one takes milliseconds of
-# computing and three trips.
-HANDSHAKE_SECONDS = 10
-# Connections that a node accepts at once: each member has two (one by the run's name, one by ours)
-# and may be reconnecting, and people look at status.
-MAX_CONNECTIONS = 4 * MAX_MEMBERS
 # What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
 MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
 # Callers that an inviter hears at once.
