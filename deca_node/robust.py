@@ -35,7 +35,7 @@ class Aggregation:
 
 
 MEAN = Aggregation()
-# The whole, a half and a quarter were tried (docs/robust.md).
+# The whole and a half were tried, a quarter in one case (docs/robust.md).
 _NEAR_SHARE = 0.5
 
 

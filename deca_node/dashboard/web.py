@@ -251,13 +251,17 @@ class _Refusals:
         caller = request.client.host if request.client else "?"
         method, path = request.scope["method"][:10], request.scope["path"][:40]
         line = printable(f"refused {method} {path} from {caller}")
+        if host := request.headers.get("host"):
+            line += printable(f" (called {host[:60]})")
         if origin := request.headers.get("origin"):
             line += printable(f" (page of {origin[:60]})")
         line += f": {why.strip()}"
         if self._untold:
             line += f"; {self._untold} more since the last such line"
             self._untold = 0
-        self._tell(line)
+        # The terminal may know no other letters, or be gone: neither is the caller's to see.
+        with contextlib.suppress(OSError, ValueError):
+            self._tell(line.encode("ascii", "backslashreplace").decode())
 
 
 class _Guard:
@@ -368,6 +372,7 @@ async def serve(
             app,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # whoever calls could write any name into the lines of refusals
             server_header=False,
             lifespan="off",
             ws="none",

@@ -66,21 +66,23 @@ class Handshake:
         loop = asyncio.get_running_loop()
         begin = loop.time()
         calls = [asyncio.create_task(call(peer)) for peer in sorted(peers)]
-        while not self._stopping.is_set():
-            elapsed = loop.time() - begin
-            patience = {peer: self._patience(peer) - elapsed for peer in open_()}
-            for peer, left in patience.items():
-                if left <= 0 and peer not in self._idle:
-                    self._idle.add(peer)
-                    if not is_out(self._peers, peer):
-                        self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
-            waiting = [left for left in patience.values() if left > 0]
-            if not waiting:
-                break
-            await self._changes.comes(min(*waiting, self._timing.heartbeat))
-        for task in calls:
-            task.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        try:
+            while not self._stopping.is_set():
+                elapsed = loop.time() - begin
+                patience = {peer: self._patience(peer) - elapsed for peer in open_()}
+                for peer, left in patience.items():
+                    if left <= 0 and peer not in self._idle:
+                        self._idle.add(peer)
+                        if not is_out(self._peers, peer):
+                            self._peers.trouble(peer, PeerTimeout("did not come to the visit"))
+                waiting = [left for left in patience.values() if left > 0]
+                if not waiting:
+                    break
+                await self._changes.comes(min(*waiting, self._timing.heartbeat))
+        finally:
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
 
     def _patience(self, peer: str) -> float:
         if is_out(self._peers, peer):

@@ -34,10 +34,13 @@ def _path(service: Any, method: str) -> str:
     return f"/{service.full_name}/{method}"
 
 
-# What gRPC says of a handshake that failed, by a part of it, and what that means.
-_HANDSHAKES = (
+# What gRPC says where no node is, by a part of it, and what that means.
+_OTHERS = (
     ("http1.x server", "a web server is there (a dashboard?), not a node"),
     ("Failed parsing HTTP/2", "another program is there, not a node"),
+)
+# The same of a handshake that failed.
+_HANDSHAKES = (
     ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
     ("Hostname Verification Check failed", "its certificate names another node or another run"),
@@ -45,17 +48,19 @@ _HANDSHAKES = (
 
 
 def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
-    # Of "failed to connect to all addresses; last error: …: Connection refused" only the end tells.
-    said = str(error.details() or "").rpartition("; last error: ")[2]
-    said = said.rpartition("Failed to connect to remote host: ")[2]
-    details = next((text for sign, text in _HANDSHAKES if sign in said), said)[:MAX_REASON_BYTES]
-    code = error.code()
+    details, code = str(error.details() or ""), error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerTimeout(f"{address}: no answer in time")
-    if details != said[:MAX_REASON_BYTES]:
-        return PeerRefused("handshake", f"{address}: {details}")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
-        return PeerUnavailable(f"{address}: {details}")
+        for sign, text in _HANDSHAKES:
+            if sign in details:
+                return PeerRefused("handshake", f"{address}: {text}")
+        # Of "failed to connect to all addresses; last error: …: Connection refused" the end tells.
+        details = details.rpartition("; last error: ")[2]
+        details = details.rpartition("Failed to connect to remote host: ")[2]
+        details = next((text for sign, text in _OTHERS if sign in details), details)
+        return PeerUnavailable(f"{address}: {details[:MAX_REASON_BYTES]}")
+    details = details[:MAX_REASON_BYTES]
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details == BUSY:
         return PeerRefused("busy", f"{address}: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from deca_node import cli, errors
 from deca_node.dashboard import web
-from deca_node.errors import ControlError, ListenError, PeerRefused
+from deca_node.errors import ControlError, ListenError, PeerRefused, PeerUnavailable
 from deca_node.limits import MAX_BROWSERS, REFUSAL_LINES, REFUSAL_LINES_BURST
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
@@ -163,12 +163,24 @@ def test_a_line_about_a_refusal_is_one_line_and_shows_no_token(operated, log):
     client, headers = operated
     wrong = {**headers, "origin": "http://evil\x1b[2J" + "x" * 9000, "x-deca-operator": "guess"}
     client.post("/api/operate", content=PAUSE, headers=wrong)
-    client.get("/api/state%0d%0asecond" + "y" * 9000, headers={"host": "evil.example"})
+    client.get("/api/st%C3%A4te%0d%0asecond" + "y" * 9000, headers={"host": "evil.example"})
     assert len(log) == 2
     for line in log:
         assert line.isprintable()
+        assert line.isascii()  # whatever the terminal's letters are
         assert len(line) < 300
         assert "guess" not in line
+    assert "(called evil.example)" in log[1]
+
+
+def test_who_is_refused_learns_nothing_of_the_terminal(feed):
+    """It may be a pipe that nobody reads any more."""
+
+    def gone(_):
+        raise BrokenPipeError
+
+    client = TestClient(web.make_app(feed, refused=gone), base_url="http://evil.example")
+    assert client.get("/api/state").status_code == 403
 
 
 def test_a_flood_of_refusals_is_a_few_lines(operated, log, monkeypatch):
@@ -447,7 +459,7 @@ async def test_the_command_serves_until_it_is_told_to_end():
         )
         assert tree["runs"] == []
         assert [one["address"] for one in tree["silent"]] == ["127.0.0.1:9"]
-        with pytest.raises(PeerRefused, match="a web server is there"):
+        with pytest.raises(PeerUnavailable, match="a web server is there"):
             await ask_status(f"127.0.0.1:{port}", 30)
         process.send_signal(signal.SIGTERM)
         _, err = await asyncio.wait_for(process.communicate(), 60)
