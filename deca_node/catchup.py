@@ -35,7 +35,7 @@ from deca_node.pacing import SendRates, TokenBucket, WorkBudget
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_block, next_step
 from deca_node.transport import Link
-from deca_node.waiting import happens
+from deca_node.waiting import Pulse, happens
 
 # Between two tries when nothing could be fetched, or kept on a full disk.
 RETRY_SECONDS = 2.0
@@ -181,13 +181,12 @@ class Giver:
         self._rates = rates
         self._slots = asyncio.Semaphore(MAX_TRANSFERS)
         self._asked: Counter[str] = Counter()
-        self._moved = asyncio.Event()
+        self._moved = Pulse()
         self.bytes_sent = 0
 
     def moved(self) -> None:
         """This node's visit or phase changed: answer who waits for that."""
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._moved.beat()
 
     async def answer_list(self, request: pb.ListBlocksRequest) -> pb.BlockList:
         """What is kept here; at once, or when past the visit that the caller names."""
@@ -196,7 +195,7 @@ class Giver:
         if request.HasField("after"):
             while self._position()[0] <= request.after:
                 left = limit - asyncio.get_running_loop().time()
-                if not await happens(self._moved, left):
+                if not await self._moved.comes(left):
                     break
         visit, closed = self._position()
         blocks = [
@@ -287,7 +286,7 @@ class Giver:
         loop = asyncio.get_running_loop()
         limit = loop.time() + self._timing.step_deadline
         while self._asked and loop.time() < limit:
-            await happens(self._moved, limit - loop.time())
+            await self._moved.comes(limit - loop.time())
 
 
 def transfer_seconds(nbytes: int, timing: Timing) -> float:

@@ -61,7 +61,7 @@ from deca_node.topology import TopologySpec
 from deca_node.transport import Transport
 from deca_node.transport.server import GrpcTransport
 from deca_node.upkeep import Upkeep
-from deca_node.waiting import happens
+from deca_node.waiting import Pulse, happens
 from deca_node.worker import Stopped, TrainingThread, unless_stopped
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class Node:
         """
         memory.tune()
         self._stopping = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._changed = Pulse()
         self._control = Control(self.settings, self._standing, self.stop, self._stopping)
         self._worker = TrainingThread()
         loop = self._loop = asyncio.get_running_loop()
@@ -168,7 +168,7 @@ class Node:
             self._stopping.set()
             if self._member is not None:
                 self._member.wake()
-            self._pulse()
+            self._changed.beat()
 
     async def _live(self, stack: contextlib.AsyncExitStack) -> bool:
         settings, standing = self.settings, self._standing
@@ -413,7 +413,7 @@ class Node:
             if not late:
                 break
             self._standing.waiting_for = f"{', '.join(late)} to end the training"
-            await happens(self._changed, min(left, 1.0))
+            await self._changed.comes(min(left, 1.0))
 
     async def _finish(
         self,
@@ -557,7 +557,7 @@ class Node:
             Format.named(settings.network.wire_format),
         )
         member = Member(
-            run, identity, self._transport, kept, self._stopping, self._pulse, self._log
+            run, identity, self._transport, kept, self._stopping, self._changed.beat, self._log
         )
         member.visit = self._standing.progress.visit
         return member
@@ -671,10 +671,6 @@ class Node:
             return False
         return True
 
-    def _pulse(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
     async def _tick(self) -> None:
         while True:
             if self._member is not None and not self._left:
@@ -686,7 +682,7 @@ class Node:
                 self._upkeep.look(self._member)
             if self._report is not None:
                 self._report(self.status())
-            await happens(self._changed, 1.0)
+            await self._changed.comes(1.0)
 
     # --- answers to peers (transport.Handler), before and after there is a member
 

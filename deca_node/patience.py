@@ -1,6 +1,6 @@
 """Whom a node waits for, and how long: at a visit's beginning and in its steps.
 
-Pure: decisions are functions of (what was seen, now); time is an argument, in seconds.
+No I/O and no clock: time is an argument, in seconds.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -29,28 +29,36 @@ class Patience:
     Args:
         timing: deadlines, and the seconds that a visit waits for one neighbour alone (its budget).
         is_suspect: whether a peer failed lately.
-
-    Attributes:
-        late: neighbours that missed the latest step deadline.
-        slow: those that used up their budget.
     """
 
     def __init__(self, timing: Timing, is_suspect: Callable[[str], bool]) -> None:
         self._timing, self._is_suspect = timing, is_suspect
-        self.late: set[str] = set()
-        self.slow: set[str] = set()
+        self._late: set[str] = set()  # missed the latest step deadline
+        self._slow: set[str] = set()  # used up their budget
         self._waited: dict[str, float] = {}  # of the budget, the seconds gone by
 
     def begin_visit(self) -> None:
         """Everybody is worth waiting for again."""
-        self.late.clear()
-        self.slow.clear()
+        self._late.clear()
+        self._slow.clear()
         self._waited.clear()
 
     def worth(self, peers: Iterable[str]) -> set[str]:
         """Who missed a deadline, used up its budget, or broke the connection, holds nobody up."""
-        doubtful = self.late | self.slow
+        doubtful = self._late | self._slow
         return {peer for peer in peers if peer not in doubtful and not self._is_suspect(peer)}
+
+    def missed(self, peer: str) -> None:
+        """It let a step's deadline go by."""
+        self._late.add(peer)
+
+    def came(self, peer: str) -> None:
+        """Its block is here in time."""
+        self._late.discard(peer)
+
+    def used_up(self, peers: Iterable[str]) -> None:
+        """Their budget is gone."""
+        self._slow.update(peers)
 
     def waited(self, peers: Iterable[str], seconds: float) -> None:
         """These alone were waited for."""

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 
+from deca_node.waiting import Pulse
+
 Pair = tuple[str, str]
 """Caller and called."""
 
@@ -21,7 +23,7 @@ class Cables:
 
     def __init__(self) -> None:
         self._cuts: dict[Pair, int] = {}
-        self._healed = asyncio.Event()
+        self._healed = Pulse()
 
     def cut(self, pairs: Iterable[Pair]) -> None:
         """Pull cables; one that is pulled twice must be healed twice."""
@@ -34,8 +36,7 @@ class Cables:
             self._cuts[pair] -= 1
             if not self._cuts[pair]:
                 del self._cuts[pair]
-        self._healed.set()
-        self._healed = asyncio.Event()
+        self._healed.beat()
 
     async def whole(self, caller: str | None, called: str) -> None:
         """Return when the caller's cable is whole; a caller that is no node has no cable."""

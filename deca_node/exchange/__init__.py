@@ -1,8 +1,8 @@
 """Exchanging blocks with neighbours: the interface. Its parts are in the files here.
 
 None knows another's state: agreeing on a visit's edges (handshake.py), serving this node's
-snapshots (serving.py), gathering the neighbours' blocks (gathering.py). Whom they wait for and how
-long is decided in patience.py.
+snapshots (serving.py), gathering the neighbours' blocks (gathering.py). Whom the last two wait for
+and how long is decided, for both of them, in patience.py.
 """
 
 import asyncio
@@ -47,7 +47,6 @@ class Exchange:
         rates: SendRates | None = None,
     ) -> None:
         self._peers, self._run = peers, run
-        self._steps_per_visit = 1
         self._references = OwnReferences()
         # In common: a change (an offer, a peer's state, the stop signal), and whom to wait for.
         changes = Pulse()
@@ -81,7 +80,6 @@ class Exchange:
         that this node would have; None takes fp32 for all edges, whatever the neighbours wish.
         """
         self._forget_references()
-        self._steps_per_visit = steps_per_visit
         self._patience.begin_visit()
         self._serving.begin_visit(visit, steps_per_visit, first_serial)
         step = first_serial - visit * steps_per_visit
@@ -150,7 +148,7 @@ class Exchange:
         sent = serving.end_step(gathered.used)
         for peer, edge in gathered.edges.items():
             edge.sent = sent[peer]
-        if (serial + 1) % self._steps_per_visit == 0:
+        if serving.is_last(serial):
             self._forget_references()
         return gathered
 

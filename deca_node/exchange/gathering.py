@@ -185,7 +185,7 @@ class Gathering:
                     limit = self._patience.for_blocks(worth, deadline, idle_since, alone_since)
                 if limit <= loop.time():
                     if worth and loop.time() < deadline:
-                        self._patience.slow.update(worth)
+                        self._patience.used_up(worth)
                         continue
                     break
                 arrived = await self._any_done(pending, limit - loop.time(), busy)
@@ -302,7 +302,7 @@ class Gathering:
                 if wire is not Format.FP32:
                     followed.serial = step.serial
                     self._followed[peer] = followed
-                self._patience.late.discard(peer)
+                self._patience.came(peer)
                 self._peers.seen(peer)
             else:
                 if mixed:
@@ -312,4 +312,4 @@ class Gathering:
                 if not self._stopping.is_set():
                     self._peers.trouble(peer, problem)
                     if loop.time() >= deadline:
-                        self._patience.late.add(peer)
+                        self._patience.missed(peer)

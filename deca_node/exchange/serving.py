@@ -144,6 +144,10 @@ class Serving:
         here -= of.have | of.failed | self._visit.idle
         return self._patience.worth(peer for peer in here if asked.get(peer, -1) <= held.serial)
 
+    def is_last(self, serial: int) -> bool:
+        """Whether the visit ends with this step."""
+        return (serial + 1) % self._visit.steps == 0
+
     def end_step(self, gave: Iterable[str]) -> Counter[str]:
         """A step has brought the blocks of these neighbours, and is over.
 

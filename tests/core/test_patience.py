@@ -34,10 +34,10 @@ def test_a_visit_begins_without_those_that_will_hardly_come(about, seconds):
 def test_who_was_late_or_slow_or_fails_holds_nobody_up():
     """Until the next visit, or until a block of theirs is here in time."""
     held = patience("c")
-    held.late.add("a")
-    held.slow.add("b")
+    held.missed("a")
+    held.used_up("b")
     assert held.worth("abcd") == {"d"}
-    held.late.discard("a")
+    held.came("a")
     assert held.worth("abcd") == {"a", "d"}
     held.begin_visit()
     assert held.worth("abcd") == {"a", "b", "d"}

@@ -17,6 +17,7 @@ from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
 from deca_node.node import Node
 from deca_node.standing import Standing
+from deca_node.waiting import Pulse
 from tests.tiny import make_model
 from tests.virtual_time import run
 
@@ -162,12 +163,12 @@ def test_the_agreement_begins_when_nobody_trains_any_more(tmp_path, state, phase
 
     async def scenario(comes):
         node = Node(config, structlog.get_logger())
-        node._stopping, node._changed = asyncio.Event(), asyncio.Event()
+        node._stopping, node._changed = asyncio.Event(), Pulse()
         peers = {"b": Peer("b", 1, "b:1", state, phase, 3, 0.0, reached=reached)}
 
         def arrive():
             peers["b"] = Peer("b", 1, "b:1", State.ALIVE, Phase.AGREEING, 4, 0.0)
-            node._pulse()
+            node._changed.beat()
 
         loop = asyncio.get_running_loop()
         loop.call_later(comes, arrive)

@@ -171,5 +171,5 @@ def test_one_liar_spoils_the_mean_and_not_the_clipped_mix(tmp_path):
         assert spoilt < 0.35  # four labels: chance is 0.25
         clipped = statistics.fmean(accuracies(tmp_path, "clipped", factor))
         assert clipped > honest - 0.03, (factor, clipped, honest)
-    (trimmed,) = accuracies(tmp_path, "trimmed", -1.0, seeds=(0,))
-    assert trimmed > 0.7
+        (trimmed,) = accuracies(tmp_path, "trimmed", factor, seeds=(0,))
+        assert trimmed > 0.7
