@@ -62,6 +62,7 @@ class Deca:
         self._m = self._v = torch.empty(0)
         self._own: Snapshot | None = None
         self._growing: Snapshot | None = None  # promised, of the update that comes next
+        self._touched: set[int] = set()  # messages of the step that something was mixed into
         self._finite = True
 
     @property
@@ -174,6 +175,7 @@ class Deca:
         """See Method. When stale the snapshot before is mixed against until ``outgoing``."""
         if not self._overlap_wished or self._stale:
             return None
+        self._touched.clear()
         self._own = self._growing = promised(
             self.layout, serial, metadata(self._run, self._node, serial)
         )
@@ -182,6 +184,7 @@ class Deca:
     def outgoing(self, serial: int) -> Snapshot:
         """See Method. The snapshot is x½, the only further copy of the block."""
         about = metadata(self._run, self._node, serial)
+        self._touched.clear()
         self._own = None  # when stale it is there still, and is not to be held beside the new one
         self._own = snapshot(self._active.master, self.layout, serial, about)
         self._take_late()
@@ -213,9 +216,19 @@ class Deca:
         """Equation (7), in the master, slice by slice."""
         sent = self._published(own)
         mixed = self._late if self._stale else self._active.master
-        for low, half in sent.pieces(first, values.numel()):
-            part = slice(low, low + half.numel())
-            mix_arrival(mixed[part], half, values[low - first :][: half.numel()], weight)
+        end = first + values.numel()
+        messages = range(first // CHUNK_ELEMENTS, -(-end // CHUNK_ELEMENTS))
+        # Until something is mixed into a message's values they are x½ themselves.
+        exact = own is None and not self._stale and mixed.device.type == "cpu"
+        untouched = exact and self._touched.isdisjoint(messages)
+        self._touched.update(messages)
+        if untouched:
+            part = mixed[first:end]
+            mix_arrival(part, part, values, weight)
+        else:
+            for low, half in sent.pieces(first, end - first):
+                part = mixed[low : low + half.numel()]
+                mix_arrival(part, half, values[low - first :][: half.numel()], weight)
 
     def _keep(
         self,

@@ -340,3 +340,23 @@ def test_arrivals_in_any_chunk_size_mix_the_same(folder):
         results.append(method.state()["x"].clone())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("size", [CHUNK_ELEMENTS, 1000])
+def test_each_neighbour_is_mixed_against_what_was_published(folder, size):
+    """And not against what the one before it has left, in this step and in the next."""
+    method = Deca(load(folder), Rule(1e-3), "run", "n0")
+    method.open(VISIT, None)
+    for step in range(2):
+        method.gradient(batch(0, step))
+        method.advance(step)
+        half = method.outgoing(step).values(0).clone()
+        assert half.numel() == method.layout.numel, "the block is one message"
+        arrivals = torch.rand(2, half.numel(), generator=torch.Generator().manual_seed(step))
+        expected = half.clone()
+        for values, weight in zip(arrivals, (0.25, 0.5), strict=True):
+            expected += (values - half) * weight
+            for low in range(0, half.numel(), size):
+                method.mix(low, values[low : low + size], weight)
+        assert torch.equal(method.state()["x"], expected)
+        method.settle(step)
