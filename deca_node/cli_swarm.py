@@ -362,6 +362,9 @@ def show(
         if name not in {row["node"] for row in tree["certificates"]}:
             table.add_row(Text(name), "", "", Text("revoked", "red"))
     status.make_console().print(table)
+    for row in tree["certificates"]:
+        if row["problem"]:
+            typer.echo(row["problem"])
 
 
 def _described(keyring: Keyring) -> dict[str, Any]:
@@ -370,7 +373,13 @@ def _described(keyring: Keyring) -> dict[str, Any]:
     if keyring.has_operator:
         rows.append(_row("(operator)", keyring.operator().says, now, here=True, revoked=False))
     for name, shown in sorted({**keyring.issued(), **here}.items()):
-        rows.append(_row(name, shown, now, here=name in here, revoked=name in revoked))
+        row = _row(name, shown, now, here=name in here, revoked=name in revoked)
+        if name in here:
+            try:
+                keyring.node(name)
+            except TrustError as error:  # its key is damaged, gone, or another's
+                row |= {"state": "unusable", "problem": str(error)}
+        rows.append(row)
     return {
         "run": keyring.run,
         "folder": str(keyring.folder),
@@ -390,4 +399,5 @@ def _row(name: str, shown: Certificate, now: float, *, here: bool, revoked: bool
         "days": round(lifetime_days(shown)),
         "state": state,
         "revoked": revoked,
+        "problem": "",
     }
