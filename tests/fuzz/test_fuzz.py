@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import live, run
 from tests.fuzz.mutate import Mutator
-from tests.fuzz.targets import all_targets
+from tests.fuzz.targets import Chunks
 
 
 def test_a_few_thousand_mutated_frames_break_nothing():
@@ -16,7 +16,7 @@ def test_a_few_thousand_mutated_frames_break_nothing():
 
 def test_a_defect_would_be_found_and_kept(tmp_path, monkeypatch):
     """A parser that cannot bear a byte of 255 is found out, and its input is kept."""
-    target = all_targets()[0][0]
+    target = Chunks()
 
     def fragile(data):
         if 255 in data:
