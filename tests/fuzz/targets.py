@@ -461,6 +461,10 @@ class Swarm:
         async def end():
             for node in self._swarm.nodes:
                 await node.kill()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
         self._loop.run_until_complete(end())
         self._loop.close()
