@@ -1,6 +1,8 @@
 """Waiting for an event, but not for ever; an event that comes again."""
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, Literal
 
 
 async def happens(event: asyncio.Event, within: float) -> bool:
@@ -28,9 +30,9 @@ class Pulse:
         self._next.set()
         self._next = asyncio.Event()
 
-    async def wait(self) -> None:
-        """Returns the next time."""
-        await self._next.wait()
+    def wait(self) -> Coroutine[Any, Any, Literal[True]]:
+        """Returns the next time after this call, even where a task begins to await it later."""
+        return self._next.wait()
 
     async def comes(self, within: float) -> bool:
         """Whether it happens within so many seconds."""

@@ -8,6 +8,7 @@ and how long is decided, for both of them, in patience.py.
 import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from deca_node.compression import Format
@@ -143,7 +144,8 @@ class Exchange:
         latest after ``step_deadline``.
         """
         serving = self._serving
-        step = Step(serial, layout, serving.edges, serving.held, serving.encoded, hear)
+        behind = partial(serving.is_behind, serial=serial)
+        step = Step(serial, layout, serving.edges, serving.held, serving.encoded, hear, behind)
         gathered = await self._gathering.gather(step, intake, busy)
         sent = serving.end_step(gathered.used)
         for peer, edge in gathered.edges.items():

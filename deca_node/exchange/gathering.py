@@ -118,6 +118,7 @@ class Step:
         own: this node's snapshot; None when every neighbour has it already, so that it is made.
         encoded: what this node published on compressed edges.
         hear: told the notes, where blocks must come with them.
+        is_behind: whether a neighbour has not come to this step yet.
     """
 
     serial: int
@@ -126,6 +127,7 @@ class Step:
     own: Snapshot | None
     encoded: Mapping[Format, Pieces]
     hear: Hear | None
+    is_behind: Callable[[str], bool]
 
 
 class Gathering:
@@ -180,8 +182,11 @@ class Gathering:
                     idle_since, mixed_before = loop.time(), report.mix
                     alone_since = max(alone_since, idle_since)
                 limit = deadline
-                # No budget where nothing is trained: to go on without a node is no agreement.
-                if idle_since is not None and not (worth and step.hear):
+                # No budget where nothing is trained: to go on without a node is no agreement. Who
+                # waits for its own neighbour's block until the deadline comes right after it.
+                if step.hear and any(step.is_behind(peer) for peer in worth):
+                    limit += self._timing.rpc
+                elif idle_since is not None and not (worth and step.hear):
                     limit = self._patience.for_blocks(worth, deadline, idle_since, alone_since)
                 if limit <= loop.time():
                     if worth and loop.time() < deadline:
@@ -266,7 +271,8 @@ class Gathering:
             link = self._peers.link(peer)
             if link is None:
                 raise PeerUnavailable("gone")
-            async with aclosing(link.pull(request, self._timing.step_deadline)) as stream:
+            patience = self._timing.step_deadline + (self._timing.rpc if hear else 0.0)
+            async with aclosing(link.pull(request, patience)) as stream:
                 async for message in stream:
                     report.received += len(message)
                     edge.received += len(message)

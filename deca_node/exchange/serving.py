@@ -144,6 +144,10 @@ class Serving:
         here -= of.have | of.failed | self._visit.idle
         return self._patience.worth(peer for peer in here if asked.get(peer, -1) <= held.serial)
 
+    def is_behind(self, peer: str, serial: int) -> bool:
+        """Whether a neighbour has not asked for this step's block yet, so that others hold it up."""
+        return self._visit.asked.get(peer, -1) < serial
+
     def is_last(self, serial: int) -> bool:
         """Whether the visit ends with this step."""
         return (serial + 1) % self._visit.steps == 0
