@@ -25,6 +25,8 @@ SOCKET = "/var/run/docker.sock"
 API = "/v1.41"  # Docker 20.10, of 2020, and all after it
 CALL_SECONDS = 60.0
 RECOVERY_SECONDS = 180.0
+AGAIN_SECONDS = 2.0  # between two tries to undo a fault
+LAST_TRIES = 3  # to undo each when chaos itself is ended; the engine kills it soon
 IS_NODE = re.compile(r"(node|static|gpu)-[0-9]+")
 
 
@@ -46,6 +48,8 @@ class Engine:
             connection.request(method, API + path, payload, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             content = answer.read()
+        except http.client.HTTPException as error:
+            raise OSError(f"{method} {path}: {error!r}") from None
         finally:
             connection.close()
         if answer.status >= 400:
@@ -55,7 +59,7 @@ class Engine:
 
 @dataclass
 class Node:
-    """A container as the engine shows it; ``state`` is healthy, starting, finished or failed."""
+    """A container as the engine shows it: healthy, starting, frozen, finished or failed."""
 
     name: str
     container: str
@@ -72,7 +76,9 @@ def look(engine: Engine, project: str) -> dict[str, Node]:
         if IS_NODE.fullmatch(name):
             details = engine.call("GET", f"/containers/{row['Id']}/json")
             state = details["State"]
-            if state["Status"] == "exited":
+            if state["Paused"]:  # its last state of health stands still, too
+                shown = "frozen"
+            elif state["Status"] == "exited":
                 shown = "failed" if state["ExitCode"] else "finished"
             else:
                 healthy = state.get("Health", {}).get("Status") == "healthy"
@@ -112,8 +118,9 @@ def heal(engine: Engine, fault: Fault, node: Node) -> None:
             settings = {"Aliases": aliases}  # by which others call it
             body = {"Container": node.container, "EndpointConfig": settings}
             engine.call("POST", f"/networks/{network}/connect", body)
-    # Only one that was killed: one that ended by itself is for the verdict.
-    if fault.kind is Kind.KILL:
+    # Only as it is stopped here: one that ended by itself is for the verdict.
+    state, code = details["State"], {Kind.KILL: 137, Kind.RESTART: 0}.get(fault.kind)
+    if state["Status"] == "exited" and state["ExitCode"] == code and not state["OOMKilled"]:
         engine.call("POST", f"{at}/start")
 
 
@@ -122,8 +129,8 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def disturb(engine: Engine, project: str, seconds: float, seed: int) -> None:
-    """Hurt nodes for a while; whatever happens, none is left hurt.
+def disturb(engine: Engine, project: str, seconds: float, seed: int) -> list[str]:
+    """Hurt nodes for a while, and undo it whatever happens; returns those that are left hurt.
 
     An engine under load may fail to freeze a container: that is a fault less, not a swarm that
     failed. What it fails to undo is tried again.
@@ -139,6 +146,7 @@ def disturb(engine: Engine, project: str, seconds: float, seed: int) -> None:
             heal(engine, fault, node)
         except OSError as error:
             say(at=round(now, 1), not_healed=name, of=fault.kind, why=str(error))
+            under[name] = (now + AGAIN_SECONDS, fault, node)
         else:
             del under[name]
             say(at=round(now, 1), healed=name, of=fault.kind)
@@ -152,7 +160,11 @@ def disturb(engine: Engine, project: str, seconds: float, seed: int) -> None:
                     undo(name, now)
             if next_at <= now < seconds:
                 next_at = now + faults.pause(draw)
-                nodes = look(engine, project)
+                try:
+                    nodes = look(engine, project)
+                except OSError as error:
+                    say(at=round(now, 1), not_seen=project, why=str(error))
+                    continue
                 free = {n: node for n, node in nodes.items() if n not in under}
                 standing = Standing(
                     tuple(sorted(n for n, node in free.items() if node.state == "healthy")),
@@ -172,8 +184,10 @@ def disturb(engine: Engine, project: str, seconds: float, seed: int) -> None:
                         say(at=round(now, 1), fault=fault.kind, **told)
             time.sleep(0.2)
     finally:
-        for name in list(under):
-            undo(name, time.monotonic() - began)
+        for _ in range(LAST_TRIES):
+            for name in list(under):
+                undo(name, time.monotonic() - began)
+    return sorted(under)
 
 
 def main() -> None:
@@ -184,7 +198,10 @@ def main() -> None:
     engine = Engine()
     if not look(engine, project):
         sys.exit(f"chaos: project {project} has no nodes; start them first")
-    disturb(engine, project, 60 * float(os.environ["MINUTES"]), int(os.environ["SEED"]))
+    seconds, seed = 60 * float(os.environ["MINUTES"]), int(os.environ["SEED"])
+    if left := disturb(engine, project, seconds, seed):
+        say(verdict="not all back", left_hurt=left)
+        sys.exit(10)
     limit = time.monotonic() + RECOVERY_SECONDS
     while True:
         states = {name: node.state for name, node in look(engine, project).items()}

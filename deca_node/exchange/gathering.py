@@ -172,6 +172,7 @@ class Gathering:
             asyncio.create_task(self._take(step, peer, mix, report, deadline)): peer
             for peer, mix in mixes.items()
         }
+        behind: set[str] = set()
         alone_since = begin  # when all but those that are still missing had come
         pending = set(tasks)
         try:
@@ -183,8 +184,10 @@ class Gathering:
                     alone_since = max(alone_since, idle_since)
                 limit = deadline
                 # No budget where nothing is trained: to go on without a node is no agreement. Who
-                # waits for its own neighbour's block until the deadline comes right after it.
-                if step.hear and any(step.is_behind(peer) for peer in worth):
+                # has not come to this step by the deadline may itself wait for another until then.
+                if step.hear and loop.time() < deadline:
+                    behind = {peer for peer in worth if step.is_behind(peer)}
+                if behind & worth:
                     limit += self._timing.rpc
                 elif idle_since is not None and not (worth and step.hear):
                     limit = self._patience.for_blocks(worth, deadline, idle_since, alone_since)

@@ -145,7 +145,7 @@ class Serving:
         return self._patience.worth(peer for peer in here if asked.get(peer, -1) <= held.serial)
 
     def is_behind(self, peer: str, serial: int) -> bool:
-        """Whether a neighbour has not asked for this step's block yet: others hold it up."""
+        """Whether a neighbour has not come to this step yet, as far as its asking tells."""
         return self._visit.asked.get(peer, -1) < serial
 
     def is_last(self, serial: int) -> bool:

@@ -331,15 +331,18 @@ def test_a_late_finisher_is_waited_for():
     run(scenario())
 
 
+@pytest.mark.parametrize("passage", [0.0, 0.1])
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.1, 1.5])
-def test_a_slow_neighbour_is_waited_for_in_every_round(share):
+def test_a_slow_neighbour_is_waited_for_in_every_round(share, passage):
     """Up to the step deadline: over a block that is more than a visit's budget, and all agree.
 
     Who is slower than that is left out and named, and not those who waited for it as long.
     """
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 12, blocks=1)
+        network = LoopbackNetwork()
+        network.passage = lambda _call, _nbytes: passage
+        members = await meet(network, 12, blocks=1)
         pull = members[3].pull
 
         async def slowly(request):

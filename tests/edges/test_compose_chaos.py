@@ -20,6 +20,7 @@ def container(name):
             "Status": "running",
             "Paused": False,
             "ExitCode": 0,
+            "OOMKilled": False,
             "Health": {"Status": "healthy"},
         },
         "NetworkSettings": {
@@ -31,7 +32,7 @@ def container(name):
 class Engine:
     """Docker's answers to the calls of chaos; ``refuses`` says which of them fail."""
 
-    def __init__(self, refuses=lambda method, path: False):
+    def __init__(self, refuses=lambda verb, done: False):
         self.containers = {name: container(name) for name in NODES}
         self.refuses = refuses
         self.done = []
@@ -107,19 +108,36 @@ def test_what_the_engine_fails_to_do_is_a_fault_less(chaos, capsys, seed):
     assert engine.containers == {name: container(name) for name in NODES}
 
 
-def test_an_engine_that_never_heals_is_given_up(chaos, capsys):
-    """And the verdict names who is not back."""
+def test_an_engine_that_never_heals_is_given_up(chaos, capsys, monkeypatch):
+    """And the verdict names who is not back, also where it looks healthy."""
     engine = Engine(lambda verb, done: verb in ("unpause", "connect", "start"))
-    chaos.disturb(engine, "deca", SECONDS, 1)
+    monkeypatch.setattr(chaos, "Engine", lambda: engine)
+    monkeypatch.setattr(chaos.signal, "signal", lambda *_: None)
+    for name, value in {"PROJECT": "deca", "MINUTES": "1", "SEED": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        chaos.main()
+    assert ended.value.code == 10
     assert engine.containers != {name: container(name) for name in NODES}
-    assert any("not_healed" in line for line in lines(capsys))
+    said = lines(capsys)
+    assert any("not_healed" in line for line in said)
+    assert said[-1]["verdict"] == "not all back"
+    assert said[-1]["left_hurt"]
 
 
-def test_one_that_ended_by_itself_is_not_started_again(chaos):
-    """A node that fails while it is cut off has failed."""
+def test_a_frozen_node_is_not_healthy(chaos):
+    """Its last state of health says so for ever."""
+    engine = Engine()
+    engine.containers["node-0"]["State"]["Paused"] = True
+    assert chaos.look(engine, "deca")["node-0"].state == "frozen"
+
+
+@pytest.mark.parametrize("kind", ["CUT", "KILL"])
+def test_one_that_ended_by_itself_is_not_started_again(chaos, kind):
+    """A node that fails while it is cut off, or just before it would be killed, has failed."""
     engine = Engine()
     node = chaos.look(engine, "deca")["node-0"]
-    fault = chaos.Fault(chaos.Kind.CUT, "node-0", 1.0)
+    fault = chaos.Fault(chaos.Kind[kind], "node-0", 1.0)
     chaos.hurt(engine, fault, node)
     engine.containers["node-0"]["State"] |= {"Status": "exited", "ExitCode": 4}
     chaos.heal(engine, fault, node)
