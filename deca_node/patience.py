@@ -82,6 +82,14 @@ class Patience:
             return min(deadline, alone_since + self.budget(*worth))
         return deadline
 
+    def for_agreement(self, held_up: Collection[str], deadline: float) -> float:
+        """The same where nothing is trained; no budget, since without a node there is no agreement.
+
+        Who had not come to this step by the deadline (``held_up``) may itself have waited for
+        another until then.
+        """
+        return deadline + self._timing.rpc if held_up else deadline
+
     def for_readers(
         self, behind: Collection[str], begin: float, now: float, *, asked: bool
     ) -> float:

@@ -183,13 +183,11 @@ class Gathering:
                     idle_since, mixed_before = loop.time(), report.mix
                     alone_since = max(alone_since, idle_since)
                 limit = deadline
-                # No budget where nothing is trained: to go on without a node is no agreement. Who
-                # has not come to this step by the deadline may itself wait for another until then.
                 if step.hear and loop.time() < deadline:
                     behind = {peer for peer in worth if step.is_behind(peer)}
-                if behind & worth:
-                    limit += self._timing.rpc
-                elif idle_since is not None and not (worth and step.hear):
+                if step.hear and worth:
+                    limit = self._patience.for_agreement(behind & worth, deadline)
+                elif idle_since is not None:
                     limit = self._patience.for_blocks(worth, deadline, idle_since, alone_since)
                 if limit <= loop.time():
                     if worth and loop.time() < deadline:
@@ -274,8 +272,8 @@ class Gathering:
             link = self._peers.link(peer)
             if link is None:
                 raise PeerUnavailable("gone")
-            patience = self._timing.step_deadline + (self._timing.rpc if hear else 0.0)
-            async with aclosing(link.pull(request, patience)) as stream:
+            most = self._timing.step_deadline + (self._timing.rpc if hear else 0.0)
+            async with aclosing(link.pull(request, most)) as stream:
                 async for message in stream:
                     report.received += len(message)
                     edge.received += len(message)

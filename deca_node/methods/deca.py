@@ -218,9 +218,14 @@ class Deca:
         mixed = self._late if self._stale else self._active.master
         end = first + values.numel()
         messages = range(first // CHUNK_ELEMENTS, -(-end // CHUNK_ELEMENTS))
-        # Until something is mixed into a message's values they are x½ themselves.
-        exact = own is None and not self._stale and mixed.device.type == "cpu"
-        untouched = exact and self._touched.isdisjoint(messages)
+        # Until something is mixed into a message its values are x½ themselves, as published,
+        # but on compressed edges, whose neighbours have an x̂ in its place.
+        untouched = (
+            own is None
+            and not self._stale
+            and mixed.device.type == "cpu"
+            and self._touched.isdisjoint(messages)
+        )
         self._touched.update(messages)
         if untouched:
             part = mixed[first:end]

@@ -66,3 +66,9 @@ def test_readers_are_waited_for_out_of_the_same_budget():
     assert held.for_readers({"a", "c"}, 100, 101, asked=True) == DEADLINE
     assert held.for_readers({"a", "c"}, 100, 101, asked=False) == 100 + TIMING.rpc
     assert held.for_readers({"a"}, 100, 101, asked=False) == 103
+
+
+def test_who_is_held_up_in_the_agreement_is_given_a_calls_time_more():
+    """Else its deadline and that of who waits for it fall together."""
+    assert patience().for_agreement(set(), DEADLINE) == DEADLINE
+    assert patience().for_agreement({"a"}, DEADLINE) == DEADLINE + TIMING.rpc
