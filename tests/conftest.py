@@ -8,6 +8,15 @@ import structlog
 
 from deca_node import logs
 
+SLOW_TIMEOUT = 1800.0  # s; the demo takes up to 12 minutes beside other tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked slow may take minutes."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
