@@ -25,7 +25,7 @@ demo: .venv/demo.stamp
 
 # What needs no whole daemons runs on all cores, those after it one by one.
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile \
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile -o faulthandler_timeout=290 \
 	  tests/core tests/edges tests/fuzz tests/cluster/test_faults.py
 	$(BIN)/pytest -m "not slow" --ignore tests/cluster/test_faults.py tests/cluster tests/containers
 
