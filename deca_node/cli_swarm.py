@@ -4,7 +4,9 @@ import asyncio
 import datetime as dt
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -371,15 +373,11 @@ def _described(keyring: Keyring) -> dict[str, Any]:
     now, revoked, here = time.time(), keyring.revoked(), keyring.nodes()
     rows = []
     if keyring.has_operator:
-        rows.append(_row("(operator)", keyring.operator().says, now, here=True, revoked=False))
+        row = _row("(operator)", keyring.operator_certificate(), now, here=True, revoked=False)
+        rows.append(_held_against(keyring.operator, row))
     for name, shown in sorted({**keyring.issued(), **here}.items()):
         row = _row(name, shown, now, here=name in here, revoked=name in revoked)
-        if name in here:
-            try:
-                keyring.node(name)
-            except TrustError as error:  # its key is damaged, gone, or another's
-                row |= {"state": "unusable", "problem": str(error)}
-        rows.append(row)
+        rows.append(_held_against(partial(keyring.node, name), row) if name in here else row)
     return {
         "run": keyring.run,
         "folder": str(keyring.folder),
@@ -387,6 +385,14 @@ def _described(keyring: Keyring) -> dict[str, Any]:
         "certificates": rows,
         "revoked": sorted(revoked),
     }
+
+
+def _held_against(read: Callable[[], Pair], row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        read()
+    except TrustError as error:  # its key is damaged, gone, or another's
+        return row | {"state": "unusable", "problem": str(error)}
+    return row
 
 
 def _row(name: str, shown: Certificate, now: float, *, here: bool, revoked: bool) -> dict[str, Any]:

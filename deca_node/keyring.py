@@ -174,6 +174,14 @@ class Keyring:
             "it is made by `deca-node swarm init`; copy operator.pem and operator.key from there",
         )
 
+    def operator_certificate(self) -> Certificate:
+        """The operator's certificate, whatever its key is like.
+
+        Raises:
+            TrustError: it cannot be read.
+        """
+        return _certificate(self.folder / f"{OPERATOR}.pem")
+
     def keep_operator(self, pair: Pair) -> None:
         """Keep an operator's key and certificate."""
         self._keep(self.folder / f"{OPERATOR}.pem", pair)

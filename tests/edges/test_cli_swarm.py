@@ -64,24 +64,28 @@ def test_the_folder_as_json(say):
     assert (tree["run"], tree["authority_key"], tree["revoked"]) == ("r", True, ["b"])
 
 
+@pytest.mark.parametrize(
+    ("owner", "other", "file"),
+    [("a", "(operator)", "keys/nodes/a"), ("(operator)", "a", "keys/operator")],
+)
 @pytest.mark.parametrize("kind", ["damaged", "gone", "another's"])
-def test_a_node_that_cannot_start_is_not_shown_as_good(say, kind):
+def test_a_key_that_cannot_be_used_is_not_shown_as_good(say, kind, owner, other, file):
     """The line says which file is wrong and what helps; the others are shown as they are."""
     assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
-    key = Path("keys/nodes/a.key")
+    key = Path(f"{file}.key")
     if kind == "gone":
         key.unlink()
     else:
         key.write_bytes(b"no key" if kind == "damaged" else new_key())
     code, said = say("deca-node swarm show --run r --trust keys")
     assert code == 0
-    assert re.search(r"^a +yes .* unusable", said, re.MULTILINE)
-    assert re.search(r"^\(operator\) +yes .* good", said, re.MULTILINE)
-    assert re.search(r"^keys/nodes/a\.(key|pem): .*;", said, re.MULTILINE)
+    assert re.search(rf"^{re.escape(owner)} +yes .* unusable", said, re.MULTILINE)
+    assert re.search(rf"^{re.escape(other)} +yes .* good", said, re.MULTILINE)
+    assert re.search(rf"^{file}\.(key|pem): .*;", said, re.MULTILINE)
     tree = json.loads(say("deca-node swarm show --run r --trust keys --json")[1])
     problems = {row["node"]: row["problem"] for row in tree["certificates"]}
-    assert problems["a"].startswith("keys/nodes/a.")
-    assert not problems["(operator)"]
+    assert problems[owner].startswith(f"{file}.")
+    assert not problems[other]
 
 
 def test_names_come_from_a_nodes_settings(say, tmp_path):
