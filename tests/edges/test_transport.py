@@ -31,6 +31,7 @@ class Answers:
         self.asked = []
         self.hold = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.opened = asyncio.Semaphore(0)  # one for each offer that came
 
     async def hello(self, request, source):
         self.asked.append((request.sender.node, source))
@@ -39,6 +40,7 @@ class Answers:
         return pb.HelloReply(visit=7)
 
     async def open_visit(self, request):
+        self.opened.release()
         await self.hold.wait()
         return pb.VisitAnswer(visit=request.visit)
 
