@@ -24,7 +24,7 @@ import structlog
 import torch
 
 from deca_node.config import DataSettings
-from deca_node.errors import ConfigError, DataError
+from deca_node.errors import ConfigError, DataError, first_line
 
 _MARK = "\0"  # stands for the text where its place in a template is looked for
 IGNORED = -100  # the target that cross entropy skips, in PyTorch and in Hugging Face models
@@ -155,7 +155,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             pattern = glob.escape(str(path.absolute()))
             return list(reader(pattern, cache_dir=cache, streaming=True))
     except Exception as error:  # whatever the reader trips over, the file is to blame
-        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _read_saved(path: Path) -> list[dict[str, Any]]:
@@ -170,12 +170,8 @@ def _read_saved(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = reader(str(path)).to_list()
     except Exception as error:  # as above
-        raise DataError(f"{path}: not a readable data set ({_first_line(error)})") from error
+        raise DataError(f"{path}: not a readable data set ({first_line(error)})") from error
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {

@@ -166,3 +166,8 @@ class PeerRefused(PeerError):  # noqa: N818
 
 class PayloadError(PeerError):
     """What the peer sent failed a check; ``reason`` names the check."""
+
+
+def first_line(error: Exception) -> str:
+    """What another's error says, in its first line that says something."""
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error)).strip(" :")

@@ -1,4 +1,4 @@
-"""models.py against real architectures of transformers, tiny and random."""
+"""models against real architectures of transformers, tiny and random."""
 
 import errno
 import json
@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deca_node import models
 from deca_node.config import ModelSettings
 from deca_node.data import Batch, Example, collate
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
-from deca_node.models import LanguageModel, Tokenizer, pick_device
+from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, reading
+from deca_node.models.writing import complete
 from deca_node.moments import Rule, half_step
 from tests.tiny import FAMILIES, make_model, make_tokenizer
 
@@ -152,7 +152,7 @@ def test_master_and_parameters_agree(
 ) -> None:
     """The master is fp32 and the parameters are its views, or its rounded copies."""
     model = load(folder("llama"), dtype)
-    kind = models.DTYPES[dtype]
+    kind = DTYPES[dtype]
     before = state(model)
     block = model.activate(range(2, 4))
     assert block.layout.numel == block.master.numel()
@@ -656,7 +656,7 @@ def test_gguf_is_converted_once(
     assert model.tokenizer.encode("a b<|end|>") == original.tokenizer.encode("a b<|end|>")
     assert model.tokenizer.chat(TALK)
 
-    monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(reading, "_convert", lambda *_: pytest.fail("converted twice"))
     load(file.rename(tmp_path / "other.gguf"), "bf16", cache=cache)
 
 
@@ -678,18 +678,18 @@ def test_a_killed_conversion_leaves_nothing_in_the_way(
     def convert(path: Path, target: Path) -> None:
         with ThreadPoolExecutor() as another_node:
             assert another_node.submit(is_locked, target).result()
-        with models._complete(target) as place:
+        with complete(target) as place:
             shutil.copytree(copy, place, dirs_exist_ok=True)
             if not killed:
                 killed.append(True)
                 raise KeyboardInterrupt
 
     killed: list[bool] = []
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(reading, "_convert", convert)
     with pytest.raises(KeyboardInterrupt):
         load(file, cache=tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
-    partial = tmp_path / "cache" / f".{models._content_digest(file)}.partial"
+    partial = tmp_path / "cache" / f".{reading._content_digest(file)}.partial"
     partial.mkdir()
     (partial / "config.json").write_text("{")
     assert load(file, cache=tmp_path / "cache").n_layers == 4

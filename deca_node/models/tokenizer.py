@@ -1,0 +1,113 @@
+"""A Hugging Face tokenizer, as rows of data are made into tokens by it."""
+
+from pathlib import Path
+from typing import Any
+
+from deca_node.errors import ModelError, first_line
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer as ``data.Tokenizer`` wants it.
+
+    Attributes:
+        bos_id: the token that the tokenizer itself puts before a text, None when it puts none.
+        eos_id: the token that ends a text, None when there is none.
+        pad_id: the padding token, or else ``eos_id``, or else 0.
+    """
+
+    def __init__(self, tokenizer: Any, path: Path) -> None:
+        self.hf = tokenizer
+        self._path = path
+        # Data are cut to length by trying: hundreds of thousands of short texts. What the wrapper
+        # adds to each takes longer than the tokens.
+        self._fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        # Qwen and GPT-2 define a bos token that they never put before a text: ask, do not look up.
+        first = tokenizer("a").input_ids[:1]
+        bos: int | None = tokenizer.bos_token_id
+        self.bos_id = bos if first == [bos] else None
+        self.eos_id: int | None = tokenizer.eos_token_id
+        pads = (tokenizer.pad_token_id, self.eos_id, 0)
+        self.pad_id: int = next(token for token in pads if token is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` without special tokens."""
+        if self._fast is None:
+            ids: list[int] = self.hf(text, add_special_tokens=False, verbose=False).input_ids
+        else:
+            ids = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def starts(self, text: str) -> tuple[list[int], list[int] | None]:
+        """``encode``, and by token the index of its first character; None of a slow tokenizer."""
+        if self._fast is None:
+            return self.encode(text), None
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+        """A conversation's token ids in segments; True marks what the assistant says.
+
+        That is what the chat template makes of an assistant's message after the generation prompt,
+        up to and with the token that ends its turn.
+
+        Raises:
+            ModelError: the model has no chat template.
+            ValueError: the template refuses these messages, or shows a message otherwise once
+                others follow it, so that it cannot be told apart.
+        """
+        self._require_template()
+        whole = self._render(messages)
+        segments = []
+        end = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:index], add_generation_prompt=True)
+            answered = self._render(messages[: index + 1])
+            # What follows the end-of-turn token, a line break in most templates, is not learned.
+            said = answered[len(prompt) :].rstrip()
+            # Templates of thinking models strip the (empty) thought from all but the last answer.
+            bare = said[max(said.find(message["content"].strip()), 0) :]
+            start = len(prompt)
+            spoken = next((text for text in (said, bare) if whole.startswith(text, start)), "")
+            if not (spoken and answered.startswith(prompt) and whole.startswith(prompt)):
+                raise ValueError(f"message {index + 1} cannot be told apart in the rendered text")
+            segments.append((whole[end:start], False))
+            end = start + len(spoken)
+            segments.append((whole[start:end], True))
+        segments.append((whole[end:], False))
+        return [(self.encode(text), flag) for text, flag in segments if text]
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's turn begins.
+
+        Raises:
+            ModelError: the model has no chat template, or it refuses these messages.
+        """
+        self._require_template()
+        try:
+            return self.encode(self._render(messages, add_generation_prompt=True))
+        except ValueError as error:
+            raise ModelError(f"{self._path}: its chat template refuses: {error}") from None
+
+    def _require_template(self) -> None:
+        if self.hf.chat_template is None:
+            raise ModelError(
+                f"{self._path}: has no chat template; use the model's instruction-tuned version,"
+                ' put a chat_template.jinja in its folder, or set data.task = "text"'
+            )
+
+    def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
+        try:
+            return str(self.hf.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # noqa: BLE001 - a template is a program of the model's author
+            raise ValueError(first_line(error)) from None
+
+
+class Untokenized(Tokenizer):
+    """Of a model without one, whose batches are made of numbers."""
+
+    def __init__(self) -> None:
+        self.hf = None
+        self.bos_id = self.eos_id = None
+        self.pad_id = 0
