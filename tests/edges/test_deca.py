@@ -1,6 +1,7 @@
 """The DECA method on real tiny models: against the oracle, in all precisions, past a NaN."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -358,5 +359,37 @@ def test_each_neighbour_is_mixed_against_what_was_published(folder, size):
             expected += (values - half) * weight
             for low in range(0, half.numel(), size):
                 method.mix(low, values[low : low + size], weight)
+        assert torch.equal(method.state()["x"], expected)
+        method.settle(step)
+
+
+@pytest.mark.parametrize("promised", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_in_any_order_that_break_off_anywhere(folder, monkeypatch, seed, promised):
+    """Arrivals of three, each in its own pieces across messages' borders: none sees another's."""
+    for module in (wire, deca):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
+    rng, source = random.Random(seed), torch.Generator().manual_seed(seed)
+    method = Deca(load(folder), Rule(1e-3), "run", "n0")
+    method.open(VISIT, None)
+    for step in range(2):
+        method.gradient(batch(0, step))
+        if promised:
+            assert method.promise(step) is not None
+        method.advance(step)
+        half = method.state()["x"].clone()
+        if not promised:
+            method.outgoing(step)
+        expected = half.clone()
+        come = dict.fromkeys([0.125, 0.25, 0.375], 0)  # by the neighbours' weights
+        while come:
+            weight = rng.choice(list(come))
+            low, high = come[weight], min(come[weight] + rng.randrange(1, 5000), half.numel())
+            values = torch.rand(high - low, generator=source)
+            expected[low:high] += (values - half[low:high]) * weight
+            method.mix(low, values, weight)
+            come[weight] = high
+            if high == half.numel() or rng.random() < 0.01:
+                del come[weight]
         assert torch.equal(method.state()["x"], expected)
         method.settle(step)
