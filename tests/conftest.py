@@ -12,9 +12,9 @@ SLOW_TIMEOUT = 1800.0  # s; the demo takes up to 12 minutes beside other tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked slow may take minutes."""
+    """What is marked slow or long may take minutes."""
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        if item.get_closest_marker("slow") or item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 

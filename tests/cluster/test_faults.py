@@ -20,7 +20,7 @@ ROUNDS = 4
 FAULTS = ("kill", "freeze", "cut", "split", "slow", "loss", "garbage")
 
 
-SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 240)]
+LONG = [pytest.param(seed, marks=pytest.mark.long) for seed in range(60, 240)]
 
 
 class Trouble:
@@ -132,7 +132,7 @@ def undisturbed(count, steps, kind, stale):
     return run(scenario())
 
 
-@pytest.mark.parametrize("seed", [*range(60), *SLOW])
+@pytest.mark.parametrize("seed", [*range(60), *LONG])
 def test_whatever_happens_everybody_ends_and_has_learned(seed):
     """Random faults at random steps: no hang, no broken average, no lost learning."""
 

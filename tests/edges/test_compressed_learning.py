@@ -22,7 +22,7 @@ from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Receiver
 
 _log = logging.getLogger(__name__)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 NODES, STEPS, ROUNDS = 4, 24, 1
 SEEDS = range(3)
 

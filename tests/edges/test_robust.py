@@ -158,7 +158,7 @@ def accuracies(tmp_path, rule, factor=None, seeds=(0, 1, 2)):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_liar_spoils_the_mean_and_not_the_clipped_mix(tmp_path):
     """Signs turned or huge: chance with the mean, else within 3 points of where all are honest.
 
