@@ -165,7 +165,7 @@ def read_shapes(folder: Path, path: Path, **options: Any) -> tuple[Any, Any]:
     """The configuration, and the model without values, on torch's meta device."""
     transformers = _transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(  # nosec B615
             folder, local_files_only=True, trust_remote_code=False, **options
         )
         with _LOADING, torch.device("meta"):
