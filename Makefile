@@ -23,11 +23,12 @@ demo: .venv/demo.stamp
 	$(BIN)/python examples/bbc_demo.py $(if $(ISOLATED),--isolated) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(OUT),--out $(OUT))
 
-# What needs no whole daemons runs on all cores, those after it one by one.
+# What needs no whole daemons runs on all cores, those after it two files at a time.
 test: .venv/dev.stamp
 	$(BIN)/pytest -m "not slow and not long" -n auto --maxprocesses 4 --dist loadfile -o faulthandler_timeout=290 \
 	  tests/core tests/edges tests/fuzz tests/cluster/test_faults.py
-	$(BIN)/pytest -m "not slow and not long" --ignore tests/cluster/test_faults.py tests/cluster tests/containers
+	$(BIN)/pytest -m "not slow and not long" -n 2 --dist loadfile \
+	  --ignore tests/cluster/test_faults.py tests/cluster tests/containers
 
 # Minutes each: the demo held against the README, hosts on a network that fails, containers,
 # chaos, the pages' commands, a browser.
