@@ -56,7 +56,7 @@ class ToyModel:
 
     def release(self):
         if self._active is not None:
-            self._active._freeze()
+            self._active.freeze()
         self._active = None
 
     def loss(self, batch, prefix=None):
