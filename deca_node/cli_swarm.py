@@ -374,10 +374,10 @@ def _described(keyring: Keyring) -> dict[str, Any]:
     rows = []
     if keyring.has_operator:
         row = _row("(operator)", keyring.operator_certificate(), now, here=True, revoked=False)
-        rows.append(_held_against(keyring.operator, row))
+        rows.append(_with_key(row, keyring.operator))
     for name, shown in sorted({**keyring.issued(), **here}.items()):
         row = _row(name, shown, now, here=name in here, revoked=name in revoked)
-        rows.append(_held_against(partial(keyring.node, name), row) if name in here else row)
+        rows.append(_with_key(row, partial(keyring.node, name)) if name in here else row)
     return {
         "run": keyring.run,
         "folder": str(keyring.folder),
@@ -387,10 +387,11 @@ def _described(keyring: Keyring) -> dict[str, Any]:
     }
 
 
-def _held_against(read: Callable[[], Pair], row: dict[str, Any]) -> dict[str, Any]:
+def _with_key(row: dict[str, Any], read: Callable[[], Pair]) -> dict[str, Any]:
+    """The row, or what is wrong with the key that goes with it: damaged, gone, or another's."""
     try:
         read()
-    except TrustError as error:  # its key is damaged, gone, or another's
+    except TrustError as error:
         return row | {"state": "unusable", "problem": str(error)}
     return row
 

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one tree.
+"""Everything that can go wrong, as one tree; and how another library's error is quoted.
 
 ::
 
@@ -169,5 +169,5 @@ class PayloadError(PeerError):
 
 
 def first_line(error: Exception) -> str:
-    """What another's error says, in its first line that says something."""
+    """The first line of another library's error that is not blank; its repr where there is none."""
     return next((line for line in str(error).splitlines() if line.strip()), repr(error)).strip(" :")

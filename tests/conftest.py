@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
@@ -14,8 +15,17 @@ SLOW_TIMEOUT = 1800.0  # s; the demo takes up to 12 minutes beside other tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is marked slow or long may take minutes."""
     for item in items:
-        if item.get_closest_marker("slow") or item.get_closest_marker("long"):
+        minutes = item.get_closest_marker("slow") or item.get_closest_marker("long")
+        if minutes and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, sched: Any) -> None:
+    """A test that took its worker with it has failed; xdist would begin its file with it again."""
+    for unit in sched.workqueue.values():
+        if crashitem in unit:
+            unit[crashitem] = True
 
 
 @pytest.fixture(autouse=True)

@@ -181,7 +181,7 @@ def _explain(
     setting = next((known for known in KEYS if f"{key}.".startswith(f"{known}.")), key)
     where = next((name for given, name in sources if f"{given}.".startswith(f"{setting}.")), "")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if not key:  # of several settings together; see _unfit
+    if not key:  # of several settings together; see settings._unfit
         text = first["msg"].removeprefix("Value error, ")
         setting = text.partition(" ")[0]
         return next((name for given, name in sources if given == setting), "") + text

@@ -20,7 +20,7 @@ from deca_node.errors import ModelError, OutputError
 from deca_node.models.active import FP16_LOSS_SCALE, ActiveBlock
 from deca_node.models.devices import DTYPES, pick_device, pick_dtype
 from deca_node.models.layers import layer_stack
-from deca_node.models.outline import Outline, outline
+from deca_node.models.outlines import Outline, outline
 from deca_node.models.reading import (
     check_folder,
     config_digest,
@@ -30,7 +30,7 @@ from deca_node.models.reading import (
     read_tokenizer,
 )
 from deca_node.models.tokenizer import Tokenizer, Untokenized
-from deca_node.models.writing import complete
+from deca_node.models.writing import written_whole
 
 __all__ = [
     "DTYPES",
@@ -411,7 +411,7 @@ class LanguageModel:
         """
         if folder.exists():
             raise OutputError(f"{folder}: is there already; move it away or export elsewhere")
-        with complete(folder) as place:
+        with written_whole(folder) as place:
             with nullcontext() if self._addition is None else self._addition.exporting(place):
                 self.module.save_pretrained(place)
             self.tokenizer.hf.save_pretrained(place)

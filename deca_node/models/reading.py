@@ -9,7 +9,7 @@ import io
 import json
 import os
 import threading
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from deca_node.errors import ModelError, first_line
-from deca_node.models.writing import complete, write_error
+from deca_node.models.writing import write_error, written_whole
 
 # Where a configuration was written and how it was read, not what the model computes.
 _VOLATILE = frozenset({"transformers_version", "dtype", "torch_dtype", "use_cache"})
@@ -104,8 +104,10 @@ def read_model(folder: Path, path: Path, **options: Any) -> Any:
     """The model on CPU; ``options`` go to ``from_pretrained``."""
     transformers = _transformers()
     again = "copy or download the model again"
+    # Unpacking a GGUF file shows a progress bar that heeds no setting of transformers.
+    quiet = redirect_stderr(io.StringIO()) if "gguf_file" in options else nullcontext()
     try:
-        with _LOADING:
+        with _LOADING, quiet:
             module, info = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615
                 folder,
                 local_files_only=True,
@@ -230,13 +232,12 @@ def _convert(path: Path, folder: Path) -> None:
     unpack: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # older releases know no other way than to unpack
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with redirect_stderr(io.StringIO()):  # a progress bar that heeds no setting of transformers
-        module = read_model(path.parent, path, dtype=torch.float32, gguf_file=path.name, **unpack)
+    module = read_model(path.parent, path, dtype=torch.float32, gguf_file=path.name, **unpack)
     tokenizer = read_tokenizer(path.parent, path, gguf_file=path.name)
     # They are plain fp32 weights now, but save_pretrained would still refuse a "quantized" model.
     module.hf_quantizer = None
     vars(module.config).pop("quantization_config", None)
-    with complete(folder) as place:
+    with written_whole(folder) as place:
         module.save_pretrained(place)
         tokenizer.save_pretrained(place)
 

@@ -11,7 +11,7 @@ from deca_node.errors import DecaError, DiskFullError, OutputError, first_line
 
 
 @contextmanager
-def complete(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary sibling that becomes ``folder`` once it is whole, and vanishes otherwise.
 
     Raises:

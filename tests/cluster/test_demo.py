@@ -36,7 +36,7 @@ def test_each_demo_has_a_folder_of_its_own(seed, isolated, folder):
 
 @pytest.mark.slow
 def test_a_swarm_learns_what_its_nodes_have_not_seen(tmp_path):
-    """Mean accuracy at least 0.80 and every node at least 0.75, whose labels are not all there."""
+    """Mean accuracy at least 0.80 and every node at least 0.75, though some lack whole topics."""
     swarm = demo(tmp_path / "swarm")
     assert swarm["mean_after_accuracy"] >= 0.80
     assert swarm["min_after_accuracy"] >= 0.75
@@ -70,7 +70,7 @@ def test_a_swarm_learns_what_its_nodes_have_not_seen(tmp_path):
 
 @pytest.mark.long
 def test_nodes_alone_do_not_learn_it(tmp_path):
-    """0.20 below the least that the swarm must reach, and by far more below what it reaches."""
+    """0.64 where the swarm reaches 0.88, when last measured: at least 0.10 below its bound."""
     alone = demo(tmp_path / "alone", "--isolated")
     assert all(node["bytes_received"] == 0 for node in alone["nodes"])
     assert alone["mean_after_accuracy"] <= 0.70

@@ -20,7 +20,10 @@ ROUNDS = 4
 FAULTS = ("kill", "freeze", "cut", "split", "slow", "loss", "garbage")
 
 
-LONG = [pytest.param(seed, marks=pytest.mark.long) for seed in range(60, 240)]
+LONG = [
+    pytest.param(seed, marks=[pytest.mark.long, pytest.mark.timeout(600)])
+    for seed in range(60, 240)
+]
 
 
 class Trouble:

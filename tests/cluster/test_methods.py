@@ -52,7 +52,7 @@ def make(tmp_path):
             f"optimizer.adam_eps={EPS}",
         ]
         daemon = Daemon(tmp_path, f"n{index}", [*common, *settings])
-        daemon.deadline = 3 * DEADLINE  # peft's start comes on top of transformers'
+        daemon.deadline = 2 * DEADLINE  # peft's start comes on top of transformers'
         made.append(daemon)
         return daemon
 
@@ -108,7 +108,7 @@ def test_dec_lora_ends_as_the_dense_reference(make):
         assert np.abs(expected).max() > 1e-3
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_node_comes_back_with_the_others_adapters(make):
     """DeCAF: rounds go by without it; it fetches the one block that there is, and goes on."""
     own = (

@@ -23,7 +23,7 @@ OFFICIAL_BASE = "python:3.11-slim-bookworm"
 STAND_IN = "deca-node-test-base:bookworm"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deca-node-containers"
 START_SECONDS = 60.0
-BUILD_SECONDS = 1500.0
+BUILD_SECONDS = 1200.0
 CALL_SECONDS = 240.0
 
 

@@ -44,7 +44,7 @@ def image(engine):
     # On the stand-in, PyTorch comes from where this machine's pip finds it.
     torch = "cpu" if base.startswith("python:") else ""
     stack = Stack(engine, BASE_IMAGE=base, TORCH=torch)
-    stack.compose("build", timeout=1500)
+    stack.compose("build", timeout=1200)
     return stack
 
 

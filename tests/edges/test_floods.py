@@ -105,8 +105,9 @@ async def test_more_calls_than_there_are_places_are_refused_by_name(monkeypatch)
     monkeypatch.setattr(door, "MAX_CALLS_PER_ADDRESS", 2)
     async with served() as (handler, link, _):
         held = [asyncio.create_task(link.open_visit(pb.VisitOffer(visit=1), 30)) for _ in range(2)]
-        for _ in held:
-            await handler.opened.acquire()
+        async with asyncio.timeout(20):
+            for _ in held:
+                await handler.opened.acquire()
         with pytest.raises(PeerRefused) as caught:
             await link.hello(pb.HelloRequest(sender=sender()), 20)
         assert caught.value.reason == "busy"

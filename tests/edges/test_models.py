@@ -19,7 +19,7 @@ from deca_node.config import ModelSettings
 from deca_node.data import Batch, Example, collate
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
 from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, reading
-from deca_node.models.writing import complete
+from deca_node.models.writing import written_whole
 from deca_node.moments import Rule, half_step
 from tests.tiny import FAMILIES, make_model, make_tokenizer
 
@@ -678,7 +678,7 @@ def test_a_killed_conversion_leaves_nothing_in_the_way(
     def convert(path: Path, target: Path) -> None:
         with ThreadPoolExecutor() as another_node:
             assert another_node.submit(is_locked, target).result()
-        with complete(target) as place:
+        with written_whole(target) as place:
             shutil.copytree(copy, place, dirs_exist_ok=True)
             if not killed:
                 killed.append(True)
