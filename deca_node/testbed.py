@@ -134,8 +134,8 @@ def run(plan: Plan) -> None:
         f"  wall time {status.duration(results['wall_seconds'])}",
         highlight=False,
     )
-    for path in [out / "results.json", *picture, *models]:
-        console.print(str(path), soft_wrap=True, highlight=False)
+    for path in [out / "results.json", *picture, *models]:  # named as the user named the folder
+        console.print(str(plan.out / path.relative_to(out)), soft_wrap=True, highlight=False)
 
 
 # Settings and data of the nodes

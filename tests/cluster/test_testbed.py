@@ -28,7 +28,7 @@ def testbed(tmp_path, model):
     def start(*settings):
         command = [sys.executable, "-m", "deca_node", "testbed", "--nodes", "2"]
         command += ["--train", str(tmp_path / "data.jsonl"), "--test-per-label", "2"]
-        command += ["--concentration", "100", "--out", str(tmp_path / "out")]
+        command += ["--concentration", "100", "--out", "out"]
         common = [f"model.path={model}", "model.dtype=fp32", "schedule.rounds=1", "node.threads=1"]
         for setting in [*common, *settings]:
             command += ["--set", setting]
@@ -37,6 +37,7 @@ def testbed(tmp_path, model):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         made.append(process)
@@ -70,6 +71,8 @@ def test_an_interrupted_testbed_is_finished_by_the_same_command(testbed, tmp_pat
     again = testbed("schedule.steps=300")
     said, errors = again.communicate(timeout=DEADLINE)
     assert again.returncode == 0, said + errors
+    shown = ["results.json", "results.png", "node-0/model", "node-1/model"]
+    assert said.splitlines()[-4:] == [f"out/{name}" for name in shown]
     assert all(len(path.read_text().splitlines()) == 600 for path in histories)
     results = json.loads((out / "results.json").read_text())
     assert [node["node"] for node in results["nodes"]] == ["node-0", "node-1"]
