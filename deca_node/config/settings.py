@@ -6,14 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
-from pydantic import (
-    Field,
-    model_validator,
-)
-from pydantic_settings import (
-    BaseSettings,
-    SettingsConfigDict,
-)
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from deca_node.config.sections import (
     AdapterSettings,

@@ -13,6 +13,9 @@ def layer_stack(module: Any, path: Path) -> tuple[str, nn.ModuleList]:
 
     The outermost ModuleList whose items are of one class and hold more than half of the parameters
     outside the embeddings.
+
+    Raises:
+        ModelError: there is none.
     """
     tables = [each for each in module.modules() if isinstance(each, nn.Embedding)]
     if (head := module.get_output_embeddings()) is not None:

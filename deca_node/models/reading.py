@@ -42,6 +42,9 @@ def check_folder(folder: Path, path: Path) -> None:
     """Refuse, before anything large is read, what cannot be trained.
 
     ``folder`` is where the model is, ``path`` the name that its owner knows.
+
+    Raises:
+        ModelError: it is missing, no model folder, quantized, or no causal language model.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such folder; set model.path to a Hugging Face model folder")
@@ -101,7 +104,11 @@ def weight_files(folder: Path, path: Path) -> list[Path]:
 
 
 def read_model(folder: Path, path: Path, **options: Any) -> Any:
-    """The model on CPU; ``options`` go to ``from_pretrained``."""
+    """The model on CPU; ``options`` go to ``from_pretrained``.
+
+    Raises:
+        ModelError: it cannot be loaded, or tensors are missing or have other shapes.
+    """
     transformers = _transformers()
     again = "copy or download the model again"
     # Unpacking a GGUF file shows a progress bar that heeds no setting of transformers.
@@ -164,7 +171,11 @@ def read_architecture(
 
 
 def read_shapes(folder: Path, path: Path, **options: Any) -> tuple[Any, Any]:
-    """The configuration, and the model without values, on torch's meta device."""
+    """The configuration, and the model without values, on torch's meta device.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(  # nosec B615
@@ -177,7 +188,11 @@ def read_shapes(folder: Path, path: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def read_tokenizer(folder: Path, path: Path, **options: Any) -> Any:
-    """The tokenizer of transformers; ``options`` as for the model."""
+    """The tokenizer of transformers; ``options`` as for the model.
+
+    Raises:
+        ModelError: there is none that can be used.
+    """
     transformers = _transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(  # nosec B615
@@ -198,6 +213,11 @@ def converted(path: Path, cache: Path) -> Path:
     """The folder that holds a GGUF file as fp32 safetensors, made on the first call.
 
     It is named by the file's content and shared by all nodes of this machine.
+
+    Raises:
+        ModelError: the file cannot be read, or what reads it is not installed.
+        DiskFullError: no room for what is made of it.
+        OutputError: the cache folder cannot be written.
     """
     folder = conversion(path, cache)
     try:

@@ -15,7 +15,14 @@ from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import ask_status
-from tests.containers.engine import COMPOSE_FILE, REPOSITORY, EngineError, running, unavailable
+from tests.containers.engine import (
+    BUILD_SECONDS,
+    COMPOSE_FILE,
+    REPOSITORY,
+    EngineError,
+    running,
+    unavailable,
+)
 
 NODES = ("node-0", "node-1", "node-2", "node-3")
 # On a ring in the order of their names.
@@ -44,7 +51,7 @@ def image(engine):
     # On the stand-in, PyTorch comes from where this machine's pip finds it.
     torch = "cpu" if base.startswith("python:") else ""
     stack = Stack(engine, BASE_IMAGE=base, TORCH=torch)
-    stack.compose("build", timeout=1200)
+    stack.compose("build", timeout=BUILD_SECONDS)
     return stack
 
 
