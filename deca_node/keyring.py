@@ -29,6 +29,11 @@ from deca_node.trust import Certificate, is_name
 AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
 OPERATOR = "operator"
 REVOKED = "revoked.json"
+NODES = "nodes"
+
+# What helps where a file is damaged.
+_ANEW = "restore it, or join the run anew"
+_FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Keyring:
 
     def nodes(self) -> dict[str, Certificate]:
         """The nodes that can be started here."""
-        return {path.stem: _certificate(path) for path in _pems(self.folder / "nodes")}
+        return {path.stem: _certificate(path) for path in _pems(self.folder / NODES)}
 
     def node(self, name: str) -> Pair:
         """A node's key and certificate.
@@ -147,7 +152,7 @@ class Keyring:
         Raises:
             TrustError: it has none, they do not fit together, or others can read the key.
         """
-        path = self.folder / "nodes" / f"{name}.pem"
+        path = self.folder / NODES / f"{name}.pem"
         return self._pair(
             path,
             f"node {name!r} of run {self.run!r} needs one: on the machine of the authority "
@@ -156,7 +161,7 @@ class Keyring:
 
     def keep_node(self, name: str, pair: Pair) -> None:
         """Keep a node's key and certificate."""
-        self._keep(self.folder / "nodes" / f"{name}.pem", pair)
+        self._keep(self.folder / NODES / f"{name}.pem", pair)
 
     @property
     def has_operator(self) -> bool:
@@ -171,7 +176,7 @@ class Keyring:
         """
         return self._pair(
             self.folder / f"{OPERATOR}.pem",
-            "it is made by `deca-node swarm init`; copy operator.pem and operator.key from there",
+            f"it is made by `deca-node swarm init`; {_FROM_INIT}",
         )
 
     def operator_certificate(self) -> Certificate:
@@ -180,7 +185,7 @@ class Keyring:
         Raises:
             TrustError: it cannot be read.
         """
-        return _certificate(self.folder / f"{OPERATOR}.pem")
+        return _certificate(self.folder / f"{OPERATOR}.pem", _FROM_INIT)
 
     def keep_operator(self, pair: Pair) -> None:
         """Keep an operator's key and certificate."""
@@ -204,9 +209,10 @@ class Keyring:
     def _pair(self, path: Path, remedy: str) -> Pair:
         certificate = _read(path, remedy)
         pair = Pair(_read_key(path.with_suffix(".key"), remedy), certificate)
-        with _at(path.with_suffix(".key")):
+        damaged = _ANEW if path.parent.name == NODES else _FROM_INIT
+        with _at(path.with_suffix(".key"), damaged):
             identity.check_key(pair.key)
-        with _at(path):
+        with _at(path, damaged):
             identity.check_pair(pair.key, pair.certificate, self.authority)
         return pair
 
@@ -259,7 +265,7 @@ class Keyring:
     def stamp(self, node: str) -> tuple[int, ...]:
         """Changes when another process has changed what a running node uses."""
         found = []
-        for path in (self.folder / REVOKED, self.folder / "nodes" / f"{node}.pem"):
+        for path in (self.folder / REVOKED, self.folder / NODES / f"{node}.pem"):
             with contextlib.suppress(OSError):
                 found.append(path.stat().st_mtime_ns)
         return tuple(found)
@@ -294,18 +300,18 @@ def _pems(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.pem") if is_name(path.stem))
 
 
-def _certificate(path: Path) -> Certificate:
-    with _at(path):
+def _certificate(path: Path, damaged: str = _ANEW) -> Certificate:
+    with _at(path, damaged):
         return identity.read(_read(path, ""))
 
 
 @contextlib.contextmanager
-def _at(path: Path) -> Iterator[None]:
-    """Name the file in which something is wrong."""
+def _at(path: Path, damaged: str = _ANEW) -> Iterator[None]:
+    """Name the file in which something is wrong, and what helps."""
     try:
         yield
     except TrustError as error:
-        raise TrustError(f"{path}: {error}; restore it, or join the run anew") from None
+        raise TrustError(f"{path}: {error}; {damaged}") from None
 
 
 def _read(path: Path, remedy: str) -> bytes:

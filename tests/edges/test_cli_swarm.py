@@ -65,11 +65,14 @@ def test_the_folder_as_json(say):
 
 
 @pytest.mark.parametrize(
-    ("owner", "other", "file"),
-    [("a", "(operator)", "keys/nodes/a"), ("(operator)", "a", "keys/operator")],
+    ("owner", "other", "file", "remedy"),
+    [
+        ("a", "(operator)", "keys/nodes/a", "join"),
+        ("(operator)", "a", "keys/operator", r"copy operator\.pem and operator\.key from"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["damaged", "gone", "another's"])
-def test_a_key_that_cannot_be_used_is_not_shown_as_good(say, kind, owner, other, file):
+def test_a_key_that_cannot_be_used_is_not_shown_as_good(say, kind, owner, other, file, remedy):
     """The line says which file is wrong and what helps; the others are shown as they are."""
     assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
     key = Path(f"{file}.key")
@@ -81,7 +84,7 @@ def test_a_key_that_cannot_be_used_is_not_shown_as_good(say, kind, owner, other,
     assert code == 0
     assert re.search(rf"^{re.escape(owner)} +yes .* unusable", said, re.MULTILINE)
     assert re.search(rf"^{re.escape(other)} +yes .* good", said, re.MULTILINE)
-    assert re.search(rf"^{file}\.(key|pem): .*;", said, re.MULTILINE)
+    assert re.search(rf"^{file}\.(key|pem): .*; .*{remedy}", said, re.MULTILINE)
     tree = json.loads(say("deca-node swarm show --run r --trust keys --json")[1])
     problems = {row["node"]: row["problem"] for row in tree["certificates"]}
     assert problems[owner].startswith(f"{file}.")
