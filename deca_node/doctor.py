@@ -688,7 +688,7 @@ def _judge(
     met = list(swarm.peers.values())  # who has left meanwhile was there, too
     for peer in sorted(met, key=lambda peer: peer.name):
         yield _peer(peer, peer.name in callers, facts, port, waited)
-    for address, refusal in swarm.refusals.items():
+    for address, refusal in swarm.refusals.last.items():
         if refusal.reason == "name_taken":
             yield Check(
                 "name",

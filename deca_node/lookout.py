@@ -74,7 +74,7 @@ class Lookout:
                 silent=swarm.never_answered(settings.network.static_peers),
                 unresolved=named.failing if named is not None else {},
                 uncallable=swarm.uncallable(),
-                refusals=swarm.refusals,
+                refusals=swarm.refusals.last,
             )
         )
         before = {finding.key for finding in self.findings}

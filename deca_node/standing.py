@@ -210,7 +210,7 @@ class Standing:
         clock = asyncio.get_running_loop().time()
         status.send_rate = swarm.send_meter.rate(clock)
         status.receive_rate = swarm.receive_meter.rate(clock)
-        for reason, count in swarm.strangers.items():
+        for reason, count in swarm.refusals.count.items():
             status.refusals[reason] += count
         for name, peer in sorted(swarm.peers.items()):
             traffic = swarm.traffic.get(name)

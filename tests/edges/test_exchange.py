@@ -337,7 +337,7 @@ def test_two_nodes_with_one_name_are_kept_apart():
         await double.listen()
         double.swarm.propose(members[0].transport.address)
         await asyncio.sleep(0.5)
-        assert members[0].swarm.strangers["name_taken"] >= 1
+        assert members[0].swarm.refusals.count["name_taken"] >= 1
         assert members[0].swarm.peers["n1"].session == 101
 
     run(scenario())

@@ -24,7 +24,7 @@ from deca_node.limits import (
     STRANGER_GREETINGS_BURST,
 )
 from deca_node.pb import node_pb2 as pb
-from deca_node.swarm import REFUSED_HEARTBEATS
+from deca_node.swarm.contacts import REFUSED_HEARTBEATS
 from deca_node.transport import server as door
 from deca_node.transport.server import GrpcTransport
 from deca_node.wire import Layout, Receiver, TensorSpec, frame

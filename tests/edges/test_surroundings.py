@@ -8,7 +8,7 @@ from deca_node import __version__
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
-from deca_node.swarm import UNREACHED_SECONDS
+from deca_node.swarm.contacts import UNREACHED_SECONDS
 from tests.edges.test_exchange import Member, greeting, meet
 from tests.virtual_time import run
 
@@ -186,11 +186,11 @@ def test_refusals_of_those_that_are_no_peers_are_kept_until_they_are_welcome():
         members = await meet(LoopbackNetwork(), 2)
         request = greeting(node="n1", session=77)
         assert "name_taken" in (await members[0].hello(request, "10.0.0.77")).refusal
-        refusal = members[0].swarm.refusals["10.0.0.77:7430"]
+        refusal = members[0].swarm.refusals.last["10.0.0.77:7430"]
         assert (refusal.node, refusal.reason) == ("n1", "name_taken")
         request.sender.node = "n2"
         assert (await members[0].hello(request, "10.0.0.77")).refusal == ""
-        assert members[0].swarm.refusals == {}
+        assert members[0].swarm.refusals.last == {}
         assert members[0].swarm.peers["n2"].phase == Phase.WAITING
         await asyncio.gather(*(member.swarm.close() for member in members))
 

@@ -371,7 +371,8 @@ class Swarm:
             swarm, asked = each.member.swarm, each.member.exchange._serving._visit.asked
             assert len(swarm.peers) <= MAX_MEMBERS
             assert len(swarm._contacts) <= MAX_CONTACTS
-            assert max(map(len, (swarm.refusals, swarm._said, swarm._vain))) <= MAX_CONTACTS
+            kept = swarm.refusals.last, swarm.refusals._said, swarm._contacts._vain
+            assert max(map(len, kept)) <= MAX_CONTACTS
             assert max(map(len, (swarm.told, swarm.traffic, asked))) <= MAX_MEMBERS
             assert all(torch.isfinite(layer).all() for layer in each.model.layers)
         return f"{method} {word}"
@@ -510,8 +511,8 @@ class Replies:
         member = self._node.member
         try:
             if kind == 0:
-                link = member.swarm._transport.link("10.0.0.99:7430")
-                word = member.swarm._take_reply(message, "10.0.0.99:7430", link)
+                link = member.swarm._contacts._transport.link("10.0.0.99:7430")
+                word = member.swarm._take_reply(message, "10.0.0.99:7430", link).name.lower()
             else:
                 found = await member.catch_up._ask("evil", _Says(message), None)
                 member.catch_up.gain.unusable.clear()

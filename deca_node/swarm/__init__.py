@@ -1,16 +1,14 @@
 """Meeting peers: contacts become peers by a greeting, and stay so by greeting again.
 
-Discovery only proposes contacts. Every contact has one task that greets it, with backoff while it
-does not answer and as a heartbeat once it does. What a greeting means is decided in membership.
+Discovery only proposes contacts, which are greeted again and again (contacts.py). What a greeting
+means is decided in membership.
 """
 
 import asyncio
 import math
-import random
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deca_node import __version__, membership
@@ -18,42 +16,32 @@ from deca_node.admission import Turns, network
 from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
 from deca_node.fingerprint import PROTOCOL_VERSION, difference
-from deca_node.health import Refusal, Told
+from deca_node.health import Told
 from deca_node.limits import (
-    MAX_ADDRESS_BYTES,
     MAX_CONTACTS,
     MAX_FINGERPRINT_BYTES,
     MAX_FINGERPRINT_FIELDS,
     MAX_MEMBERS,
     MAX_NAME_BYTES,
-    MAX_PROPOSALS,
     MAX_REASON_BYTES,
     MAX_TIME,
     MAX_VERSION_BYTES,
     PEER_GREETINGS,
     PEER_GREETINGS_BURST,
-    REFUSAL_LINES,
-    REFUSAL_LINES_BURST,
     STRANGER_GREETINGS,
     STRANGER_GREETINGS_BURST,
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
+from deca_node.swarm.contacts import Answer, Contacts, is_address
+from deca_node.swarm.refusals import DETAIL_CHARACTERS, Refusals
+from deca_node.swarm.traffic import RateMeter, TrafficTable
 from deca_node.transport import Link, Transport
-from deca_node.waiting import happens
 
-# Greetings to a node that refused us: often enough to notice that its operator mended it.
-REFUSED_HEARTBEATS = 5
-# A contact that was only proposed, and never met, is dropped after this many vain greetings.
-MAX_VAIN_GREETINGS = 30
 # States of a peer that answers, or has just called.
 _ANSWERING = (State.ALIVE, State.DONE, State.BEHIND, State.AHEAD)
 
-# A caller is told that we cannot call it back after this many seconds of vain greetings: three of
-# the lan preset, so that a restart does not raise an alarm.
-UNREACHED_SECONDS = 8.0
-
-# The same refusal of the same peer is logged this often; it is counted every time.
+# The same trouble with the same peer is logged this often; it is counted every time.
 REPEAT_SECONDS = 30.0
 
 # The reason of a call to a peer that greeted us a moment ago: nobody's fault.
@@ -64,54 +52,6 @@ _OF_TRUST = ("handshake", "no_certificate", "expired", "revoked", "not_allowed",
 
 # Why a peer that was revoked is gone.
 REVOKED = "revoked: out of the run"
-
-
-class RateMeter:
-    """Mean bytes per second over the last ``window`` seconds."""
-
-    def __init__(self, window: float = 10.0) -> None:
-        self._window = window
-        self._events: deque[tuple[float, int]] = deque()
-        self._sum = 0
-
-    def add(self, now: float, nbytes: int) -> None:
-        """Count bytes; neighbouring messages share an entry, so that memory stays small."""
-        self._sum += nbytes
-        if self._events and now - self._events[-1][0] < 0.1:
-            first, count = self._events[-1]
-            self._events[-1] = (first, count + nbytes)
-        else:
-            self._events.append((now, nbytes))
-        self._forget(now)
-
-    def rate(self, now: float) -> float:
-        """Bytes per second."""
-        self._forget(now)
-        return self._sum / self._window
-
-    def _forget(self, now: float) -> None:
-        while self._events and now - self._events[0][0] > self._window:
-            self._sum -= self._events.popleft()[1]
-
-
-@dataclass
-class Traffic:
-    """What went on with a peer.
-
-    Attributes:
-        sent: bytes of blocks, and ``received`` likewise.
-        waited: seconds that steps waited for its blocks.
-        retries: calls that failed and were made again.
-        refusals: what of it was refused, by reason.
-    """
-
-    sent: int = 0
-    received: int = 0
-    waited: float = 0.0
-    retries: int = 0
-    refusals: Counter[str] = field(default_factory=Counter)
-    send_meter: RateMeter = field(default_factory=RateMeter)
-    receive_meter: RateMeter = field(default_factory=RateMeter)
 
 
 @dataclass(frozen=True)
@@ -164,33 +104,23 @@ class Swarm:
         self.identity = identity
         self.gossips = True
         self.peers: dict[str, Peer] = {}
-        self.traffic: dict[str, Traffic] = {}
+        self.traffic = TrafficTable()
         self.told: dict[str, Told] = {}  # what peers say of themselves
-        self.strangers: Counter[str] = Counter()  # refusals of callers that are no peers
-        self.refusals: dict[str, Refusal] = {}  # the last of each address that is no peer's
+        self.refusals = Refusals(log)  # of and by those that are no peers
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
         self._peer_turns = Turns(
             PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS
         )
-        self._lines = Turns(REFUSAL_LINES, REFUSAL_LINES_BURST, 1)
         self._stranger_turns = Turns(STRANGER_GREETINGS, STRANGER_GREETINGS_BURST, MAX_CONTACTS)
-        self._transport = transport
         self._timing = timing
         self._position = position
         self._steps_per_visit = steps_per_visit
         self._changed = changed
         self._log = log
-        self._contacts: dict[str, asyncio.Task[None]] = {}
+        self._contacts = Contacts(self, transport, timing, identity.session)
         self._links: dict[str, tuple[str, Link]] = {}
-        self._proposed: Counter[str] = Counter()  # contacts under way, by the peer that named them
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
-        self._failing: set[str] = set()  # addresses whose last greeting was in vain
-        self._said: dict[str, str] = {}
         self._complained: dict[tuple[str, str], float] = {}
-        self._vain: dict[str, float] = {}  # since when greetings to an address find nobody
-        self._answered: set[str] = set()  # contacts that did answer once
-        self._wakers: dict[str, asyncio.Event] = {}  # by contact: greet it now
-        self._jitter = random.Random(identity.session)  # noqa: S311 - spreads redials, no secret
 
     # --- contacts
 
@@ -200,24 +130,10 @@ class Swarm:
         Args:
             address: where.
             lasting: never drop it (static peers).
-            by: the peer that says so; what peers say takes at most half of the table, and a
-                bounded part of it each.
+            by: the peer that says so, if one does.
         """
-        if address in self._contacts or len(self._contacts) >= MAX_CONTACTS:
-            return
-        if len(address) > MAX_ADDRESS_BYTES or not _is_address(address):
-            return
-        if self._is_spare(address):
-            return
-        if by and (
-            self._proposed[by] >= MAX_PROPOSALS or self._proposed.total() >= MAX_CONTACTS // 2
-        ):
-            return
-        task = asyncio.create_task(self._keep_greeting(address, lasting))
-        self._contacts[address] = task
-        if by:
-            self._proposed[by] += 1
-        task.add_done_callback(lambda _: self._dropped(address, by))
+        if not self._is_spare(address):
+            self._contacts.add(address, lasting=lasting, by=by)
 
     def _is_spare(self, address: str) -> bool:
         """Whether it is a further address of a peer whose first one works."""
@@ -230,10 +146,10 @@ class Swarm:
     def _is_failing(self, peer: str) -> bool:
         """Whether the peer's link does not reach it any more, whatever it tells us itself."""
         held = self._links.get(peer)
-        return held is not None and held[0] in self._failing
+        return held is not None and self._contacts.is_failing(held[0])
 
-    def _was_met(self, address: str) -> bool:
-        """Whether a peer of this run that has not finished was reached at the address.
+    def was_met(self, address: str) -> bool:
+        """See contacts.Greeter: a peer of this run that has not finished.
 
         It may be behind a cut that lasts: it is called for as long as the run does.
         """
@@ -243,52 +159,17 @@ class Swarm:
             for peer in self.peers.values()
         )
 
-    def _dropped(self, address: str, by: str) -> None:
-        self._contacts.pop(address, None)
-        self._wakers.pop(address, None)
-        self._failing.discard(address)
-        self._answered.discard(address)
-        if by:
-            self._proposed[by] -= 1
-            self._proposed += Counter()  # forgets the zeros
+    async def greet(self, address: str, link: Link) -> Answer:
+        """See contacts.Greeter."""
+        return self._take_reply(await link.hello(self.greeting(), self._timing.rpc), address, link)
 
-    async def _keep_greeting(self, address: str, lasting: bool) -> None:
-        link = self._transport.link(address)
-        failures = 0
-        try:
-            while lasting or failures < MAX_VAIN_GREETINGS or self._was_met(address):
-                # Before the greeting: what changes meanwhile is told with the next.
-                woken = self._wakers[address] = asyncio.Event()
-                try:
-                    reply = await link.hello(self.greeting(), self._timing.rpc)
-                    outcome = self._take_reply(reply, address, link)
-                except PeerError as error:
-                    outcome = None
-                    failures += 1
-                    self._failing.add(address)
-                    self._unanswered(address, failures, error)
-                if outcome == "self":
-                    return
-                if outcome == "duplicate" and not lasting:
-                    return
-                if outcome is None:
-                    # With jitter, so that a healed network is not hit by everybody at once.
-                    pause = self._timing.redial * 2 ** min(failures - 1, 30)
-                    pause = min(pause, self._timing.redial_max)
-                else:
-                    failures = 0
-                    self._failing.discard(address)
-                    slow = REFUSED_HEARTBEATS if outcome in ("refused", "duplicate") else 1
-                    pause = self._timing.heartbeat * slow
-                await happens(woken, pause * self._jitter.uniform(0.75, 1.25))
-        finally:
-            self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
-            await link.close()
+    def left(self, link: Link) -> None:
+        """See contacts.Greeter."""
+        self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
 
     def nudge(self) -> None:
         """Greet everybody now: this node's phase changed."""
-        for waker in self._wakers.values():
-            waker.set()
+        self._contacts.greet_all()
 
     def greeting(self) -> pb.HelloRequest:
         """What this node says of itself."""
@@ -306,10 +187,10 @@ class Swarm:
             time=time.time(),
         )
 
-    def _take_reply(self, reply: pb.HelloReply, address: str, link: Link) -> str:
-        self._found(address)
+    def _take_reply(self, reply: pb.HelloReply, address: str, link: Link) -> Answer:
+        self._contacts.found(address)
         if reply.sender.session == self.identity.session:
-            return "self"
+            return Answer.ITSELF
         # Our own words first: what differs is then told as ours here and theirs there.
         refusal = (
             self._objection(
@@ -319,7 +200,7 @@ class Swarm:
         )
         if refusal:
             self._refused(reply.sender, address, refusal)
-            return "refused"
+            return Answer.REFUSED
         name = reply.sender.node
         held = self._links.get(name)
         known = self.peers.get(name)
@@ -328,23 +209,18 @@ class Swarm:
             if len(self._duplicates) >= MAX_CONTACTS:
                 self._duplicates.clear()
             self._duplicates[address] = reply.sender.session
-            return "duplicate"  # the same node at another of its addresses
+            return Answer.DUPLICATE  # the same node at another of its addresses
         self._links[name] = (address, link)
         self._heard(reply, address, reached=True)
         self._note(reply.sender, address, reply)
         for contact in reply.known[:MAX_MEMBERS]:
             self._proposed_by_peer(contact, name)
-        return "met"
+        return Answer.MET
 
-    def _unanswered(self, address: str, failures: int, error: PeerError) -> None:
-        if error.reason == "starting":
-            self._found(address)  # it is there, and loads its model
-        else:
-            if len(self._vain) >= MAX_CONTACTS:
-                self._vain.clear()
-            self._vain.setdefault(address, self._now())
+    def unanswered(self, address: str, failures: int, error: PeerError) -> None:
+        """See contacts.Greeter."""
         if error.reason in _OF_TRUST:
-            self._note_refusal(address, "the node", error.reason, str(error))
+            self.refusals.note(address, "the node", error.reason, str(error), self._now())
         for name, (at, _) in list(self._links.items()):
             if at == address and name in self.peers:
                 self._update(
@@ -386,7 +262,7 @@ class Swarm:
         self._admit(request.sender, source)
         host = request.host or source
         address = f"[{host}]:{request.port}" if ":" in host else f"{host}:{request.port}"
-        if len(address) > MAX_ADDRESS_BYTES or not _is_address(address):
+        if not is_address(address):
             address = f"{source}:0"  # what is kept and logged below
             refusal = "bad_address: host or port cannot be called"
         else:
@@ -406,7 +282,7 @@ class Swarm:
         if self.gossips:
             reply.known.extend(self._known())
         if self._is_back(request.sender):
-            self._welcome(address)
+            self._contacts.welcome(address)
         self._heard(request, address)
         self._note(request.sender, address, request)
         reply.unreached = self._cannot_call(request.sender.node, address)
@@ -423,7 +299,7 @@ class Swarm:
         else:
             admitted = self._stranger_turns.take(network(source), now)
         if not admitted:
-            self.strangers["too_many_greetings"] += 1
+            self.refusals.count["too_many_greetings"] += 1
             raise PeerRefused("too_many_greetings", "greet less often")
 
     def answer_goodbye(self, request: pb.GoodbyeRequest) -> None:
@@ -491,7 +367,7 @@ class Swarm:
     def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
         word, _, text = refusal.partition(": ")
         reason = known_reason(word)
-        self.strangers[reason] += 1
+        self.refusals.count[reason] += 1
         name = sender.node if _is_name(sender.node) else "?"
         known = self.peers.get(name)
         # Who uses the name of a peer that we have must not take its place.
@@ -504,42 +380,31 @@ class Swarm:
                 return
             phase, now = Phase.UNKNOWN, self._now()
             self._update(
-                Peer(name, sender.session, address, State.REFUSED, phase, 0, now, text[:200])
+                Peer(
+                    name,
+                    sender.session,
+                    address,
+                    State.REFUSED,
+                    phase,
+                    0,
+                    now,
+                    text[:DETAIL_CHARACTERS],
+                )
             )
             return
-        self._note_refusal(address, name, reason, text)
-
-    def _note_refusal(self, address: str, name: str, reason: str, text: str) -> None:
-        if len(self.refusals) >= MAX_CONTACTS:
-            self.refusals.clear()
-        self.refusals[address] = Refusal(name, reason, text[:200], self._now())
-        if self._said.get(address) != reason:
-            if len(self._said) >= MAX_CONTACTS:
-                self._said.clear()
-            self._said[address] = reason
-            # Other runs on the same network are normal; anything else wants a look.
-            level = self._log.info if reason == "other_run" else self._log.warning
-            if self._lines.take("", self._now()):
-                level("peer refused", peer=name, address=address, reason=reason, detail=text)
+        self.refusals.note(address, name, reason, text, self._now())
 
     # --- what is known of the peers' surroundings (health)
 
-    def never_answered(self, addresses: Sequence[str]) -> frozenset[str]:
+    def never_answered(self, addresses: Collection[str]) -> frozenset[str]:
         """Those of ``addresses`` that were called and have not answered once."""
-        return frozenset(a for a in addresses if a in self._vain and a not in self._answered)
+        return self._contacts.never_answered(addresses)
 
     def uncallable(self) -> frozenset[str]:
         """Peers that have greeted us, and whose address we have called for a while in vain."""
         return frozenset(
             peer.name for peer in self.peers.values() if self._cannot_call(peer.name, peer.address)
         )
-
-    def _welcome(self, address: str) -> None:
-        """Somebody calls from there again: do not wait for the next try to call back."""
-        if address in self._vain:
-            self._vain[address] = self._now()  # before, there was nobody to answer
-        if address in self._failing and address in self._wakers:
-            self._wakers[address].set()
 
     def _is_back(self, sender: pb.Sender) -> bool:
         """Whether a caller has not called for a while: it was down, or cut off from us."""
@@ -552,20 +417,13 @@ class Swarm:
 
     def _cannot_call(self, name: str, address: str) -> bool:
         held = self._links.get(name)
-        if held is not None and held[0] not in self._vain:
+        if held is not None and not self._contacts.is_vain(held[0]):
             return False  # it answers at this address, or at another of its own
-        since = self._vain.get(address)
-        return since is not None and self._now() - since >= UNREACHED_SECONDS
-
-    def _found(self, address: str) -> None:
-        """Somebody answers there."""
-        self._vain.pop(address, None)
-        if address in self._contacts:
-            self._answered.add(address)
+        return self._contacts.is_unreached(address)
 
     def _note(self, sender: pb.Sender, address: str, said: pb.HelloRequest | pb.HelloReply) -> None:
         """Keep what a peer says of itself."""
-        self.refusals.pop(address, None)
+        self.refusals.forget(address)
         told_time = math.isfinite(said.time) and 0 < said.time < MAX_TIME
         before = self.told.get(sender.node, Told())
         self.told[sender.node] = Told(
@@ -627,10 +485,10 @@ class Swarm:
         known = self.peers.get(peer)
         if known is None or error.reason == UNMET:
             return
-        self._traffic(peer).refusals[error.reason] += 1
+        self.traffic.of(peer).refusals[error.reason] += 1
         if isinstance(error, PeerUnavailable):
             if held := self._links.get(peer):
-                self._failing.add(held[0])  # it may be at another address now
+                self._contacts.broke(held[0])
             self._update(
                 membership.failed(
                     known, self._now(), self._timing.gone_after, 0, str(error), down=True
@@ -657,34 +515,34 @@ class Swarm:
 
     def sent(self, peer: str, nbytes: int) -> None:
         """See Neighbourhood."""
-        traffic, now = self._traffic(peer), self._now()
+        traffic, now = self.traffic.of(peer), self._now()
         traffic.sent += nbytes
         traffic.send_meter.add(now, nbytes)
         self.send_meter.add(now, nbytes)
 
     def received(self, peer: str, nbytes: int) -> None:
         """See Neighbourhood."""
-        traffic, now = self._traffic(peer), self._now()
+        traffic, now = self.traffic.of(peer), self._now()
         traffic.received += nbytes
         traffic.receive_meter.add(now, nbytes)
         self.receive_meter.add(now, nbytes)
 
     def waited(self, peer: str, seconds: float) -> None:
         """See Neighbourhood."""
-        self._traffic(peer).waited += seconds
+        self.traffic.of(peer).waited += seconds
 
     def retried(self, peer: str) -> None:
         """See Neighbourhood."""
-        self._traffic(peer).retries += 1
+        self.traffic.of(peer).retries += 1
 
     def check_sender(self, sender: pb.Sender) -> str:
         """See Neighbourhood."""
         known = self.peers.get(sender.node)
         if sender.run != self.identity.run:
-            self.strangers["other_run"] += 1
+            self.refusals.count["other_run"] += 1
             raise PeerRefused("other_run", f"this is run {self.identity.run!r}")
         if known is None or known.session != sender.session or known.state == State.REFUSED:
-            self.strangers["stranger"] += 1
+            self.refusals.count["stranger"] += 1
             raise PeerRefused("stranger", "say Hello first")
         return sender.node
 
@@ -740,10 +598,7 @@ class Swarm:
 
     async def close(self) -> None:
         """Stop greeting and give up all links."""
-        tasks = list(self._contacts.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._contacts.close()
 
     # --- inner
 
@@ -798,13 +653,6 @@ class Swarm:
             level(f"peer {peer.state}", peer=peer.name, address=peer.address, detail=peer.detail)
             self._changed()
 
-    def _traffic(self, peer: str) -> Traffic:
-        if (known := self.traffic.get(peer)) is not None:
-            return known
-        if len(self.traffic) >= MAX_MEMBERS:
-            return Traffic()
-        return self.traffic.setdefault(peer, Traffic())
-
     def _fields(self) -> list[pb.FingerprintField]:
         items = self.identity.fingerprint.items()
         return [pb.FingerprintField(name=name, value=value) for name, value in items]
@@ -831,11 +679,6 @@ class _Unmet:
 def _serves(peer: Peer) -> bool:
     """Whether a peer that has finished still hands out its last block."""
     return peer.state == State.DONE and peer.phase == Phase.SERVING
-
-
-def _is_address(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    return bool(host) and text.isprintable() and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _is_name(text: str) -> bool:

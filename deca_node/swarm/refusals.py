@@ -1,0 +1,49 @@
+"""Whom this node has refused, or was refused by, and has no place for among its peers."""
+
+from collections import Counter
+from typing import Any
+
+from deca_node.admission import Turns
+from deca_node.health import Refusal
+from deca_node.limits import MAX_CONTACTS, REFUSAL_LINES, REFUSAL_LINES_BURST
+
+# Characters kept of what was said.
+DETAIL_CHARACTERS = 200
+
+
+class Refusals:
+    """The last refusal of each address, counted by reason, and logged when it is news.
+
+    Args:
+        log: a structlog logger.
+
+    Attributes:
+        count: by reason, also of those that are not kept.
+        last: by address, at most MAX_CONTACTS of them.
+    """
+
+    def __init__(self, log: Any) -> None:
+        self.count: Counter[str] = Counter()
+        self.last: dict[str, Refusal] = {}
+        self._log = log
+        self._lines = Turns(REFUSAL_LINES, REFUSAL_LINES_BURST, 1)
+        self._said: dict[str, str] = {}  # the reason that was logged last, by address
+
+    def note(self, address: str, name: str, reason: str, text: str, now: float) -> None:
+        """Keep a refusal; the same one of the same address is logged once."""
+        if len(self.last) >= MAX_CONTACTS:
+            self.last.clear()
+        self.last[address] = Refusal(name, reason, text[:DETAIL_CHARACTERS], now)
+        if self._said.get(address) == reason:
+            return
+        if len(self._said) >= MAX_CONTACTS:
+            self._said.clear()
+        self._said[address] = reason
+        # Other runs on the same network are normal; anything else wants a look.
+        level = self._log.info if reason == "other_run" else self._log.warning
+        if self._lines.take("", now):
+            level("peer refused", peer=name, address=address, reason=reason, detail=text)
+
+    def forget(self, address: str) -> None:
+        """A peer is there now."""
+        self.last.pop(address, None)
