@@ -32,6 +32,9 @@ class KeptBlocks:
         worker: the training thread, the only one that touches the model.
         progress: where the run is now.
         addresses: by name, where peers were last met, to be found again after a restart.
+
+    Attributes:
+        schedule: the run's.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class KeptBlocks:
     ) -> None:
         self._checkpoint = checkpoint
         self._model = model
-        self._schedule = schedule
+        self.schedule = schedule
         self._worker = worker
         self._progress = progress
         self._addresses = addresses
@@ -60,7 +63,7 @@ class KeptBlocks:
             OutputError: a file of the state is damaged.
         """
         for block, saved in self._checkpoint.state.blocks.items():
-            self._model.load_block(self._schedule.blocks[block], self._checkpoint.load(saved))
+            self._model.load_block(self.schedule.blocks[block], self._checkpoint.load(saved))
 
     def changed(self, visit: Visit) -> None:
         """A visit of a block has ended."""
@@ -68,7 +71,7 @@ class KeptBlocks:
 
     def agreed(self, block: int) -> None:
         """The nodes have agreed on a block after the last visit."""
-        self._unsaved[block] = self._schedule.visits
+        self._unsaved[block] = self.schedule.visits
 
     def save(self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False) -> None:
         """Keep what changed, and the progress; to be called on the training thread.
@@ -81,9 +84,9 @@ class KeptBlocks:
             DiskFullError, OutputError: the state on disk is the previous one; what could not be
                 kept is kept with the next.
         """
-        opened = self._schedule.visit(self._progress().visit).block if within else None
+        opened = self.schedule.visit(self._progress().visit).block if within else None
         blocks = {
-            block: Changed(visit, self._model.block_tensors(self._schedule.blocks[block]))
+            block: Changed(visit, self._model.block_tensors(self.schedule.blocks[block]))
             for block, visit in self._unsaved.items()
             if block != opened  # its values are those of no visit's end
         }
@@ -130,7 +133,7 @@ class KeptBlocks:
         return {
             block: MAX_HEADER_BYTES
             + sum(t.numel() * t.element_size() for t in self._model.block_tensors(layers).values())
-            for block, layers in enumerate(self._schedule.blocks)
+            for block, layers in enumerate(self.schedule.blocks)
         }
 
     def begun(self) -> Collection[str]:
@@ -146,7 +149,7 @@ class KeptBlocks:
         await self._worker(functools.partial(self._install, block, partial, visit))
 
     def _install(self, block: int, incoming: Incoming, visit: int) -> None:
-        layers = self._schedule.blocks[block]
+        layers = self.schedule.blocks[block]
         try:
             tensors = incoming.read()
             fits(tensors, self._model.block_tensors(layers))

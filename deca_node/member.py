@@ -159,6 +159,11 @@ class Member:
         self.giver.moved()
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether the node is about to end."""
+        return self._stopping.is_set()
+
+    @property
     def is_to_pause(self) -> bool:
         """Whether this member pauses, or will after the step under way."""
         return self._rest.wanted

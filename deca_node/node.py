@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import math
 import secrets
 import shutil
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 from deca_node import __version__, logs, memory, registry
-from deca_node.agreement import Agreeing, Agreement, BlockAgreement
-from deca_node.blocks import Schedule, Visit
+from deca_node.agreement import Agreeing, Agreement
+from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
-from deca_node.consensus import Plan
 from deca_node.control import Control
 from deca_node.data import (
     BatchStream,
@@ -36,27 +34,29 @@ from deca_node.data import (
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.disk import translated
 from deca_node.dns import NamedPeers
-from deca_node.errors import DecaError, DiskFullError, ListenError, OutputError, PeerRefused
+from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.events import Heard, Ring
 from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
 from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
 from deca_node.keyring import Keyring
-from deca_node.limits import MAX_MEMBERS, MAX_WATCHERS
+from deca_node.limits import MAX_MEMBERS
+from deca_node.logbook import Books, Logbook, is_saved
 from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
-from deca_node.membership import Edges, Phase, State
+from deca_node.membership import Phase, State
 from deca_node.methods import Method
 from deca_node.methods.choose import build, prepare
 from deca_node.models import LanguageModel, pick_device
 from deca_node.pb import node_pb2 as pb
 from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
-from deca_node.record import History, history_line, read_summary, write_summary
-from deca_node.rounds import Start, StepRecord
+from deca_node.reception import Reception
+from deca_node.record import History, read_summary, write_summary
+from deca_node.rounds import Start
 from deca_node.standing import Standing
 from deca_node.swarm import Identity
-from deca_node.tensorboard import Scalars, scalars
+from deca_node.tensorboard import Scalars
 from deca_node.topology import TopologySpec
 from deca_node.transport import Transport
 from deca_node.transport.server import GrpcTransport
@@ -66,11 +66,34 @@ from deca_node.worker import Stopped, TrainingThread, unless_stopped
 
 T = TypeVar("T")
 
-WATCH_INTERVAL_SECONDS = (0.1, 3600.0)
 # Calls under way when the node ends.
 CLOSE_GRACE_SECONDS = 0.5
 # Between two tries to write the finished model to a full disk.
 ROOM_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a node has read when it begins.
+
+    Attributes:
+        marks: the run's fingerprint.
+        resumed: whether the folder holds this run's state.
+        examples: to train on.
+        batches: of those.
+        test: to evaluate with; may be empty.
+        completions: tokens by label, where there are labels.
+    """
+
+    model: LanguageModel
+    schedule: Schedule
+    marks: dict[str, str]
+    checkpoint: Checkpoint
+    resumed: bool
+    examples: int
+    batches: BatchStream
+    test: list[Example]
+    completions: dict[str, list[int]]
 
 
 class Node:
@@ -112,20 +135,13 @@ class Node:
             Upkeep(self._guard, self._standing.warn, log) if self._guard is not None else None
         )
         self._lookout = Lookout(settings, log)
-        self._watchers = 0
+        self._reception = Reception(self._standing, self._lookout)
         self._member: Member | None = None
         self._discovery: Discovery | None = None
         self._named: NamedPeers | None = None
         self._left = False
-        self._history: History | None = None
         self._measurements = Measurements(self._status_elsewhere)
-        self._scalars: Scalars | None = None
-        self._kept: KeptBlocks | None = None
-        self._saved_at = time.monotonic()
-        self._kept_at = 0, 0  # visit and step of what is on disk
-        self._sent_before_step = 0
         self._met_before: dict[str, str] = {}
-        self._caught_up_before = 0, 0
 
     # --- life
 
@@ -139,7 +155,7 @@ class Node:
             DecaError: it could not start, or could not write its result.
         """
         memory.tune()
-        self._stopping = asyncio.Event()
+        self._stopping = self._reception.stopping
         self._changed = Pulse()
         self._control = Control(self.settings, self._standing, self.stop, self._stopping)
         self._worker = TrainingThread()
@@ -175,6 +191,70 @@ class Node:
         standing.device = pick_device(settings.node.device)
         if settings.node.threads:
             torch.set_num_threads(settings.node.threads)
+        port = await self._listen(stack)
+        loaded = await self._load(stack)
+        if standing.progress.finished and self._is_agreement_due():
+            self._reopen()
+        if standing.progress.finished:
+            self._log.info(
+                "this run is finished; set node.output to a new folder to run again",
+                model=str(settings.node.output / "model"),
+            )
+            await self._stay()
+            return True
+        kept = KeptBlocks(
+            loaded.checkpoint,
+            loaded.model,
+            loaded.schedule,
+            self._worker,
+            lambda: standing.progress,
+            self._addresses,
+        )
+        start = await self._compute(partial(self._restore, loaded.checkpoint, kept))
+        books = self._open_books(stack, loaded.schedule.serial(start.visit, start.step))
+        self._log.info(
+            "resuming" if loaded.resumed else "ready",
+            model=standing.model,
+            device=str(standing.device),
+            blocks=len(loaded.schedule.blocks),
+            steps=loaded.schedule.total_steps,
+            examples=loaded.examples,
+            labels=standing.label_counts,
+            visit=start.visit,
+            step=start.step,
+        )
+        await self._evaluate_before(loaded)
+        member = await self._meet(stack, loaded, kept, port)
+        method = build(settings, loaded.model, settings.node.name)
+        logbook = Logbook(
+            standing,
+            self._control,
+            member,
+            kept,
+            method,
+            loaded.batches,
+            books,
+            self._worker,
+            settings.node.save_every,
+            self._log,
+        )
+        if not await self._train(start, member, method, kept, logbook, loaded.batches):
+            return False
+        agreement = None
+        if settings.consensus.tolerance > 0:
+            agreement = await self._agree(member, loaded, logbook)
+            if self._stopping.is_set():
+                self._enter(Phase.STOPPING)
+                await self._leave_saved(asyncio.to_thread(kept.save))
+                self._log.info("stopped in the agreement, state saved")
+                return False
+        await self._finish(member, kept, loaded, agreement, logbook.sent_before)
+        await self._stay()
+        return True
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> int:
+        """Answer from now on; the port at which others call."""
+        settings = self.settings
         if self._guard is None and not is_loopback(settings.node.host):
             self._standing.warn(
                 "plain text (trust.insecure): whoever reaches this port can read the blocks, join "
@@ -183,14 +263,15 @@ class Node:
         socket = registry.socket_path()
         if socket is not None:
             stack.callback(socket.unlink, missing_ok=True)
-        port = await self._transport.listen(self, self, self._control, socket)
+        desk = self._reception
+        port = await self._transport.listen(desk, desk, self._control, socket)
         if socket is None or not socket.exists():
             socket = None
             self._log.warning("no socket file: pause, resume and so on need a certificate")
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
         here = _reachable(settings.node.host)
-        called = settings.node.advertise_port or port  # by others
-        standing.address = _joined(settings.node.advertise or here, called)
+        called = settings.node.advertise_port or port
+        self._standing.address = _joined(settings.node.advertise or here, called)
         trust = str(settings.trust_folder().absolute()) if self._guard is not None else ""
         entry = (
             _joined(here, port),
@@ -207,7 +288,11 @@ class Node:
             at = _joined(settings.metrics.host, endpoint.port)
             self._log.info("metrics", address=f"http://{at}/metrics")
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
+        return called
 
+    async def _load(self, stack: contextlib.AsyncExitStack) -> _Loaded:
+        """Read model, data and what is kept of the run."""
+        settings, standing = self.settings, self._standing
         model = await self._compute(partial(LanguageModel.load, settings.model, standing.device))
         standing.model = model.name
         standing.schedule = schedule = schedule_for(settings, model.n_layers)
@@ -225,114 +310,101 @@ class Node:
         stack.callback(checkpoint.release)
         # The data first: what is wrong with it must not mark the folder as this run's.
         standing.waiting_for = "the data"
-        train, test, counts, completions = await self._compute(partial(self._read_data, model))
-        standing.label_counts = counts
+        train, test, completions = await self._compute(partial(self._read_data, model))
+        standing.label_counts = label_counts(train)
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
         self._met_before = checkpoint.state.peers
-        self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
-        if standing.progress.finished and self._is_agreement_due():
-            self._reopen()
-        if standing.progress.finished:
-            self._log.info(
-                "this run is finished; set node.output to a new folder to run again",
-                model=str(settings.node.output / "model"),
-            )
-            await self._stay()
-            return True
-
         batches = BatchStream(
             train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
         )
         batches.position = standing.progress.data_position
-        self._kept = kept = KeptBlocks(
-            checkpoint, model, schedule, self._worker, lambda: standing.progress, self._addresses
+        return _Loaded(
+            model, schedule, marks, checkpoint, resumed, len(train), batches, test, completions
         )
-        start = await self._compute(partial(self._restore, checkpoint, kept))
-        self._history = History(
-            settings.node.output / "history.jsonl",
-            schedule.serial(start.visit, start.step),
-            schedule.steps,
-            standing.curve,
+
+    def _open_books(self, stack: contextlib.AsyncExitStack, serial: int) -> Books:
+        """What is written down from step ``serial`` on."""
+        settings, standing = self.settings, self._standing
+        assert standing.schedule is not None  # noqa: S101 - the model is read
+        history = History(
+            settings.node.output / "history.jsonl", serial, standing.schedule.steps, standing.curve
         )
-        stack.callback(self._history.close)
+        stack.callback(history.close)
+        curves = None
         if settings.tensorboard.folder is not None:
-            folder = settings.tensorboard.folder / settings.node.name
-            curves = self._scalars = Scalars(folder, schedule.serial(start.visit, start.step))
-            stack.callback(lambda: self._save(curves.close))
-        self._kept_at = start.visit, start.step
-        self._log.info(
-            "resuming" if resumed else "ready",
-            model=model.name,
-            device=str(standing.device),
-            blocks=len(schedule.blocks),
-            steps=schedule.total_steps,
-            examples=len(train),
-            labels=counts,
-            visit=start.visit,
-            step=start.step,
-        )
-        before = standing.progress.before
-        if before is None and test:
+            curves = Scalars(settings.tensorboard.folder / settings.node.name, serial)
+            stack.callback(is_saved, standing, curves.close)
+        return Books(history, self._measurements, curves)
+
+    async def _evaluate_before(self, loaded: _Loaded) -> None:
+        standing = self._standing
+        if standing.progress.before is None and loaded.test:
             standing.waiting_for = "the evaluation before training"
-            before = await self._evaluate(model, test, completions)
+            before = await self._evaluate(loaded)
             standing.progress = replace(standing.progress, before=before)
             self._log.info("before training", **before)
 
-        member = self._member = self._make_member(marks, called, schedule, kept)
-        self._control.member = member
-        await self._join(stack, member, checkpoint.state.peers, called)
-        if start.visit < schedule.visits or settings.consensus.tolerance > 0:
+    async def _meet(
+        self, stack: contextlib.AsyncExitStack, loaded: _Loaded, kept: KeptBlocks, port: int
+    ) -> Member:
+        """Become a member of the run, once enough others are there."""
+        member = self._make_member(loaded.marks, port, loaded.schedule, kept)
+        self._member = self._control.member = self._reception.member = member
+        await self._join(stack, member, port)
+        is_over = self._standing.progress.visit >= loaded.schedule.visits
+        if not is_over or self.settings.consensus.tolerance > 0:
             why = await member.wait_for_members(
-                settings.run.start_when, self.say_waiting, resumed=resumed
+                self.settings.run.start_when, self._standing.wait_for, resumed=loaded.resumed
             )
             if self._stopping.is_set():
                 raise Stopped
             if why:
-                standing.warn(why)
-        method = build(settings, model, settings.node.name)
+                self._standing.warn(why)
+        return member
+
+    async def _train(
+        self,
+        start: Start,
+        member: Member,
+        method: Method,
+        kept: KeptBlocks,
+        logbook: Logbook,
+        batches: BatchStream,
+    ) -> bool:
+        """Go through the visits that are left; False when told to stop, the state saved."""
+        standing = self._standing
         standing.waiting_for = ""
         if not member.is_to_pause:
             self._enter(Phase.TRAINING)
-        standing.began = self._saved_at = time.monotonic()
-        end, is_open = await member.train(
-            start, method, batches, _Keeper(self, kept, method, batches), self._worker
+        standing.began = time.monotonic()
+        end, is_open = await member.train(start, method, batches, logbook, self._worker)
+        if end.visit >= kept.schedule.visits:
+            standing.at(end.visit, 0, batches.position)
+            return True
+        self._enter(Phase.STOPPING)
+        untouched = not is_open and (end.visit, end.step) == logbook.kept_at
+        standing.at(end.visit, end.step, batches.position)
+        # A gradient that was abandoned may keep the training thread; outside of a visit that is at
+        # most putting a fetched block in its place, which must come first.
+        await self._leave_saved(
+            asyncio.to_thread(partial(kept.save, method.state(), within=True))
+            if is_open
+            else self._worker(_nothing if untouched else kept.save)
         )
-        if end.visit < schedule.visits:
-            self._enter(Phase.STOPPING)
-            untouched = not is_open and (end.visit, end.step) == self._kept_at
-            standing.at(end.visit, end.step, batches.position)
-            # At the same time as the goodbyes, each of which may take a second.
-            _, saved = await asyncio.gather(
-                self._leave(),
-                # A gradient that was abandoned may keep the training thread; outside of a visit
-                # that is at most putting a fetched block in its place, which must come first.
-                asyncio.to_thread(partial(kept.save, method.state(), within=True))
-                if is_open
-                else self._worker(_nothing if untouched else kept.save),
-                return_exceptions=True,
-            )
-            if isinstance(saved, BaseException):
-                raise saved
-            self._log.info("stopped, state saved", visit=end.visit, step=end.step)
-            return False
-        standing.at(end.visit, 0, batches.position)
-        agreement = None
-        if settings.consensus.tolerance > 0:
-            agreement = await self._agree(member, kept, model, schedule)
-            if self._stopping.is_set():
-                self._enter(Phase.STOPPING)
-                _, saved = await asyncio.gather(
-                    self._leave(), asyncio.to_thread(kept.save), return_exceptions=True
-                )
-                if isinstance(saved, BaseException):
-                    raise saved
-                self._log.info("stopped in the agreement, state saved")
-                return False
-        await self._finish(member, kept, model, test, completions, counts, agreement)
-        await self._stay()
-        return True
+        self._log.info("stopped, state saved", visit=end.visit, step=end.step)
+        return False
+
+    async def _leave_saved(self, saving: Awaitable[None]) -> None:
+        """Save at the same time as the goodbyes, each of which may take a second.
+
+        Raises:
+            DecaError: it could not be saved.
+        """
+        _, saved = await asyncio.gather(self._leave(), saving, return_exceptions=True)
+        if isinstance(saved, BaseException):
+            raise saved
 
     def _is_agreement_due(self) -> bool:
         """Whether a finished run is to agree once more, on what its settings ask for now."""
@@ -348,22 +420,20 @@ class Node:
         write_summary(path, {**read_summary(path), "consensus": None})
         self._standing.progress = replace(self._standing.progress, finished=False)
 
-    async def _agree(
-        self, member: Member, kept: KeptBlocks, model: LanguageModel, schedule: Schedule
-    ) -> Agreement:
+    async def _agree(self, member: Member, loaded: _Loaded, logbook: Logbook) -> Agreement:
         """Bring all nodes to one model."""
         self._enter(Phase.AGREEING)
         await self._wait_for_late(member)
         self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
         agreement = await Agreeing(
-            schedule,
+            loaded.schedule,
             self.settings.consensus,
-            model,
+            loaded.model,
             member.exchange,
             lambda: member.graph(member.visit),
             self.settings.run.name,
             self.settings.node.name,
-            _AgreementKeeper(self, member, kept, schedule),
+            logbook,
             self._worker,
             self._stopping,
         ).run()
@@ -419,20 +489,18 @@ class Node:
         self,
         member: Member,
         kept: KeptBlocks,
-        model: LanguageModel,
-        test: list[Example],
-        completions: dict[str, list[int]],
-        counts: dict[str, int],
+        loaded: _Loaded,
         agreement: Agreement | None,
+        sent_before: int,
     ) -> None:
         """Serve neighbours, evaluate, write the model and the record."""
-        exchange, standing = member.exchange, self._standing
+        exchange, standing, model = member.exchange, self._standing, loaded.model
         self._enter(Phase.SERVING)
         unserved = asyncio.create_task(exchange.drain())
         after = None
-        if test:
+        if loaded.test:
             standing.waiting_for = "the evaluation after training"
-            after = await self._evaluate(model, test, completions)
+            after = await self._evaluate(loaded)
             self._log.info("after training", **after)
         standing.waiting_for = "neighbours to fetch the last block"
         if late := await unserved:
@@ -441,7 +509,7 @@ class Node:
         standing.waiting_for = "nodes that catch up to have their blocks"
         await unless_stopped(member.giver.drain(), self._stopping)
         # Neighbours fetch the last block after our last step.
-        sent = standing.progress.bytes_sent + exchange.bytes_sent - self._sent_before_step
+        sent = standing.progress.bytes_sent + exchange.bytes_sent - sent_before
         standing.progress = replace(standing.progress, bytes_sent=sent)
         standing.waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
@@ -451,7 +519,7 @@ class Node:
             "run": self.settings.run.name,
             "node": self.settings.node.name,
             "finished": True,
-            "label_counts": counts,
+            "label_counts": standing.label_counts,
             "before": progress.before,
             "after": after,
             "bytes_sent": progress.bytes_sent,
@@ -505,7 +573,8 @@ class Node:
 
     def _read_data(
         self, model: LanguageModel
-    ) -> tuple[list[Example], list[Example], dict[str, int], dict[str, list[int]]]:
+    ) -> tuple[list[Example], list[Example], dict[str, list[int]]]:
+        """Examples to train on and to test with, and the tokens that each label completes to."""
         data = self.settings.data
         train = examples(read_rows(data.train), data, model.tokenizer, data.train)
         words = label_words(train, data) if data.task == "classification" else {}
@@ -513,7 +582,7 @@ class Node:
         test: list[Example] = []
         if data.test is not None:
             test = examples(read_rows(data.test), data, model.tokenizer, data.test, words or None)
-        return train, test, label_counts(train), completions
+        return train, test, completions
 
     def _judge(self, checkpoint: Checkpoint) -> None:
         """Say what of the state was damaged.
@@ -566,7 +635,6 @@ class Node:
         self,
         stack: contextlib.AsyncExitStack,
         member: Member,
-        met_before: Mapping[str, str],
         port: int,
     ) -> None:
         """Begin to meet the others."""
@@ -576,7 +644,7 @@ class Node:
         self._enter(Phase.WAITING)
         for address in settings.network.static_peers:
             member.swarm.propose(address, lasting=True)
-        for address in met_before.values():
+        for address in self._met_before.values():
             member.swarm.propose(address, lasting=True)
         self._named = NamedPeers(
             settings.network.dns_peers, self.timing.browse, member.swarm.propose
@@ -621,15 +689,13 @@ class Node:
             ends.append(named.stop())
         await asyncio.gather(*ends, return_exceptions=True)
 
-    async def _evaluate(
-        self, model: LanguageModel, test: list[Example], completions: dict[str, list[int]]
-    ) -> dict[str, Any]:
+    async def _evaluate(self, loaded: _Loaded) -> dict[str, Any]:
         found = await self._compute(
             partial(
                 evaluate,
-                model,
-                test,
-                completions,
+                loaded.model,
+                loaded.test,
+                loaded.completions,
                 self.settings.data.batch_size,
                 self._stopping.is_set,
             )
@@ -649,10 +715,6 @@ class Node:
         if self._member is not None:
             self._member.enter(phase)
 
-    def say_waiting(self, what: str) -> None:
-        """For whom or what this node waits, in words."""
-        self._standing.waiting_for = what
-
     def _addresses(self) -> dict[str, str]:
         """Where peers were last met, for the state on disk."""
         if self._member is None:
@@ -661,15 +723,6 @@ class Node:
         peers = list(self._member.swarm.peers.values())
         met = {peer.name: peer.address for peer in peers if peer.state != State.REFUSED}
         return dict(list(({**self._met_before, **met}).items())[-MAX_MEMBERS:])
-
-    def _save(self, write: Callable[[], None]) -> bool:
-        """Write; trouble with the disk is said and costs what was to be written, not the run."""
-        try:
-            write()
-        except DecaError as error:
-            self._standing.warn(f"not saved: {error}")
-            return False
-        return True
 
     async def _tick(self) -> None:
         while True:
@@ -684,211 +737,20 @@ class Node:
                 self._report(self.status())
             await self._changed.comes(1.0)
 
-    # --- answers to peers (transport.Handler), before and after there is a member
-
-    def _met(self) -> Member:
-        if self._member is None:
-            raise PeerRefused("starting", "this node is loading its model")
-        return self._member
-
-    async def hello(self, request: pb.HelloRequest, source: str) -> pb.HelloReply:
-        """See Handler."""
-        return await self._met().hello(request, source)
-
-    async def open_visit(self, request: pb.VisitOffer) -> pb.VisitAnswer:
-        """See Handler."""
-        return await self._met().open_visit(request)
-
-    async def settle_visit(self, request: pb.VisitDegree) -> pb.VisitAnswer:
-        """See Handler."""
-        return await self._met().settle_visit(request)
-
-    def pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
-        """See Handler."""
-        return self._met().pull(request)
-
-    async def list_blocks(self, request: pb.ListBlocksRequest) -> pb.BlockList:
-        """See Handler."""
-        return await self._met().list_blocks(request)
-
-    def fetch_block(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
-        """See Handler."""
-        return self._met().fetch_block(request)
-
-    async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
-        """See Handler."""
-        return await self._met().goodbye(request)
-
-    # --- answers to people (transport.StatusHandler)
-
-    async def get_status(self) -> pb.NodeStatus:
-        """See StatusHandler."""
-        return self.status()
-
-    async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
-        """See StatusHandler."""
-        if self._watchers >= MAX_WATCHERS:
-            raise PeerRefused("too_many_watchers", f"at most {MAX_WATCHERS}")
-        low, high = WATCH_INTERVAL_SECONDS
-        pause = min(max(interval if interval > 0 else 1.0, low), high)
-        self._watchers += 1
-        try:
-            while not self._stopping.is_set():
-                yield self.status()
-                await happens(self._stopping, pause)
-        finally:
-            self._watchers -= 1
-
-    async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
-        """See StatusHandler."""
-        return self._standing.history(request)
+    # --- what is told of it
 
     def status(self) -> pb.NodeStatus:
         """Everything there is to know about this node now."""
-        return self._standing.status(self._member, self._lookout.findings)
+        return self._reception.status()
 
     def _status_elsewhere(self) -> pb.NodeStatus | None:
         """The same, asked on another thread than the loop's; None when the loop is too busy."""
-        asked = asyncio.run_coroutine_threadsafe(self.get_status(), self._loop)
+        asked = asyncio.run_coroutine_threadsafe(self._reception.get_status(), self._loop)
         try:
             return asked.result(SCRAPE_SECONDS)
         except TimeoutError:
             asked.cancel()
             return None
-
-    # --- what the rounds tell (through _Keeper)
-
-    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
-        """The visit's edges are settled."""
-        self._standing.visit, self._standing.edges = visit, edges
-        logs.bind(round=visit.round, block=visit.block, step=0)
-        weights = {peer: round(weight, 4) for peer, weight in sorted(edges.weights.items())}
-        if self._stopping.is_set():
-            return
-        if missing := sorted(wanted - set(edges.weights)):
-            self._standing.warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
-        self._log.info("visit", visit=visit.index, layers=str(visit.layers)[5:], weights=weights)
-
-    def step_done(self, record: StepRecord, data_position: int) -> None:
-        """A step is complete."""
-        assert self._member is not None  # noqa: S101
-        assert self._history is not None  # noqa: S101
-        logs.bind(step=record.step)
-        self._standing.step_done(record)
-        exchange, gain = self._member.exchange, self._member.catch_up.gain
-        sent = exchange.bytes_sent - self._sent_before_step
-        self._sent_before_step = exchange.bytes_sent
-        lost = not record.gathered.complete or record.edges.degree != len(record.edges.weights)
-        standing = self._standing
-        standing.at(record.visit.index, record.step + 1, data_position)
-        standing.progress = replace(
-            standing.progress,
-            bytes_sent=standing.progress.bytes_sent + sent,
-            bytes_received=standing.progress.bytes_received + record.gathered.received,
-            incomplete=standing.progress.incomplete + lost,
-            caught_up=self._caught_up_before[0] + gain.bytes,
-            passed_over=self._caught_up_before[1] + gain.visits,
-        )
-        if not math.isfinite(record.local.gradient_norm):
-            self._standing.warn(f"gradient not finite at step {record.step}: counted as zero")
-        row = history_line(record, sent)
-        history = self._history
-        self._save(lambda: history.append(row))
-        self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
-        self._measurements.stepped(record)
-        if (curves := self._scalars) is not None and standing.schedule is not None:
-            serial = standing.schedule.serial(record.visit.index, record.step)
-            values = scalars(row, record.edges.weights)
-            self._save(lambda: curves.write(serial, values))
-
-    def agreeing(self, block: int, edges: Edges, plan: str) -> None:
-        """The agreement on a block begins."""
-        self._standing.edges = edges
-        self._log.info("agreeing on a block", block=block, neighbours=len(edges.weights), plan=plan)
-
-    def is_save_due(self) -> bool:
-        """Whether the open visit's state is old enough to be kept again."""
-        every = self.settings.node.save_every
-        if self._control.is_save_due:
-            return True
-        return every > 0 and time.monotonic() - self._saved_at >= every
-
-    async def keep(self, save: Callable[[], None]) -> None:
-        """Save on the training thread, so that nothing changes meanwhile."""
-        begin = time.monotonic()
-        saved = await self._worker(lambda: self._save(save))
-        if saved:
-            self._kept_at = self._standing.progress.visit, self._standing.progress.step
-        self._control.saved(done=saved)
-        end = time.monotonic()
-        if saved:
-            at = self._standing.progress
-            self._log.debug("saved", visit=at.visit, step=at.step)
-        # On a slow disk less often: saving within visits costs at most a fiftieth of the time.
-        self._saved_at = end + max(0.0, 50 * (end - begin) - self.settings.node.save_every)
-
-    def paused(self) -> None:
-        """This node takes no part until it is resumed."""
-        self._log.info("paused: serves what it has; deca-node resume lets it go on")
-
-    def visit_closed(self, visit: Visit, data_position: int) -> None:
-        """The block is final for this visit."""
-        self._standing.at(visit.index + 1, 0, data_position)
-
-
-class _Keeper:
-    """rounds.Observer: adds to what happens what the node needs to keep it."""
-
-    def __init__(self, node: Node, kept: KeptBlocks, method: Method, batches: BatchStream) -> None:
-        self._node, self._kept, self._method, self._batches = node, kept, method, batches
-
-    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
-        """See Observer."""
-        self._node.visit_opened(visit, edges, wanted)
-
-    async def step_done(self, record: StepRecord) -> None:
-        """See Observer."""
-        self._node.step_done(record, self._batches.position)
-        if self._node.is_save_due():
-            await self._keep_open_visit()
-
-    async def paused(self, *, within: bool) -> None:
-        """See Observer."""
-        if within:
-            await self._keep_open_visit()
-        self._node.paused()
-
-    async def _keep_open_visit(self) -> None:
-        await self._node.keep(lambda: self._kept.save(self._method.state(), within=True))
-
-    async def visit_closed(self, visit: Visit) -> None:
-        """See Observer."""
-        self._node.visit_closed(visit, self._batches.position)
-        self._kept.changed(visit)
-        await self._node.keep(self._kept.save)
-
-
-class _AgreementKeeper:
-    """agreement.Observer: keeps the agreed blocks and tells how far it is."""
-
-    def __init__(self, node: Node, member: Member, kept: KeptBlocks, schedule: Schedule) -> None:
-        self._node, self._member, self._kept, self._schedule = node, member, kept, schedule
-
-    def block_opened(self, block: int, edges: Edges, chosen: Plan) -> None:
-        """See Observer."""
-        self._member.moved(self._schedule.visits + block)
-        self._node.agreeing(block, edges, f"{len(chosen.factors)} {chosen.kind} rounds planned")
-
-    def round_done(self, block: int, rounds: int) -> None:
-        """See Observer."""
-        total = len(self._schedule.blocks)
-        self._node.say_waiting(f"the agreement: block {block + 1} of {total}, round {rounds}")
-
-    async def block_agreed(self, result: BlockAgreement) -> None:
-        """See Observer."""
-        self._kept.agreed(result.block)
-        await self._node.keep(self._kept.save)
-        self._member.moved(self._schedule.visits + result.block + 1)
 
 
 def _replace(folder: Path, write: Callable[[Path], None]) -> None:

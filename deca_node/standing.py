@@ -106,6 +106,10 @@ class Standing:
         self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
 
+    def wait_for(self, what: str) -> None:
+        """For whom or what the node waits from now on, in words."""
+        self.waiting_for = what
+
     def warn(self, text: str) -> None:
         """Log something that people should see, and keep it for the status."""
         self._log.warning(text)

@@ -74,9 +74,15 @@ class Looking(Node):
         super().__init__(settings, structlog.get_logger())
         self._look = look
 
-    def step_done(self, record, data_position):
-        super().step_done(record, data_position)
-        self._look(self.status())
+    async def _train(self, start, member, method, kept, logbook, batches):
+        done = logbook.step_done
+
+        async def step_done(record):
+            await done(record)
+            self._look(self.status())
+
+        logbook.step_done = step_done
+        return await super()._train(start, member, method, kept, logbook, batches)
 
 
 async def test_a_status_that_nobody_asks_for_is_not_made(tmp_path, monkeypatch):

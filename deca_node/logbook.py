@@ -1,0 +1,194 @@
+"""What happens while a node trains and agrees: told, counted, kept.
+
+It is the rounds.Observer and the agreement.Observer of a node.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deca_node import logs
+from deca_node.agreement import BlockAgreement
+from deca_node.blocks import Visit
+from deca_node.consensus import Plan
+from deca_node.control import Control
+from deca_node.data import BatchStream
+from deca_node.errors import DecaError
+from deca_node.kept import KeptBlocks
+from deca_node.member import Member
+from deca_node.membership import Edges
+from deca_node.methods import Method
+from deca_node.prometheus import Measurements
+from deca_node.record import History, history_line
+from deca_node.rounds import StepRecord
+from deca_node.standing import Standing
+from deca_node.tensorboard import Scalars, scalars
+from deca_node.worker import TrainingThread
+
+# On a slow disk saving within visits costs at most this part of the time.
+SAVING_SHARE = 1 / 50
+
+
+@dataclass(frozen=True)
+class Books:
+    """Where steps are written down.
+
+    Attributes:
+        history: history.jsonl.
+        measurements: what Prometheus asks for.
+        curves: what TensorBoard shows, where that is wanted.
+    """
+
+    history: History
+    measurements: Measurements
+    curves: Scalars | None
+
+
+class Logbook:
+    """See the module.
+
+    Args:
+        standing: where the node stands; is moved on.
+        control: what its operator asks for.
+        member: of the run.
+        kept: its blocks, on disk.
+        method: whose state an open visit has.
+        batches: how far the data are read.
+        books: where steps are written down.
+        worker: on whose thread is saved, so that nothing changes meanwhile.
+        save_every: seconds between two saves of an open visit; 0 saves none.
+        log: a structlog logger.
+
+    Attributes:
+        kept_at: visit and step of what is on disk.
+        sent_before: bytes that had been sent at the last step's end, in this process.
+    """
+
+    def __init__(
+        self,
+        standing: Standing,
+        control: Control,
+        member: Member,
+        kept: KeptBlocks,
+        method: Method,
+        batches: BatchStream,
+        books: Books,
+        worker: TrainingThread,
+        save_every: float,
+        log: Any,
+    ) -> None:
+        self._standing, self._control, self._member, self._kept = standing, control, member, kept
+        self._method, self._batches, self._books, self._worker = method, batches, books, worker
+        self._save_every, self._log = save_every, log
+        self._saved_at = time.monotonic()
+        self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
+        self.kept_at = standing.progress.visit, standing.progress.step
+        self.sent_before = 0
+
+    # --- rounds.Observer
+
+    def visit_opened(self, visit: Visit, edges: Edges, wanted: frozenset[str]) -> None:
+        """See Observer."""
+        self._standing.visit, self._standing.edges = visit, edges
+        logs.bind(round=visit.round, block=visit.block, step=0)
+        weights = {peer: round(weight, 4) for peer, weight in sorted(edges.weights.items())}
+        if self._member.is_stopping:
+            return
+        if missing := sorted(wanted - set(edges.weights)):
+            self._standing.warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
+        self._log.info("visit", visit=visit.index, layers=str(visit.layers)[5:], weights=weights)
+
+    async def step_done(self, record: StepRecord) -> None:
+        """See Observer."""
+        self._write_down(record)
+        late = time.monotonic() - self._saved_at >= self._save_every > 0
+        if self._control.is_save_due or late:
+            await self._keep_open_visit()
+
+    def _write_down(self, record: StepRecord) -> None:
+        logs.bind(step=record.step)
+        standing = self._standing
+        standing.step_done(record)
+        exchange, gain = self._member.exchange, self._member.catch_up.gain
+        sent, self.sent_before = exchange.bytes_sent - self.sent_before, exchange.bytes_sent
+        lost = not record.gathered.complete or record.edges.degree != len(record.edges.weights)
+        standing.at(record.visit.index, record.step + 1, self._batches.position)
+        standing.progress = replace(
+            standing.progress,
+            bytes_sent=standing.progress.bytes_sent + sent,
+            bytes_received=standing.progress.bytes_received + record.gathered.received,
+            incomplete=standing.progress.incomplete + lost,
+            caught_up=self._caught_up_before[0] + gain.bytes,
+            passed_over=self._caught_up_before[1] + gain.visits,
+        )
+        if not math.isfinite(record.local.gradient_norm):
+            standing.warn(f"gradient not finite at step {record.step}: counted as zero")
+        row, books = history_line(record, sent), self._books
+        is_saved(standing, lambda: books.history.append(row))
+        self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
+        books.measurements.stepped(record)
+        if (curves := books.curves) is not None and standing.schedule is not None:
+            serial = standing.schedule.serial(record.visit.index, record.step)
+            values = scalars(row, record.edges.weights)
+            is_saved(standing, lambda: curves.write(serial, values))
+
+    async def paused(self, *, within: bool) -> None:
+        """See Observer."""
+        if within:
+            await self._keep_open_visit()
+        self._log.info("paused: serves what it has; deca-node resume lets it go on")
+
+    async def visit_closed(self, visit: Visit) -> None:
+        """See Observer."""
+        self._standing.at(visit.index + 1, 0, self._batches.position)
+        self._kept.changed(visit)
+        await self._keep(self._kept.save)
+
+    # --- agreement.Observer
+
+    def block_opened(self, block: int, edges: Edges, chosen: Plan) -> None:
+        """See Observer."""
+        self._member.moved(self._kept.schedule.visits + block)
+        self._standing.edges = edges
+        plan = f"{len(chosen.factors)} {chosen.kind} rounds planned"
+        self._log.info("agreeing on a block", block=block, neighbours=len(edges.weights), plan=plan)
+
+    def round_done(self, block: int, rounds: int) -> None:
+        """See Observer."""
+        total = len(self._kept.schedule.blocks)
+        self._standing.wait_for(f"the agreement: block {block + 1} of {total}, round {rounds}")
+
+    async def block_agreed(self, result: BlockAgreement) -> None:
+        """See Observer."""
+        self._kept.agreed(result.block)
+        await self._keep(self._kept.save)
+        self._member.moved(self._kept.schedule.visits + result.block + 1)
+
+    # --- on disk
+
+    async def _keep_open_visit(self) -> None:
+        await self._keep(lambda: self._kept.save(self._method.state(), within=True))
+
+    async def _keep(self, save: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        saved = await self._worker(lambda: is_saved(self._standing, save))
+        at = self._standing.progress
+        if saved:
+            self.kept_at = at.visit, at.step
+        self._control.saved(done=saved)
+        end = time.monotonic()
+        if saved:
+            self._log.debug("saved", visit=at.visit, step=at.step)
+        self._saved_at = end + max(0.0, (end - begin) / SAVING_SHARE - self._save_every)
+
+
+def is_saved(standing: Standing, write: Callable[[], None]) -> bool:
+    """Write; trouble with the disk is said and costs what was to be written, not the run."""
+    try:
+        write()
+    except DecaError as error:
+        standing.warn(f"not saved: {error}")
+        return False
+    return True
