@@ -243,6 +243,8 @@ def conversion(path: Path, cache: Path) -> Path:
             )
     try:
         return cache / _content_digest(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; set model.path to a GGUF file") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
 

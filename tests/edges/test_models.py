@@ -698,7 +698,7 @@ def test_a_killed_conversion_leaves_nothing_in_the_way(
 
 def test_gguf_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tiny.gguf"
-    with pytest.raises(ModelError, match=r"tiny\.gguf: cannot be read: No such file"):
+    with pytest.raises(ModelError, match=r"tiny\.gguf: no such file; set model\.path"):
         load(file, cache=tmp_path)
     file.write_bytes(b"GGUF but not really")
     with pytest.raises(ModelError, match=r"tiny\.gguf: "):
