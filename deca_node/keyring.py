@@ -29,7 +29,7 @@ from deca_node.trust import Certificate, is_name
 AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
 OPERATOR = "operator"
 REVOKED = "revoked.json"
-NODES = "nodes"
+_NODES = "nodes"
 
 # What helps where a file is damaged.
 _ANEW = "restore it, or join the run anew"
@@ -144,7 +144,7 @@ class Keyring:
 
     def nodes(self) -> dict[str, Certificate]:
         """The nodes that can be started here."""
-        return {path.stem: _certificate(path) for path in _pems(self.folder / NODES)}
+        return {path.stem: _certificate(path) for path in _pems(self.folder / _NODES)}
 
     def node(self, name: str) -> Pair:
         """A node's key and certificate.
@@ -152,16 +152,17 @@ class Keyring:
         Raises:
             TrustError: it has none, they do not fit together, or others can read the key.
         """
-        path = self.folder / NODES / f"{name}.pem"
+        path = self.folder / _NODES / f"{name}.pem"
         return self._pair(
             path,
             f"node {name!r} of run {self.run!r} needs one: on the machine of the authority "
             f"`deca-node swarm invite`, here `deca-node swarm join TOKEN --node {name}`",
+            _ANEW,
         )
 
     def keep_node(self, name: str, pair: Pair) -> None:
         """Keep a node's key and certificate."""
-        self._keep(self.folder / NODES / f"{name}.pem", pair)
+        self._keep(self.folder / _NODES / f"{name}.pem", pair)
 
     @property
     def has_operator(self) -> bool:
@@ -177,6 +178,7 @@ class Keyring:
         return self._pair(
             self.folder / f"{OPERATOR}.pem",
             f"it is made by `deca-node swarm init`; {_FROM_INIT}",
+            f"restore it, or {_FROM_INIT}",
         )
 
     def operator_certificate(self) -> Certificate:
@@ -185,7 +187,7 @@ class Keyring:
         Raises:
             TrustError: it cannot be read.
         """
-        return _certificate(self.folder / f"{OPERATOR}.pem", _FROM_INIT)
+        return _certificate(self.folder / f"{OPERATOR}.pem", f"restore it, or {_FROM_INIT}")
 
     def keep_operator(self, pair: Pair) -> None:
         """Keep an operator's key and certificate."""
@@ -206,10 +208,9 @@ class Keyring:
             "swarm join TOKEN`, or copy operator.pem and operator.key here"
         )
 
-    def _pair(self, path: Path, remedy: str) -> Pair:
+    def _pair(self, path: Path, remedy: str, damaged: str) -> Pair:
         certificate = _read(path, remedy)
         pair = Pair(_read_key(path.with_suffix(".key"), remedy), certificate)
-        damaged = _ANEW if path.parent.name == NODES else _FROM_INIT
         with _at(path.with_suffix(".key"), damaged):
             identity.check_key(pair.key)
         with _at(path, damaged):
@@ -265,7 +266,7 @@ class Keyring:
     def stamp(self, node: str) -> tuple[int, ...]:
         """Changes when another process has changed what a running node uses."""
         found = []
-        for path in (self.folder / REVOKED, self.folder / NODES / f"{node}.pem"):
+        for path in (self.folder / REVOKED, self.folder / _NODES / f"{node}.pem"):
             with contextlib.suppress(OSError):
                 found.append(path.stat().st_mtime_ns)
         return tuple(found)

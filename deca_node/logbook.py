@@ -57,6 +57,7 @@ class Logbook:
         method: whose state an open visit has.
         batches: how far the data are read.
         books: where steps are written down.
+        start: visit and step at which the node goes on, and which is on disk.
         worker: on whose thread is saved, so that nothing changes meanwhile.
         save_every: seconds between two saves of an open visit; 0 saves none.
         log: a structlog logger.
@@ -75,6 +76,7 @@ class Logbook:
         method: Method,
         batches: BatchStream,
         books: Books,
+        start: tuple[int, int],
         worker: TrainingThread,
         save_every: float,
         log: Any,
@@ -84,7 +86,7 @@ class Logbook:
         self._save_every, self._log = save_every, log
         self._saved_at = time.monotonic()
         self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
-        self.kept_at = standing.progress.visit, standing.progress.step
+        self.kept_at = start
         self.sent_before = 0
 
     # --- rounds.Observer
@@ -126,13 +128,13 @@ class Logbook:
         if not math.isfinite(record.local.gradient_norm):
             standing.warn(f"gradient not finite at step {record.step}: counted as zero")
         row, books = history_line(record, sent), self._books
-        is_saved(standing, lambda: books.history.append(row))
+        tried_to_save(standing, lambda: books.history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
         books.measurements.stepped(record)
         if (curves := books.curves) is not None and standing.schedule is not None:
             serial = standing.schedule.serial(record.visit.index, record.step)
             values = scalars(row, record.edges.weights)
-            is_saved(standing, lambda: curves.write(serial, values))
+            tried_to_save(standing, lambda: curves.write(serial, values))
 
     async def paused(self, *, within: bool) -> None:
         """See Observer."""
@@ -173,7 +175,7 @@ class Logbook:
 
     async def _keep(self, save: Callable[[], None]) -> None:
         begin = time.monotonic()
-        saved = await self._worker(lambda: is_saved(self._standing, save))
+        saved = await self._worker(lambda: tried_to_save(self._standing, save))
         at = self._standing.progress
         if saved:
             self.kept_at = at.visit, at.step
@@ -184,8 +186,12 @@ class Logbook:
         self._saved_at = end + max(0.0, (end - begin) / SAVING_SHARE - self._save_every)
 
 
-def is_saved(standing: Standing, write: Callable[[], None]) -> bool:
-    """Write; trouble with the disk is said and costs what was to be written, not the run."""
+def tried_to_save(standing: Standing, write: Callable[[], None]) -> bool:
+    """Write; trouble with the disk is said and costs what was to be written, not the run.
+
+    Returns:
+        Whether it is written.
+    """
     try:
         write()
     except DecaError as error:

@@ -42,7 +42,7 @@ from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
 from deca_node.keyring import Keyring
 from deca_node.limits import MAX_MEMBERS
-from deca_node.logbook import Books, Logbook, is_saved
+from deca_node.logbook import Books, Logbook, tried_to_save
 from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
 from deca_node.membership import Phase, State
@@ -79,7 +79,7 @@ class _Loaded:
     Attributes:
         marks: the run's fingerprint.
         resumed: whether the folder holds this run's state.
-        examples: to train on.
+        n_examples: how many to train on.
         batches: of those.
         test: to evaluate with; may be empty.
         completions: tokens by label, where there are labels.
@@ -90,7 +90,7 @@ class _Loaded:
     marks: dict[str, str]
     checkpoint: Checkpoint
     resumed: bool
-    examples: int
+    n_examples: int
     batches: BatchStream
     test: list[Example]
     completions: dict[str, list[int]]
@@ -135,7 +135,8 @@ class Node:
             Upkeep(self._guard, self._standing.warn, log) if self._guard is not None else None
         )
         self._lookout = Lookout(settings, log)
-        self._reception = Reception(self._standing, self._lookout)
+        self._stopping = asyncio.Event()
+        self._reception = Reception(self._standing, self._lookout, self._stopping)
         self._member: Member | None = None
         self._discovery: Discovery | None = None
         self._named: NamedPeers | None = None
@@ -155,7 +156,6 @@ class Node:
             DecaError: it could not start, or could not write its result.
         """
         memory.tune()
-        self._stopping = self._reception.stopping
         self._changed = Pulse()
         self._control = Control(self.settings, self._standing, self.stop, self._stopping)
         self._worker = TrainingThread()
@@ -218,7 +218,7 @@ class Node:
             device=str(standing.device),
             blocks=len(loaded.schedule.blocks),
             steps=loaded.schedule.total_steps,
-            examples=loaded.examples,
+            examples=loaded.n_examples,
             labels=standing.label_counts,
             visit=start.visit,
             step=start.step,
@@ -234,6 +234,7 @@ class Node:
             method,
             loaded.batches,
             books,
+            (start.visit, start.step),
             self._worker,
             settings.node.save_every,
             self._log,
@@ -310,8 +311,8 @@ class Node:
         stack.callback(checkpoint.release)
         # The data first: what is wrong with it must not mark the folder as this run's.
         standing.waiting_for = "the data"
-        train, test, completions = await self._compute(partial(self._read_data, model))
-        standing.label_counts = label_counts(train)
+        train, test, counts, completions = await self._compute(partial(self._read_data, model))
+        standing.label_counts = counts
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
@@ -335,7 +336,7 @@ class Node:
         curves = None
         if settings.tensorboard.folder is not None:
             curves = Scalars(settings.tensorboard.folder / settings.node.name, serial)
-            stack.callback(is_saved, standing, curves.close)
+            stack.callback(tried_to_save, standing, curves.close)
         return Books(history, self._measurements, curves)
 
     async def _evaluate_before(self, loaded: _Loaded) -> None:
@@ -573,8 +574,8 @@ class Node:
 
     def _read_data(
         self, model: LanguageModel
-    ) -> tuple[list[Example], list[Example], dict[str, list[int]]]:
-        """Examples to train on and to test with, and the tokens that each label completes to."""
+    ) -> tuple[list[Example], list[Example], dict[str, int], dict[str, list[int]]]:
+        """Examples to train on and to test with, how many of each label, and the labels' tokens."""
         data = self.settings.data
         train = examples(read_rows(data.train), data, model.tokenizer, data.train)
         words = label_words(train, data) if data.task == "classification" else {}
@@ -582,7 +583,7 @@ class Node:
         test: list[Example] = []
         if data.test is not None:
             test = examples(read_rows(data.test), data, model.tokenizer, data.test, words or None)
-        return train, test, completions
+        return train, test, label_counts(train), completions
 
     def _judge(self, checkpoint: Checkpoint) -> None:
         """Say what of the state was damaged.

@@ -24,17 +24,16 @@ class Reception:
     Args:
         standing: where the node stands.
         lookout: what it finds wrong.
+        stopping: set when the node ends.
 
     Attributes:
         member: None until the node has one.
-        stopping: set when the node ends.
     """
 
-    def __init__(self, standing: Standing, lookout: Lookout) -> None:
-        self._standing, self._lookout = standing, lookout
+    def __init__(self, standing: Standing, lookout: Lookout, stopping: asyncio.Event) -> None:
+        self._standing, self._lookout, self._stopping = standing, lookout, stopping
         self._watchers = 0
         self.member: Member | None = None
-        self.stopping = asyncio.Event()
 
     # --- peers
 
@@ -85,9 +84,9 @@ class Reception:
         pause = min(max(interval if interval > 0 else 1.0, low), high)
         self._watchers += 1
         try:
-            while not self.stopping.is_set():
+            while not self._stopping.is_set():
                 yield self.status()
-                await happens(self.stopping, pause)
+                await happens(self._stopping, pause)
         finally:
             self._watchers -= 1
 

@@ -89,6 +89,11 @@ class Swarm:
 
     Attributes:
         gossips: whether peers are told of each other, so that everybody greets everybody.
+        peers: those of the run that have greeted or answered, by name.
+        traffic: what went on with each of them.
+        told: what they say of themselves.
+        refusals: callers that were refused, and addresses where this node was.
+        send_meter: bytes sent to all of them lately; receive_meter likewise.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class Swarm:
         self.peers: dict[str, Peer] = {}
         self.traffic = TrafficTable()
         self.told: dict[str, Told] = {}  # what peers say of themselves
-        self.refusals = Refusals(log)  # of and by those that are no peers
+        self.refusals = Refusals(log)  # of callers; and of this node by others
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
         self._peer_turns = Turns(
             PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS
@@ -138,7 +143,7 @@ class Swarm:
     def _is_spare(self, address: str) -> bool:
         """Whether it is a further address of a peer whose first one works."""
         session = self._duplicates.get(address)
-        return any(
+        return session is not None and any(
             peer.session == session and peer.state in _ANSWERING and not self._is_failing(peer.name)
             for peer in self.peers.values()
         )
@@ -163,7 +168,7 @@ class Swarm:
         """See contacts.Greeter."""
         return self._take_reply(await link.hello(self.greeting(), self._timing.rpc), address, link)
 
-    def left(self, link: Link) -> None:
+    def dropped(self, link: Link) -> None:
         """See contacts.Greeter."""
         self._links = {n: (a, lk) for n, (a, lk) in self._links.items() if lk is not link}
 
@@ -417,7 +422,7 @@ class Swarm:
 
     def _cannot_call(self, name: str, address: str) -> bool:
         held = self._links.get(name)
-        if held is not None and not self._contacts.is_vain(held[0]):
+        if held is not None and not self._contacts.is_silent(held[0]):
             return False  # it answers at this address, or at another of its own
         return self._contacts.is_unreached(address)
 

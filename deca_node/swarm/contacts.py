@@ -50,8 +50,8 @@ class Greeter(Protocol):
         """Whether a peer that may come back was reached there."""
         ...
 
-    def left(self, link: Link) -> None:
-        """Told that the link is closed."""
+    def dropped(self, link: Link) -> None:
+        """Told that the link is about to be closed."""
         ...
 
 
@@ -132,7 +132,7 @@ class Contacts:
                     pause = self._timing.heartbeat * slow
                 await happens(woken, pause * self._jitter.uniform(0.75, 1.25))
         finally:
-            self._greeter.left(link)
+            self._greeter.dropped(link)
             await link.close()
 
     def _unanswered(self, address: str, failures: int, error: PeerError) -> None:
@@ -171,12 +171,12 @@ class Contacts:
         """Whether the last greeting or call to there was in vain."""
         return address in self._failing
 
-    def is_vain(self, address: str) -> bool:
+    def is_silent(self, address: str) -> bool:
         """Whether nobody has answered there since the first greeting in vain."""
         return address in self._vain
 
     def is_unreached(self, address: str) -> bool:
-        """Whether that was so long ago that whoever calls from there should be told."""
+        """Whether it is silent for so long that whoever calls from there should be told."""
         since = self._vain.get(address)
         return since is not None and _now() - since >= UNREACHED_SECONDS
 

@@ -1,4 +1,4 @@
-"""Whom this node has refused, or was refused by, and has no place for among its peers."""
+"""Calls that were refused here, and addresses where this node was refused."""
 
 from collections import Counter
 from typing import Any
@@ -12,13 +12,13 @@ DETAIL_CHARACTERS = 200
 
 
 class Refusals:
-    """The last refusal of each address, counted by reason, and logged when it is news.
+    """The last refusal of each address, logged when it is news; and how many there were of callers.
 
     Args:
         log: a structlog logger.
 
     Attributes:
-        count: by reason, also of those that are not kept.
+        count: of refused calls by those that are no peers or greet too often, by reason.
         last: by address, at most MAX_CONTACTS of them.
     """
 

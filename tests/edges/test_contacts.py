@@ -53,7 +53,7 @@ class Greeter:
     def was_met(self, address):
         return self.met
 
-    def left(self, link):
+    def dropped(self, link):
         self.left_links.append(link)
 
     @property

@@ -75,13 +75,13 @@ class Looking(Node):
         self._look = look
 
     async def _train(self, start, member, method, kept, logbook, batches):
-        done = logbook.step_done
+        written = logbook._write_down
 
-        async def step_done(record):
-            await done(record)
+        def write_down(record):
+            written(record)
             self._look(self.status())
 
-        logbook.step_done = step_done
+        logbook._write_down = write_down
         return await super()._train(start, member, method, kept, logbook, batches)
 
 
