@@ -31,9 +31,10 @@ OPERATOR = "operator"
 REVOKED = "revoked.json"
 _NODES = "nodes"
 
+_FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
 # What helps where a file is damaged.
 _ANEW = "restore it, or join the run anew"
-_FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
+_OPERATOR_ANEW = f"restore it, or {_FROM_INIT}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Keyring:
         return self._pair(
             self.folder / f"{OPERATOR}.pem",
             f"it is made by `deca-node swarm init`; {_FROM_INIT}",
-            f"restore it, or {_FROM_INIT}",
+            _OPERATOR_ANEW,
         )
 
     def operator_certificate(self) -> Certificate:
@@ -187,7 +188,7 @@ class Keyring:
         Raises:
             TrustError: it cannot be read.
         """
-        return _certificate(self.folder / f"{OPERATOR}.pem", f"restore it, or {_FROM_INIT}")
+        return _certificate(self.folder / f"{OPERATOR}.pem", _OPERATOR_ANEW)
 
     def keep_operator(self, pair: Pair) -> None:
         """Keep an operator's key and certificate."""

@@ -131,8 +131,8 @@ class Logbook:
         tried_to_save(standing, lambda: books.history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
         books.measurements.stepped(record)
-        if (curves := books.curves) is not None and standing.schedule is not None:
-            serial = standing.schedule.serial(record.visit.index, record.step)
+        if (curves := books.curves) is not None:
+            serial = self._kept.schedule.serial(record.visit.index, record.step)
             values = scalars(row, record.edges.weights)
             tried_to_save(standing, lambda: curves.write(serial, values))
 

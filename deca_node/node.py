@@ -211,7 +211,7 @@ class Node:
             self._addresses,
         )
         start = await self._compute(partial(self._restore, loaded.checkpoint, kept))
-        books = self._open_books(stack, loaded.schedule.serial(start.visit, start.step))
+        books = self._open_books(stack, loaded.schedule, start)
         self._log.info(
             "resuming" if loaded.resumed else "ready",
             model=standing.model,
@@ -325,12 +325,14 @@ class Node:
             model, schedule, marks, checkpoint, resumed, len(train), batches, test, completions
         )
 
-    def _open_books(self, stack: contextlib.AsyncExitStack, serial: int) -> Books:
-        """What is written down from step ``serial`` on."""
+    def _open_books(
+        self, stack: contextlib.AsyncExitStack, schedule: Schedule, start: Start
+    ) -> Books:
+        """Where steps are written down from the start on."""
         settings, standing = self.settings, self._standing
-        assert standing.schedule is not None  # noqa: S101 - the model is read
+        serial = schedule.serial(start.visit, start.step)
         history = History(
-            settings.node.output / "history.jsonl", serial, standing.schedule.steps, standing.curve
+            settings.node.output / "history.jsonl", serial, schedule.steps, standing.curve
         )
         stack.callback(history.close)
         curves = None

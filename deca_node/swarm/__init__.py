@@ -110,8 +110,8 @@ class Swarm:
         self.gossips = True
         self.peers: dict[str, Peer] = {}
         self.traffic = TrafficTable()
-        self.told: dict[str, Told] = {}  # what peers say of themselves
-        self.refusals = Refusals(log)  # of callers; and of this node by others
+        self.told: dict[str, Told] = {}
+        self.refusals = Refusals(log)
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
         self._peer_turns = Turns(
             PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS
