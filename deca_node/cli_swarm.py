@@ -280,7 +280,7 @@ def renew(
     place = _place(config, run, node, trust)
     keyring = place.keyring()
     authority = keyring.open_authority()
-    names = [node] if node else list(keyring.nodes())
+    names = [node] if node else keyring.nodes()
     for name in names:
         if name in keyring.revoked():
             raise TrustError(f"node {name!r} was revoked for good")
@@ -357,9 +357,10 @@ def show(
     for row in tree["certificates"]:
         state = "revoked" if row["revoked"] else row["state"]
         style = "" if state == "good" else "yellow" if state == "renewal due" else "red"
-        until = dt.datetime.fromtimestamp(row["ends"], dt.UTC).strftime("%Y-%m-%d")
+        ends = row["ends"]
+        until = ends and dt.datetime.fromtimestamp(ends, dt.UTC).strftime("%Y-%m-%d")
         here = "yes" if row["here"] else ""
-        table.add_row(Text(row["node"]), here, until, Text(state, style))
+        table.add_row(Text(row["node"]), here, until or "", Text(state, style))
     for name in tree["revoked"]:
         if name not in {row["node"] for row in tree["certificates"]}:
             table.add_row(Text(name), "", "", Text("revoked", "red"))
@@ -373,11 +374,12 @@ def _described(keyring: Keyring) -> dict[str, Any]:
     now, revoked, here = time.time(), keyring.revoked(), keyring.nodes()
     rows = []
     if keyring.has_operator:
-        row = _row("(operator)", keyring.operator_certificate(), now, here=True, revoked=False)
-        rows.append(_with_key(row, keyring.operator))
-    for name, shown in sorted({**keyring.issued(), **here}.items()):
-        row = _row(name, shown, now, here=name in here, revoked=name in revoked)
-        rows.append(_with_key(row, partial(keyring.node, name)) if name in here else row)
+        rows.append(_row("(operator)", keyring.operator_certificate, keyring.operator, now))
+    for name in sorted({*keyring.issued(), *here}):
+        of = keyring.node_certificate if name in here else keyring.issued_certificate
+        pair = partial(keyring.node, name) if name in here else None
+        row = _row(name, partial(of, name), pair, now)
+        rows.append(row | {"revoked": name in revoked})
     return {
         "run": keyring.run,
         "folder": str(keyring.folder),
@@ -387,24 +389,19 @@ def _described(keyring: Keyring) -> dict[str, Any]:
     }
 
 
-def _with_key(row: dict[str, Any], read: Callable[[], Pair]) -> dict[str, Any]:
-    """The row, or what is wrong with the key that goes with it: damaged, gone, or another's."""
+def _row(
+    name: str, read: Callable[[], Certificate], pair: Callable[[], Pair] | None, now: float
+) -> dict[str, Any]:
+    """What a certificate says; where it or the key beside it is of no use, why."""
+    row = {"node": name, "here": pair is not None, "ends": None, "days": None}
+    row |= {"state": "unusable", "revoked": False, "problem": ""}
     try:
-        read()
+        shown = read()
+        row |= {"ends": round(shown.ends), "days": round(lifetime_days(shown))}
+        if pair is not None:
+            pair()
     except TrustError as error:
-        return row | {"state": "unusable", "problem": str(error)}
-    return row
-
-
-def _row(name: str, shown: Certificate, now: float, *, here: bool, revoked: bool) -> dict[str, Any]:
+        return row | {"problem": str(error)}
     late = now >= shown.ends
     state = "expired" if late else "renewal due" if is_renewal_due(shown, now) else "good"
-    return {
-        "node": name,
-        "here": here,
-        "ends": round(shown.ends),
-        "days": round(lifetime_days(shown)),
-        "state": state,
-        "revoked": revoked,
-        "problem": "",
-    }
+    return row | {"state": state}

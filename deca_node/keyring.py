@@ -30,10 +30,12 @@ AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
 OPERATOR = "operator"
 REVOKED = "revoked.json"
 _NODES = "nodes"
+_ISSUED = "issued"
 
 _FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
 # What helps where a file is damaged.
 _ANEW = "restore it, or join the run anew"
+_ISSUED_ANEW = "copy it from its node, or leave it: the node's next renewal replaces it"
 _OPERATOR_ANEW = f"restore it, or {_FROM_INIT}"
 
 
@@ -131,21 +133,37 @@ class Keyring:
         with _written(self.folder):
             _write(self.folder / AUTHORITY_KEY, authority.key)
 
-    def issued(self) -> dict[str, Certificate]:
-        """The newest certificate of each node that the authority here has issued."""
-        return {path.stem: _certificate(path) for path in _pems(self.folder / "issued")}
+    def issued(self) -> list[str]:
+        """The nodes that the authority here has issued certificates for, by name."""
+        return _names(self.folder / _ISSUED)
+
+    def issued_certificate(self, node: str) -> Certificate:
+        """The newest certificate that the authority here has issued for a node.
+
+        Raises:
+            TrustError: it is damaged or cannot be read.
+        """
+        return _certificate(self.folder / _ISSUED / f"{node}.pem", _ISSUED_ANEW)
 
     def note_issued(self, node: str, certificate: bytes) -> None:
         """Keep a copy of what was issued."""
         with _written(self.folder):
-            _make_folder(self.folder / "issued")
-            _write(self.folder / "issued" / f"{node}.pem", certificate)
+            _make_folder(self.folder / _ISSUED)
+            _write(self.folder / _ISSUED / f"{node}.pem", certificate)
 
     # --- this machine's own
 
-    def nodes(self) -> dict[str, Certificate]:
-        """The nodes that can be started here."""
-        return {path.stem: _certificate(path) for path in _pems(self.folder / _NODES)}
+    def nodes(self) -> list[str]:
+        """The nodes that have a certificate here, by name."""
+        return _names(self.folder / _NODES)
+
+    def node_certificate(self, name: str) -> Certificate:
+        """The certificate that a node has here, whatever its key is like.
+
+        Raises:
+            TrustError: it is damaged or cannot be read.
+        """
+        return _certificate(self.folder / _NODES / f"{name}.pem")
 
     def node(self, name: str) -> Pair:
         """A node's key and certificate.
@@ -298,8 +316,8 @@ def loose(path: Path) -> str:
     return ""
 
 
-def _pems(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.pem") if is_name(path.stem))
+def _names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.pem") if is_name(path.stem))
 
 
 def _certificate(path: Path, damaged: str = _ANEW) -> Certificate:

@@ -71,13 +71,15 @@ def test_the_folder_as_json(say):
         ("(operator)", "a", "keys/operator", r"copy operator\.pem and operator\.key from"),
     ],
 )
-@pytest.mark.parametrize("kind", ["damaged", "gone", "another's"])
-def test_a_key_that_cannot_be_used_is_not_shown_as_good(say, kind, owner, other, file, remedy):
+@pytest.mark.parametrize("kind", ["damaged", "gone", "another's", "damaged certificate"])
+def test_what_cannot_be_used_is_not_shown_as_good(say, kind, owner, other, file, remedy):
     """The line says which file is wrong and what helps; the others are shown as they are."""
     assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
     key = Path(f"{file}.key")
     if kind == "gone":
         key.unlink()
+    elif kind == "damaged certificate":
+        Path(f"{file}.pem").write_bytes(b"no certificate")
     else:
         key.write_bytes(b"no key" if kind == "damaged" else new_key())
     code, said = say("deca-node swarm show --run r --trust keys")
@@ -91,6 +93,20 @@ def test_a_key_that_cannot_be_used_is_not_shown_as_good(say, kind, owner, other,
     assert not problems[other]
 
 
+def test_a_damaged_copy_of_what_was_issued_stops_nothing(say):
+    """It is shown with its remedy, the name stays taken, and the others go on."""
+    assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
+    assert say("deca-node swarm issue b --to elsewhere --run r --trust keys")[0] == 0
+    Path("keys/issued/b.pem").write_bytes(b"no certificate")
+    code, said = say("deca-node swarm show --run r --trust keys")
+    assert code == 0
+    assert re.search(r"^b +unusable", said, re.MULTILINE)
+    assert re.search(r"^a +yes .* good", said, re.MULTILINE)
+    assert re.search(r"^keys/issued/b\.pem: .*; copy it from its node", said, re.MULTILINE)
+    assert Keyring(Path("keys")).issued() == ["a", "b"]
+    assert say("deca-node swarm renew --run r --trust keys")[0] == 0
+
+
 def test_names_come_from_a_nodes_settings(say, tmp_path):
     """Run, node and folder, as `start` would use them."""
     (tmp_path / "node.toml").write_text(
@@ -100,7 +116,7 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
     code, said = say("deca-node swarm init -c node.toml")
     assert code == 0, said
     assert Keyring(tmp_path / "keys").run == "bbc"
-    assert list(Keyring(tmp_path / "keys").nodes()) == ["dora"]
+    assert Keyring(tmp_path / "keys").nodes() == ["dora"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ async def test_it_is_renewed_here_where_the_key_is(tmp_path):
     guard = Guard(keyring, "hub")
     assert await look(guard, {}) == ([], [])
     assert not guard.is_renewal_due
-    assert keyring.issued()["hub"].ends == guard.ends
+    assert keyring.issued_certificate("hub").ends == guard.ends
 
 
 async def test_a_renewal_that_nobody_gives_is_said(tmp_path):
