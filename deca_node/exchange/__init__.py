@@ -6,10 +6,10 @@ and how long is decided, for both of them, in patience.py.
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from deca_node.compression import Format
 from deca_node.config import Timing
@@ -50,18 +50,15 @@ class Exchange:
         self._peers, self._run = peers, run
         self._references = OwnReferences()
         # In common: a change (an offer, a peer's state, the stop signal), and whom to wait for.
-        changes = Pulse()
+        self._changes = changes = Pulse()
         self._patience = patience = Patience(timing, peers.is_suspect)
-        self._handshake = handshake = Handshake(peers, timing, stopping, changes)
+        self._handshake = Handshake(peers, timing, stopping, changes)
         self._serving = serving = Serving(
             peers, timing, stopping, rates or send_rates(), patience, changes
         )
         self._gathering = Gathering(peers, timing, run, stopping, patience, changes, serving.grown)
-        # What one part does alone.
-        self.wake, self.changed = changes.beat, changes.wait
-        self.is_closed, self.answer_degree = handshake.is_closed, handshake.answer_degree
-        self.make_room, self.publish, self.drain = serving.make_room, serving.publish, serving.drain
-        self.rest, self.wake_up, self.answer_pull = serving.rest, serving.wake_up, serving.answer
+
+    # --- what the node asks for as it trains
 
     async def open_visit(
         self,
@@ -87,6 +84,48 @@ class Exchange:
         edges = await self._handshake.open(visit, step, wanted, graph, wish)
         self._serving.settle(edges)
         return edges
+
+    async def make_room(self, *, patient: bool = False) -> float:
+        """Let the last step's snapshot go, once the neighbours have it; seconds waited.
+
+        They are waited for out of the same budget as their blocks are, unless ``patient``.
+        """
+        return await self._serving.make_room(patient=patient)
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Hand out a step's block from now on, and the one before no more."""
+        self._serving.publish(snapshot)
+
+    async def drain(self) -> frozenset[str]:
+        """Serve the last block until every neighbour has it, at most ``step_deadline``.
+
+        Returns:
+            The neighbours that did not fetch it.
+        """
+        return await self._serving.drain()
+
+    def rest(self) -> None:
+        """Take no part in further steps, until ``wake_up`` or the next visit.
+
+        Whoever asks for one hears so at once; what is published is handed out still.
+        """
+        self._serving.rest()
+
+    def wake_up(self) -> bool:
+        """Go on with the visit, unless a neighbour has gone on in it meanwhile.
+
+        Returns:
+            Whether one has; then this node stays out of the visit.
+        """
+        return self._serving.wake_up()
+
+    def wake(self) -> None:
+        """Something has changed elsewhere, as a peer's state: whoever waits here looks again."""
+        self._changes.beat()
+
+    def changed(self) -> Coroutine[Any, Any, Literal[True]]:
+        """Returns at the next change after this call, even where it is awaited later."""
+        return self._changes.wait()
 
     @property
     def edges(self) -> Edges:
@@ -154,14 +193,28 @@ class Exchange:
             self._forget_references()
         return gathered
 
-    def answer_offer(self, request: pb.VisitOffer) -> pb.VisitAnswer:
-        """A neighbour offers an edge."""
-        return self._handshake.answer_offer(request, resting=self._serving.resting)
-
     def release(self) -> None:
         """Nothing is served any more; readers under way end."""
         self._forget_references()
         self._serving.release()
+
+    # --- what neighbours ask; a refusal is raised as PeerRefused
+
+    def answer_offer(self, request: pb.VisitOffer) -> pb.VisitAnswer:
+        """A neighbour offers an edge."""
+        return self._handshake.answer_offer(request, resting=self._serving.resting)
+
+    def answer_degree(self, request: pb.VisitDegree) -> pb.VisitAnswer:
+        """A neighbour tells its degree."""
+        return self._handshake.answer_degree(request)
+
+    def answer_pull(self, request: pb.PullRequest) -> AsyncGenerator[bytes]:
+        """Stream the asked-for snapshot, once it is published."""
+        return self._serving.answer(request)
+
+    def is_closed(self, visit: int) -> bool:
+        """Whether the visit's edges are fixed: who comes now is too late for it."""
+        return self._handshake.is_closed(visit)
 
     def _forget_references(self) -> None:
         """Free this node's references and its neighbours': the next exchange is a whole one."""
