@@ -29,7 +29,9 @@ class LoopbackNetwork:
     """Nodes that reach each other by address within one event loop.
 
     Attributes:
-        delay: seconds that a call or message takes, by caller and called address.
+        delay: seconds that a message takes from one address to another: a call's request, its
+            answer, each message of a stream. What is sent one right after the other is on its way
+            at once.
         fault: called before every call and every streamed message (numbered from 0, unary calls
             have 0); raises a PeerError to fail it, or returns a replacement for the message.
         passage: further seconds until a streamed message of so many bytes has come through.
@@ -99,11 +101,14 @@ class LoopbackLink:
         except KeyError:
             raise PeerUnavailable(f"{self._target}: nobody listens") from None
 
-    async def _pass(self, call: Call, index: int, message: bytes) -> bytes:
-        seconds = self._network.delay(self._source, self._target)
-        await asyncio.sleep(seconds + (self._network.passage(call, len(message)) if message else 0))
+    async def _ask(self) -> None:
+        """The request's way."""
+        await asyncio.sleep(self._network.delay(self._source, self._target))
         self._handler()
-        return self._network.fault(call, index, message)
+
+    def _back(self) -> float:
+        """Seconds of an answer's way."""
+        return self._network.delay(self._target, self._source)
 
     async def _unary(
         self,
@@ -113,9 +118,12 @@ class LoopbackLink:
         answer: Callable[[Handler], Awaitable[T]],
     ) -> T:
         async def both_ways() -> T:
-            call = Call(self._source, self._target, method, request)
-            await self._pass(call, 0, b"")
-            return await answer(self._handler())
+            await self._ask()
+            self._network.fault(Call(self._source, self._target, method, request), 0, b"")
+            said = await answer(self._handler())
+            await asyncio.sleep(self._back())
+            self._handler()
+            return said
 
         try:
             async with asyncio.timeout(timeout):
@@ -165,13 +173,21 @@ class LoopbackLink:
         answer: Callable[[Handler], AsyncGenerator[bytes]],
     ) -> AsyncGenerator[bytes]:
         call = Call(self._source, self._target, method, request)
-        index = 0
+        loop, index, before = asyncio.get_running_loop(), 0, 0.0
         try:
             async with asyncio.timeout(timeout):
+                await self._ask()
+                asked = loop.time()
                 async with aclosing(answer(self._handler())) as messages:
                     async for message in messages:
-                        yield await self._pass(call, index, message)
-                        index += 1
+                        delay = self._back()
+                        # What was there at once was sent right behind the message before it, so
+                        # that it has most of its way behind it when that one is here.
+                        left = delay if loop.time() > asked else max(0.0, delay - before)
+                        await asyncio.sleep(left + self._network.passage(call, len(message)))
+                        self._handler()
+                        yield self._network.fault(call, index, message)
+                        index, asked, before = index + 1, loop.time(), delay
         except TimeoutError:
             raise PeerTimeout(f"{self._target}: no answer in time") from None
 

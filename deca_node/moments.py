@@ -104,6 +104,16 @@ def discrepancy_norm(
     return total, mixed
 
 
+def mixed_square(x_half: Tensor, x_next: Tensor) -> float:
+    """‖x½ − x_next‖² over the slice given: what the mix alone changed.
+
+    Args:
+        x_half: x½ as published, shape (P,).
+        x_next: x after the mix (7), shape (P,).
+    """
+    return sum(_square(half - next_) for _, (half, next_) in _parts(x_half, x_next))
+
+
 def scale(norm: float, rule: Rule) -> float:
     """The factor that turns x − x_next into h of (8); 0 where the norm is 0.
 

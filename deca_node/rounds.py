@@ -351,7 +351,7 @@ class Rounds:
             promised, first = await self.worker(partial(self._outgoing, serial)), None
         self.exchange.publish(promised)
         began = time.perf_counter()
-        following = None if last else self._reader.peek()
+        following = self._reader.peek() if self.method.overlaps and not last else None
         busy = asyncio.ensure_future(self.worker(partial(self._meanwhile, first, following)))
         travelling = asyncio.ensure_future(self._gather(serial, busy))
         try:

@@ -136,6 +136,7 @@ class Simulation:
         """An honest node has ended a visit; when all have, their spread is told."""
         spread = self._spreads.setdefault(visit.index, Spread())
         spread.add(values)
+        spread.time = asyncio.get_running_loop().time()
         if spread.count == len(self.honest):
             self._tell_spread(visit.index)
         while len(self._spreads) > _OPEN_VISITS:
@@ -149,13 +150,16 @@ class Simulation:
                 "visit": index,
                 "block": self.material.schedule.visit(index).block,
                 "nodes": spread.count,
-                "time": round(asyncio.get_running_loop().time(), 6),
-                "disagreement": spread.rms,
+                "time": round(spread.time, 6),
+                "disagreement": finite(spread.rms),
             }
         )
 
     def disagreement(self) -> float:
-        """Root mean square over finished nodes of ‖x_i − x̄‖, over all layers."""
+        """Root mean square over finished nodes of ‖x_i − x̄‖, over all layers.
+
+        NaN where a weight is not finite, or no node has finished.
+        """
         models = [node.model for node in self.honest if node.finished]
         square = 0.0
         for layers in self.material.schedule.blocks:
@@ -286,11 +290,12 @@ class SimulatedNode:
         method = choose.build(simulation.settings, self.model, self.name)
         if (factor := cell.world.faults.attacks.get(self.name)) is not None:
             method = cast(Method, _Attack(method, run.name, self.name, factor))
-        batches = _Metered(self, self._stream)
-        await member.train(self._start, method, batches, _Watch(self, member), self._work)
+        batches, watch = _Metered(self, self._stream), _Watch(self, member)
+        await member.train(self._start, method, batches, watch, self._work)
         self._start = Start(schedule.visits)
         member.enter(Phase.SERVING)
         await member.exchange.drain()
+        self.bytes_sent += watch.sent()  # of the last block, to those that were behind
         member.exchange.release()
         await member.giver.drain()
         self.finished = True
@@ -332,8 +337,8 @@ class SimulatedNode:
             "step": record.step,
             "time": round(asyncio.get_running_loop().time(), 6),
             "loss": finite(record.local.loss),
-            "disagreement": record.settled.disagreement,
-            "discrepancy": record.settled.discrepancy,
+            "disagreement": finite(record.settled.disagreement),
+            "discrepancy": finite(record.settled.discrepancy),
             "neighbours": len(record.gathered.used),
             "bytes_sent": sent,
             "bytes_received": received,
@@ -399,9 +404,12 @@ class _Watch:
 
     async def step_done(self, record: StepRecord) -> None:
         """See Observer."""
-        sent = self._member.exchange.bytes_sent
-        self._node.step_done(record, sent - self._sent)
-        self._sent = sent
+        self._node.step_done(record, self.sent())
+
+    def sent(self) -> int:
+        """Bytes of blocks that were sent since the last call."""
+        before, self._sent = self._sent, self._member.exchange.bytes_sent
+        return self._sent - before
 
     async def paused(self, *, within: bool) -> None:
         """See Observer. Nobody pauses a simulated node."""
@@ -452,15 +460,19 @@ class Spread:
     """How far apart blocks of equal shapes are: root mean square of their distance from the mean.
 
     Welford's algorithm: one pass, and no difference of large numbers.
+
+    Attributes:
+        count: blocks so far.
+        time: when the last one came, seconds of the virtual clock.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.time = 0, 0.0
         self._mean: dict[str, Tensor] = {}
         self._square = 0.0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """One more block."""
+        """One more block: by name, floating tensors of the shapes of those before it."""
         self.count += 1
         for name, tensor in tensors.items():
             x = tensor.float()
@@ -474,12 +486,17 @@ class Spread:
 
     @property
     def rms(self) -> float:
-        """√(mean over the blocks of ‖x_i − x̄‖²)."""
-        return math.sqrt(max(0.0, self._square) / self.count) if self.count else 0.0
+        """√(mean over the blocks of ‖x_i − x̄‖²); NaN of none, or where a value is not finite."""
+        if not self.count or not math.isfinite(self._square):
+            return math.nan
+        return math.sqrt(max(0.0, self._square) / self.count)
 
 
 def summary(simulation: Simulation, rows: Sequence[Row], measures: Sequence[Row]) -> Row:
-    """What a cell comes to: means over nodes, their spread, and the worst node.
+    """What a cell comes to: means over nodes, their spread (population standard deviation), worst.
+
+    Where a node's value is not finite these three are None: a mean of those that have not diverged
+    would flatter the method. ``diverged`` counts such nodes.
 
     Args:
         simulation: it has ended.
@@ -497,28 +514,35 @@ def summary(simulation: Simulation, rows: Sequence[Row], measures: Sequence[Row]
         "bytes_sent": statistics.fmean(node.bytes_sent for node in simulation.nodes),
         "virtual_seconds": max((row["time"] for row in steps), default=0.0),
         "incomplete_mixes": sum("missing" in row for row in steps),
+        "diverged": len({row["node"] for row in (*steps, *measures) if row["loss"] is None}),
     }
     # DeCAF's nodes have factors of their own, equal products or not: their distance says nothing.
     if simulation.settings.run.method != "decaf":
         row["disagreement"] = finite(simulation.disagreement())
     for score, worst in (("accuracy", min), ("macro_f1", min), ("perplexity", max), ("loss", max)):
-        values = [row[score] for row in measures if row[score] is not None]
+        told = [row[score] for row in measures]
+        values = [value for value in told if value is not None]
         if values:
-            name = f"test_{score}"
-            row[name] = statistics.fmean(values)
-            row[f"{name}_spread"] = statistics.pstdev(values)
-            row[f"{name}_worst"] = worst(values)
+            name, whole = f"test_{score}", len(values) == len(told)
+            row[name] = statistics.fmean(values) if whole else None
+            row[f"{name}_spread"] = statistics.pstdev(values) if whole else None
+            row[f"{name}_worst"] = worst(values) if whole else None
     return row
 
 
 def _last_loss(steps: Sequence[Row]) -> float | None:
-    """Mean over nodes and over the last tenth of the run, of each node's steps."""
-    by_node: dict[str, list[float]] = {}
+    """Mean over nodes and over the last tenth of the run, of each node's steps.
+
+    None where one of them is not finite, or there are none.
+    """
+    by_node: dict[str, list[float | None]] = {}
     for row in steps:
-        if row["loss"] is not None:
-            by_node.setdefault(row["node"], []).append(row["loss"])
+        by_node.setdefault(row["node"], []).append(row["loss"])
     tails = [values[-max(1, len(values) // 10) :] for values in by_node.values()]
-    return statistics.fmean(map(statistics.fmean, tails)) if tails else None
+    means = [
+        statistics.fmean(v for v in tail if v is not None) for tail in tails if None not in tail
+    ]
+    return statistics.fmean(means) if means and len(means) == len(tails) else None
 
 
 def _address(number: int) -> str:

@@ -57,6 +57,11 @@ class Method(Protocol):
         ...
 
     @property
+    def overlaps(self) -> bool:
+        """Whether anything is done for the next batch while blocks travel."""
+        ...
+
+    @property
     def layout(self) -> Layout:
         """Names and shapes of what is exchanged in the open visit."""
         ...

@@ -1,6 +1,7 @@
 """From the settings to the method: what it needs of the model, and the method itself."""
 
 from dataclasses import replace
+from typing import Any
 
 from deca_node import houlsby, lora
 from deca_node.config import Settings, has
@@ -71,26 +72,22 @@ def build(settings: Settings, model: LanguageModel, node: str) -> Method:
     about = settings.run.name, node
     rule = Rule(**settings.optimizer.model_dump())
     adam = replace(rule, bma="off")
+    overlap = settings.network.overlap
     aggregation = Aggregation(**settings.aggregation.model_dump())
+    mixed: dict[str, Any] = {"overlap": overlap, "aggregation": aggregation}
     match settings.run.method:
         case "deca":
-            return Deca(
-                model,
-                rule,
-                *about,
-                overlap=settings.network.overlap,
-                stale=settings.schedule.staleness == 1,
-                aggregation=aggregation,
-            )
+            return Deca(model, rule, *about, stale=settings.schedule.staleness == 1, **mixed)
         case "dec-lora":
-            return DecLora(model, adam, *about, settings.lora.local_steps, aggregation)
+            return DecLora(model, adam, *about, settings.lora.local_steps, **mixed)
         case "decaf":
-            return Decaf(model, adam, *about, settings.lora.local_steps, settings.lora.split)
+            lora = settings.lora
+            return Decaf(model, adam, *about, lora.local_steps, lora.split, overlap=overlap)
         case "dec-adapter":
-            return DecAdapter(model, adam, *about, aggregation=aggregation)
+            return DecAdapter(model, adam, *about, **mixed)
         case "dsgd":
-            return DSgd(model, adam, *about, aggregation=aggregation)
+            return DSgd(model, adam, *about, **mixed)
         case "dadam":
-            return DAdam(model, adam, *about, aggregation=aggregation)
+            return DAdam(model, adam, *about, **mixed)
         case "qg-adam":
-            return QgAdam(model, adam, *about, settings.quasi_global.first_moment, aggregation)
+            return QgAdam(model, adam, *about, settings.quasi_global.first_moment, **mixed)

@@ -12,7 +12,7 @@ class DecLora(DAdam):
     Args:
         model, rule, run, node: as for Deca.
         local_steps: from one exchange to the next.
-        aggregation: as for Deca.
+        overlap, aggregation: as for Deca.
     """
 
     def __init__(
@@ -22,9 +22,11 @@ class DecLora(DAdam):
         run: str,
         node: str,
         local_steps: int,
+        *,
+        overlap: bool = True,
         aggregation: Aggregation = MEAN,
     ) -> None:
-        super().__init__(model, rule, run, node, aggregation=aggregation)
+        super().__init__(model, rule, run, node, overlap=overlap, aggregation=aggregation)
         self._local_steps = local_steps
 
     def exchanges(self, step: int) -> bool:

@@ -15,7 +15,15 @@ from deca_node.exchange import Mix
 from deca_node.methods import Local, Settled
 from deca_node.mixing import STALE_STEP, mix_arrival
 from deca_node.models import ActiveBlock, LanguageModel, Prefix
-from deca_node.moments import Rule, discrepancy_norm, fold, half_step, scale, slices
+from deca_node.moments import (
+    Rule,
+    discrepancy_norm,
+    fold,
+    half_step,
+    mixed_square,
+    scale,
+    slices,
+)
 from deca_node.robust import MEAN, Aggregation, Arrivals
 from deca_node.wire import CHUNK_ELEMENTS, Layout, Pieces, Snapshot, metadata, promised, snapshot
 
@@ -69,6 +77,11 @@ class Deca:
     def stale(self) -> bool:
         """See Method. When true, (7) is x½ + ½ (W − I) x½ of the step before."""
         return self._stale
+
+    @property
+    def overlaps(self) -> bool:
+        """See Method."""
+        return self._overlap_wished
 
     @property
     def layout(self) -> Layout:
@@ -256,8 +269,21 @@ class Deca:
         return sent
 
     def settle(self, step: int) -> Settled:
-        """See Method. Equations (8) to (10), in two passes over the block."""
+        """See Method. Equations (8) to (10), in two passes over the block; without BMA in one."""
         self._take_kept()
+        settled = self._counted() if self._rule.bma == "off" else self._folded(step)
+        if not self._stale:
+            self._own = None
+        self._active.write_back()
+        return settled
+
+    def _counted(self) -> Settled:
+        """What the mix has changed, and nothing is made of it."""
+        master = self._active.master
+        mixed = math.sqrt(sum(mixed_square(half, master[part]) for part, half in self._halves()))
+        return Settled(mixed, 0.0, mixed, self._clipped)
+
+    def _folded(self, step: int) -> Settled:
         master = self._active.master
         total = mixed = 0.0
         for part, half in self._halves():
@@ -269,9 +295,6 @@ class Deca:
         factor = scale(norm, self._rule)
         for part, half in self._halves():
             fold(half, master[part], self._m[part], self._v[part], step, self._rule, factor)
-        if not self._stale:
-            self._own = None
-        self._active.write_back()
         return Settled(norm, norm * factor, math.sqrt(mixed), self._clipped)
 
     def _halves(self) -> Iterator[tuple[slice, Tensor]]:

@@ -35,6 +35,7 @@ class Decaf(DecLora):
     Args:
         model, rule, run, node, local_steps: as for DecLora.
         split: where a product's singular values go.
+        overlap: as for Deca.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Decaf(DecLora):
         node: str,
         local_steps: int,
         split: Split,
+        *,
+        overlap: bool = True,
     ) -> None:
-        super().__init__(model, rule, run, node, local_steps)
+        super().__init__(model, rule, run, node, local_steps, overlap=overlap)
         self._split = split
         self._arrivals: dict[str, _Arrival] = {}
         self._pairs: list[tuple[slice, slice, int]] = []

@@ -9,7 +9,7 @@ from deca_node import quasiglobal
 from deca_node.methods import Settled
 from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel
-from deca_node.moments import Rule, slices
+from deca_node.moments import Rule, mixed_square
 from deca_node.robust import MEAN, Aggregation
 
 
@@ -19,7 +19,7 @@ class QgAdam(Deca):
     Args:
         model, rule, run, node: as for Deca.
         first: which first moment.
-        aggregation: as for Deca.
+        overlap, aggregation: as for Deca.
     """
 
     def __init__(
@@ -29,9 +29,11 @@ class QgAdam(Deca):
         run: str,
         node: str,
         first: quasiglobal.FirstMoment,
+        *,
+        overlap: bool = True,
         aggregation: Aggregation = MEAN,
     ) -> None:
-        super().__init__(model, rule, run, node, aggregation=aggregation)
+        super().__init__(model, rule, run, node, overlap=overlap, aggregation=aggregation)
         self._first = first
         self._before = torch.empty(0)  # x, within a step
 
@@ -48,12 +50,7 @@ class QgAdam(Deca):
         """See Method."""
         self._take_kept()
         master = self._active.master
-        mixed = 0.0
-        for part, half in self._halves():
-            now = master[part]
-            for few in slices(half):
-                moved = half[few] - now[few]
-                mixed += float(torch.dot(moved, moved))
+        mixed = sum(mixed_square(half, master[part]) for part, half in self._halves())
         norm = quasiglobal.fold(self._before, master, self._m, self._v, self._rule, self._first)
         self._before = torch.empty(0)
         self._own = None

@@ -77,8 +77,8 @@ def test_a_visit_equals_the_oracle(folder, bma, discrepancy):
         for method in methods.values():
             settled = method.settle(step)
             assert settled.disagreement > 0
-            if discrepancy == "l2":
-                assert settled.h_norm == pytest.approx(1)
+            if discrepancy == "l2" or bma == "off":
+                assert settled.h_norm == pytest.approx(0 if bma == "off" else 1)
 
     judge = load(folder)
 
