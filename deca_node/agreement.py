@@ -197,7 +197,7 @@ class Agreeing:
         self.observer.block_opened(number, edges, chosen)
         block = await self.worker(partial(self.model.activate, self.schedule.blocks[number]))
         kept = await self.worker(block.master.clone)
-        norm = float(torch.linalg.vector_norm(kept))
+        norm = await self.worker(partial(_norm, kept))
         tally = Tally(
             self.node,
             graph,
@@ -215,10 +215,7 @@ class Agreeing:
                 self.observer.round_done(number, tally.round)
             keep = tally.done or tally.round == self.settings.max_rounds
         finally:
-            if not keep:
-                block.master.copy_(kept)
-            block.write_back()
-            self.model.release()
+            await self.worker(partial(self._put_back, block, None if keep else kept))
         members = reached(graph, self.node, tally.lost)
         scale = norm or 1.0
         return BlockAgreement(
@@ -231,6 +228,13 @@ class Agreeing:
             members=members,
             missing=frozenset(graph) - members,
         )
+
+    def _put_back(self, block: Block, kept: Tensor | None) -> None:
+        """What was agreed on goes into the model, or what was there before."""
+        if kept is not None:
+            block.master.copy_(kept)
+        block.write_back()
+        self.model.release()
 
     def _plan(self, graph: Graph) -> Plan:
         """Rounds after which the differences between neighbours are under the threshold."""
@@ -265,6 +269,11 @@ class Agreeing:
         return True
 
 
+def _norm(values: Tensor) -> float:
+    """‖x‖₂ in float64, in which no squares of float32 overflow."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
 class _Intake:
     """Mixes one round's arrivals."""
 
@@ -285,7 +294,10 @@ class _Intake:
             for low, own in self._own.pieces(first, values.numel()):
                 received = values[low - first :][: own.numel()]
                 part = self._master[low : low + own.numel()]
-                self._squares[peer] += mix_measured(part, own, received, weight * factor)
+                square = mix_measured(part, own, received, weight * factor)
+                if math.isinf(square):
+                    raise PayloadError("not_finite", f"a difference too large near element {low}")
+                self._squares[peer] += square
 
         return sink
 

@@ -208,7 +208,9 @@ def _leja(factors: Floats) -> Floats:
 # Knowing that all are done
 
 Member = Annotated[str, Field(min_length=1, max_length=MAX_NAME_BYTES)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# No norm of a block of float32 values is larger; so no note makes a sum of ours infinite.
+MAX_AMOUNT = 1e50
+Amount = Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 # Hops between two nodes that see different members: those of both views, one after the other.
 MAX_NEED = 2 * MAX_MEMBERS

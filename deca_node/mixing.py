@@ -1,5 +1,6 @@
 """Who counts how much, and the mix itself. Pure."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,11 +59,16 @@ def mix_arrival(x: Tensor, own: Tensor, received: Tensor, weight: float) -> None
 
 
 def mix_measured(x: Tensor, own: Tensor, received: Tensor, weight: float) -> float:
-    """The same with any weight, 0 included, and ‖x_j − x_i‖₂² of what was received."""
+    """The same with any weight, 0 included, and ‖x_j − x_i‖₂² of what was received.
+
+    Infinite, and nothing more is mixed, from the first slice with a difference that ``x``'s dtype
+    cannot hold; squares are summed in float64, where those of all others have room.
+    """
     square, mixed = 0.0, _Mixed(x)
     for part, difference in _differences(own, received):
-        values = torch.from_numpy(difference)
-        square += float(torch.dot(values, values))
+        square += float(np.square(difference, dtype=np.float64).sum())
+        if not math.isfinite(square):
+            return math.inf
         if weight:
             mixed.add(part, difference, weight)
     return square
@@ -78,7 +84,8 @@ def _differences(own: Tensor, received: Tensor) -> Iterator[tuple[slice, NDArray
     for low in range(0, mine.size, MIX_SLICE):
         part = slice(low, min(low + MIX_SLICE, mine.size))
         difference = scratch[: part.stop - low]
-        np.subtract(theirs[part], mine[part], out=difference)
+        with np.errstate(over="ignore"):  # seen in the results
+            np.subtract(theirs[part], mine[part], out=difference)
         yield part, difference
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import random
 
 import pytest
@@ -509,3 +510,19 @@ def test_models_end_with_the_same_layers(dtype, tmp_path):
                 torch.testing.assert_close(other[name], tensor, rtol=rounding, atol=1e-4)
     assert torch.equal(models[0].module.get_input_embeddings().weight, head)
     assert not any(p.requires_grad for p in models[0].module.parameters())
+
+
+@pytest.mark.parametrize("value", [1e17, 3e38])
+def test_a_neighbour_with_huge_values_ends_nobody(value):
+    """Squares of 1e17 overflow float32, and differences to 3e38 themselves; all come to an end."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 4, blocks=1, max_rounds=12)
+        members[1].blocks[0].fill_(value)
+        members[1].blocks[0][1::2].neg_()
+        results = await agreed(members)
+        assert len(results) == 4
+        assert all(math.isfinite(result.disagreement) for result in results)
+        assert all(math.isfinite(result.before) for result in results)
+
+    run(scenario())
