@@ -5,6 +5,7 @@ member of the run to answer for it.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 
 from deca_node.errors import PeerRefused
@@ -33,6 +34,7 @@ class Reception:
     def __init__(self, standing: Standing, lookout: Lookout, stopping: asyncio.Event) -> None:
         self._standing, self._lookout, self._stopping = standing, lookout, stopping
         self._watchers = 0
+        self._made: tuple[float, pb.NodeStatus] | None = None  # for watchers, and when
         self.member: Member | None = None
 
     # --- peers
@@ -85,10 +87,17 @@ class Reception:
         self._watchers += 1
         try:
             while not self._stopping.is_set():
-                yield self.status()
+                yield self._shared()
                 await happens(self._stopping, pause)
         finally:
             self._watchers -= 1
+
+    def _shared(self) -> pb.NodeStatus:
+        """The status that all watchers get who ask at about the same time."""
+        now = time.monotonic()
+        if self._made is None or now - self._made[0] >= WATCH_INTERVAL_SECONDS[0] / 2:
+            self._made = now, self.status()
+        return self._made[1]
 
     async def get_history(self, request: pb.GetHistoryRequest) -> pb.HistoryReply:
         """See StatusHandler."""

@@ -85,19 +85,19 @@ class History:
     def __init__(self, path: Path, first_serial: int, steps_per_visit: int, curve: Curve) -> None:
         self._path, self._steps, self._curve = path, steps_per_visit, curve
         with translated(path):
-            kept: list[bytes] = []
-            if path.exists():
-                for line in path.read_bytes().splitlines(keepends=True):
+            with path.open("a+b") as file:
+                file.seek(0)
+                end = 0
+                for line in file:
                     try:
-                        row = json.loads(line)
-                        point = _point(row, steps_per_visit)
+                        point = _point(json.loads(line), steps_per_visit)
                     except (ValueError, KeyError, TypeError):
                         break  # a line torn by a crash, and whatever follows it
-                    if point.first >= first_serial:
+                    if point.first >= first_serial or not line.endswith(b"\n"):
                         break
                     curve.add(point)
-                    kept.append(line)
-            write_atomically(path, b"".join(kept))
+                    end += len(line)
+                file.truncate(end)
             self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:

@@ -215,6 +215,7 @@ class Rounds:
         # When stale: blocks on their way, and what is done when they are needed.
         self._travelling: asyncio.Task[Gathered] | None = None
         self._needed: asyncio.Future[None] = asyncio.Future()
+        self._abandoned = False  # a gradient, which the training thread still computes
 
     async def run(self, start: Start) -> tuple[int, int]:
         """Run the schedule from ``start`` to its end, or until ``stopping`` is set.
@@ -313,6 +314,7 @@ class Rounds:
             )
         except Stopped:
             self._reader.position = position
+            self._abandoned = True
             return None
         seconds = Seconds(time.perf_counter() - begin)
         update = partial(self.method.advance, step)
@@ -412,7 +414,9 @@ class Rounds:
         if self._travelling is None:
             return Gathered()
         gathered = await self._landed()
-        await self.worker(self.method.absorb)
+        # The training thread may be minutes from the end of a gradient that was given up.
+        elsewhere = asyncio.to_thread(self.method.absorb) if self._abandoned else None
+        await (elsewhere or self.worker(self.method.absorb))
         return gathered
 
     def _outgoing(self, serial: int) -> Snapshot:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Literal
 
@@ -36,7 +37,13 @@ def graph(members: Iterable[str], spec: TopologySpec) -> Graph:
         members: node names; order and repetition do not matter.
         spec: the kind and its parameters.
     """
-    names = sorted(set(members))
+    return dict(_drawn(tuple(sorted(set(members))), spec))
+
+
+# One visit asks for the same graph several times, and with few edges among hundreds of members
+# drawing takes seconds.
+@lru_cache(maxsize=8)
+def _drawn(names: tuple[str, ...], spec: TopologySpec) -> Graph:
     if spec.kind == "full":
         edges: Iterable[tuple[str, str]] = combinations(names, 2)
     elif spec.kind == "ring":

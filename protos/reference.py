@@ -16,7 +16,7 @@ HEAD = """# The gRPC services of a node
 
 Made by `make protos` from the comments of [node.proto](../protos/{proto}), which is the
 contract: fields are appended, never renumbered. A node answers all of them on one port, along
-with the standard [health service](https://grpc.io/docs/guides/health-checking/) and
+with the standard [health service](https://grpc.io/docs/guides/health-checking/)'s `Check` and
 [server reflection](https://grpc.io/docs/guides/reflection/), so that `grpcurl` needs no file:
 
 ```console

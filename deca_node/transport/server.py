@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from deca_node.admission import Places
@@ -68,12 +68,12 @@ class GrpcTransport:
         server.add_generic_rpc_handlers([peer_handlers(handler, self._patience, self._guard)])
         names = [PEER.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if status is not None:
-            server.add_generic_rpc_handlers([status_handlers(status, self._guard)])
+            server.add_generic_rpc_handlers([status_handlers(status, self._patience, self._guard)])
             names.append(STATUS.full_name)
         if control is not None:
             server.add_generic_rpc_handlers([control_handlers(control, self._guard)])
             names.append(CONTROL.full_name)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        server.add_generic_rpc_handlers([_health_handlers(self._health)])
         reflection.enable_server_reflection(names, server)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
@@ -101,15 +101,8 @@ class GrpcTransport:
 
     async def _serve_health(self, port: int) -> None:
         """For those who have no certificate, such as a kubelet: whether this node serves."""
-        check = grpc.unary_unary_rpc_method_handler(
-            self._health.Check,
-            request_deserializer=health_pb2.HealthCheckRequest.FromString,
-            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
-        )
         server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
-        server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
-        )
+        server.add_generic_rpc_handlers([_health_handlers(self._health)])
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
             found = server.add_insecure_port(f"{host}:{port}")
@@ -130,6 +123,20 @@ class GrpcTransport:
         for server in (self._health_server, self._server):
             if server is not None:
                 await server.stop(grace)
+
+
+def _health_handlers(servicer: Any) -> grpc.GenericRpcHandler:
+    """The standard service's Check.
+
+    Not its Watch, which clients are to do without where it is unimplemented: it has no end, so that
+    it holds one of the places for calls, and one that does not read would hold up our own end.
+    """
+    check = grpc.unary_unary_rpc_method_handler(
+        servicer.Check,
+        request_deserializer=health_pb2.HealthCheckRequest.FromString,
+        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})
 
 
 def _listen(server: grpc.aio.Server, address: str, guard: Guard) -> int:

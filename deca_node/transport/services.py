@@ -128,8 +128,7 @@ def peer_handlers(handler: Handler, patience: float, guard: Guard | None) -> grp
                             async with asyncio.timeout(patience):
                                 await context.write(message)
                         except TimeoutError:
-                            slow = PeerRefused("too_slow", f"a message unread for {patience:g} s")
-                            await messages.athrow(slow)
+                            await messages.athrow(_unread(patience))
             except PeerError as error:
                 await _refuse(context, error)
 
@@ -154,8 +153,14 @@ def peer_handlers(handler: Handler, patience: float, guard: Guard | None) -> grp
     )
 
 
-def status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.GenericRpcHandler:
-    """What people and scripts ask."""
+def _unread(patience: float) -> PeerRefused:
+    return PeerRefused("too_slow", f"a message unread for {patience:g} s")
+
+
+def status_handlers(
+    status: StatusHandler, patience: float, guard: Guard | None
+) -> grpc.GenericRpcHandler:
+    """What people and scripts ask; ``patience`` as for ``peer_handlers``."""
 
     async def get(_: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> Any:
         try:
@@ -176,20 +181,19 @@ def status_handlers(status: StatusHandler, guard: Guard | None) -> grpc.GenericR
             await _refuse(context, error)
         return await status.get_history(request)
 
-    async def watch(
-        request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[pb.NodeStatus]:
+    async def watch(request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext) -> None:
         try:
             admitted(context, guard)
-        except PeerError as error:
-            await _refuse(context, error)
-        try:
             async with aclosing(status.watch_status(request.interval_seconds)) as states:
                 async for now in states:
                     admitted(context, guard)
-                    yield now
+                    try:
+                        async with asyncio.timeout(patience):
+                            await context.write(now)
+                    except TimeoutError:
+                        raise _unread(patience) from None
         except PeerError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            await _refuse(context, error)
 
     return grpc.method_handlers_generic_handler(
         STATUS.full_name,

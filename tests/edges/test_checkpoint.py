@@ -600,12 +600,25 @@ def test_a_strangers_files_are_not_overwritten(tmp_path, name):
         Checkpoint(tmp_path, IDENTITY, SCHEDULE).claim()
 
 
-def test_history_takes_back_what_will_be_done_again(tmp_path):
+@pytest.mark.parametrize("torn", ['{"visit": 2, "st', '{"visit": 1, "step": 2}'])
+@pytest.mark.parametrize("kept", [6, 9])
+def test_history_takes_back_what_will_be_done_again(tmp_path, torn, kept):
     """Lines from the resumed step on, and a line torn by a crash, are dropped."""
     path = tmp_path / "history.jsonl"
     rows = [{"visit": v, "step": s} for v in range(3) for s in range(4)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:9]) + '{"visit": 2, "st')
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:kept]) + torn)
     history = History(path, first_serial=6, steps_per_visit=4, curve=Curve(64))
     history.append(rows[6])
     history.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:7]
+
+
+def test_history_drops_a_last_line_that_has_no_end(tmp_path):
+    """What is appended would be in the same line."""
+    path = tmp_path / "history.jsonl"
+    rows = [{"visit": 0, "step": s} for s in range(3)]
+    path.write_text("\n".join(json.dumps(row) for row in rows[:2]))
+    history = History(path, first_serial=2, steps_per_visit=4, curve=Curve(64))
+    history.append(rows[2])
+    history.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [rows[0], rows[2]]

@@ -1,6 +1,7 @@
 """One contract, two transports: what loopback promises, gRPC keeps, and the other way round."""
 
 import asyncio
+import sys
 from contextlib import aclosing, asynccontextmanager
 
 import grpc
@@ -76,8 +77,11 @@ class Answers:
         )
 
     async def watch_status(self, interval):
-        for step in range(3):
-            yield pb.NodeStatus(step=step)
+        try:
+            for step in range(3 if interval == 0 else sys.maxsize):
+                yield pb.NodeStatus(step=step, waiting_for="" if interval == 0 else "x" * 2**20)
+        finally:
+            self.cancelled.set()
 
 
 @pytest.fixture(params=["loopback", "grpc"])
@@ -230,6 +234,27 @@ async def test_status_is_served_beside_the_peers():
             await ask_status("127.0.0.1:9", 5)
 
 
+async def test_a_watcher_that_does_not_read_is_let_go():
+    """After the time that a reader has for a message; what it would have been told is dropped."""
+    handler, server = Answers(), GrpcTransport("127.0.0.1", 0, patience=0.2)
+    port = await server.listen(handler, handler)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            watch = channel.unary_stream(
+                "/deca.v1.Status/WatchStatus",
+                request_serializer=pb.WatchStatusRequest.SerializeToString,
+            )
+            call = watch(pb.WatchStatusRequest(interval_seconds=1))
+            await call.read()
+            await asyncio.wait_for(handler.cancelled.wait(), 20)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            assert "too_slow" in caught.value.details()
+    finally:
+        await server.close(0)
+
+
 async def test_health_and_reflection_work_without_our_protos():
     """Standard tools see the services and their health, as grpcurl and orchestrators do."""
     async with serving(lambda port=0: GrpcTransport("127.0.0.1", port)) as (_, _, _, port):
@@ -239,6 +264,9 @@ async def test_health_and_reflection_work_without_our_protos():
             for service in ("", "deca.v1.Peer", "deca.v1.Status"):
                 reply = await stub.Check(health_pb2.HealthCheckRequest(service=service))
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:  # it would have no end
+                await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest())))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
         def reflect():
             with grpc.insecure_channel(address) as channel:
