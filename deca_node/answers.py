@@ -117,15 +117,25 @@ def _conversation(model: LanguageModel, question: Question, max_tokens: int) -> 
     return [message["content"] for message in said[1::2]]
 
 
+# What a line begins with, also one that a crash has torn.
+_BEGIN = b'{"question_id"'
+
+
 def _answered(to: Path, who: str) -> set[int | str]:
-    """Questions that the file has answers to."""
-    if not to.exists() or not to.stat().st_size:
+    """Questions that the file has answers to; a last line torn by a crash is taken out of it."""
+    if not to.exists():
         return set()
+    with translated(to):
+        content = to.read_bytes()
+    end = content.rfind(b"\n") + 1
+    whole, torn = content[:end], content[end:]
     try:
-        rows = read_rows(to)
+        rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
         others = {row["model_id"] for row in rows} - {who}
         done = {row["question_id"] for row in rows}
-    except (DataError, LookupError, TypeError) as error:
+        if not _BEGIN.startswith(torn[: len(_BEGIN)]):
+            raise ValueError("its last line is none")
+    except (ValueError, LookupError, TypeError) as error:
         raise OutputError(
             f"{to}: holds something else than answers ({error}); move it away"
         ) from None
@@ -133,4 +143,7 @@ def _answered(to: Path, who: str) -> set[int | str]:
         raise OutputError(
             f"{to}: holds answers of {min(others)}, not of {who}; choose another file"
         )
+    if torn:
+        with translated(to), to.open("r+b") as file:
+            file.truncate(end)
     return done

@@ -44,6 +44,13 @@ class ExperimentSection(Section):
         None, ge=0, description="Nodes whose model is tested, evenly spread. Unset: all."
     )
 
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("write whole numbers from 0 on, each once")
+        return value
+
 
 class RehearsalSection(Section):
     """A small random model and made-up data in place of model.path and data.train."""
@@ -151,6 +158,8 @@ _OURS = {
     "network.dns_peers": "leave it out: simulated nodes know where the others are",
     "consensus.tolerance": "leave it out: the agreement after the last round is not simulated",
     "consensus.max_rounds": "leave it out: the agreement after the last round is not simulated",
+    "metrics.port": "leave it out: `deca-node report` shows a simulation's curves",
+    "tensorboard.folder": "leave it out: `deca-node report` shows a simulation's curves",
 }
 _NODES_OWN = ("node.device", "node.threads")
 # What is read once for all cells.
@@ -233,7 +242,8 @@ class Cell:
                 ' nodes; set experiment.greetings = "neighbours"'
             )
         for name, times in self.world.faults.deaths.items():
-            if not 1 <= len(times) <= 2 or list(times) != sorted(set(times)) or times[0] < 0:
+            fits = 1 <= len(times) <= 2 and all(map(math.isfinite, times)) and times[0] >= 0
+            if not fits or (len(times) == 2 and times[1] <= times[0]):
                 raise ConfigError(
                     f"{path}: faults.deaths.{name}: write [second of death] or"
                     " [second of death, second of return]"
@@ -328,6 +338,7 @@ def read(path: Path, folder: Path) -> Experiment:
             )
             cell.check(path)
             cells.append(cell)
+    _check_idle(base, keys, world, path)
     names: dict[str, Cell] = {}
     for cell in cells:
         if names.setdefault(cell.name, cell) is not cell:
@@ -341,6 +352,18 @@ def _checked(key: str, value: Any, path: Path) -> Any:
     if key.startswith("node.") and key in KEYS and key not in _NODES_OWN:
         raise ConfigError(f"{path}: {key} is set by the simulation; leave it out")
     return config.checked_value(key, value, path, KEYS)
+
+
+def _check_idle(base: Mapping[str, Any], keys: Sequence[str], world: World, path: Path) -> None:
+    """Refuse what would have no effect: cells that differ in it would be the same run."""
+    idle: dict[str, str] = {}
+    if world.partition.shards is not None:
+        idle = dict.fromkeys(("partition.alpha", "partition.test_per_label"), "partition.shards")
+    if "data.test" in base:
+        idle["partition.test_per_label"] = "data.test"
+    for key, reason in idle.items():
+        if key in base or key in keys:
+            raise ConfigError(f"{path}: {key} has no effect beside {reason}; leave one of them out")
 
 
 def _choices(table: Mapping[str, Any], path: Path) -> dict[str, list[Any]]:

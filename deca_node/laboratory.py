@@ -45,10 +45,13 @@ from deca_node.fingerprint import schedule_for
 from deca_node.methods import choose
 from deca_node.models import LanguageModel, pick_device
 from deca_node.partition import balanced_holdout, dirichlet
+from deca_node.record import finite
 from deca_node.simulator import Material, Simulation, summary
 
 # Without a terminal a line now and then shows that it is alive.
 SAY_SECONDS = 10.0
+# Settings that say where a file is; what is in it is in the folder's identity.
+_PLACES = ("model.path", "model.cache", "data.train", "data.test")
 
 
 def run(path: Path, out: Path | None = None) -> Path:
@@ -72,7 +75,10 @@ def run(path: Path, out: Path | None = None) -> Path:
     claim_checked(folder)
     with _locked(folder):
         laboratory = Laboratory(experiment, folder)
-        left = [cell for cell in experiment.cells if not laboratory.is_done(cell)]
+        # By seed, so that a split is made once, and half a comparison is one of all methods.
+        order = experiment.world.experiment.seeds.index
+        cells = sorted(experiment.cells, key=lambda cell: order(cell.seed))
+        left = [cell for cell in cells if not laboratory.is_done(cell)]
         done = len(experiment.cells) - len(left)
         if done:
             console.print(f"{done} of {len(experiment.cells)} cells are done already")
@@ -145,6 +151,10 @@ class Laboratory:
         self._shards = experiment.world.partition.shards
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
+        if not self._shards:
+            dealt = {self._material_key(cell): cell for cell in experiment.cells}
+            for cell in dealt.values():  # now, likewise
+                self._split(cell)
         self._materials: dict[str, tuple[Material, dict[str, Any]]] = {}
         contents = {
             "model": f"{self._model.config_digest()} {self._weights}",
@@ -170,13 +180,22 @@ class Laboratory:
         """Whether the cell's results are there.
 
         Raises:
-            OutputError: they are damaged.
+            OutputError: they are damaged, or were made with other settings, as with the defaults
+                of another version.
         """
         path = self._file(cell)
         with translated(path):
             if not path.exists():
                 return False
-            read_cell(path)
+            made = read_cell(path)[0]["settings"]
+        now = dict(_flat(json.loads(json.dumps(_told(cell)))))
+        for key, before in _flat(made):
+            # A setting that this version has not, or that one had not, is no difference.
+            if (after := now.get(key, before)) != before:
+                raise OutputError(
+                    f"{path}: was made with {key} = {_shown(before)}, which is now {_shown(after)};"
+                    f" write it into {self._path.name}, or choose another --out"
+                )
         return True
 
     def steps(self, cell: Cell) -> int:
@@ -185,7 +204,12 @@ class Laboratory:
         return schedule.total_steps * cell.world.experiment.nodes
 
     def run(self, cell: Cell, progress: Callable[[], None]) -> None:
-        """Run a cell and keep what it gives; ``progress`` is called after each node's step."""
+        """Run a cell and keep what it gives; ``progress`` is called after each node's step.
+
+        Raises:
+            DataError: its data do not do.
+            OutputError: the results cannot be written.
+        """
         began = time.monotonic()
         rows: list[dict[str, Any]] = []
 
@@ -205,7 +229,7 @@ class Laboratory:
             "values": dict(cell.values),
             "seed": cell.seed,
             "version": __version__,
-            "settings": cell.settings.model_dump(mode="json", exclude={"node", "network"}),
+            "settings": _told(cell),
             "world": cell.world.model_dump(mode="json"),
         }
         last = {**summary(simulation, rows, measures), **before}
@@ -220,21 +244,24 @@ class Laboratory:
 
     def _material(self, cell: Cell) -> tuple[Material, dict[str, Any]]:
         """What its nodes work on, and what the base model reaches on the test."""
+        key = self._material_key(cell)
+        if key not in self._materials:
+            # One at a time: cells of one seed follow each other.
+            dealt = self._dealt(cell)
+            self._materials = {key: (dealt, self._before(cell, dealt))}
+        found, before = self._materials[key]
+        schedule = schedule_for(cell.settings, self._model.n_layers)
+        return replace(found, schedule=schedule), before
+
+    def _material_key(self, cell: Cell) -> str:
         world, data = cell.world, cell.settings.data
-        key = json.dumps(
+        return json.dumps(
             [
                 world.experiment.nodes,
                 None if self._shards else [cell.seed, world.partition.model_dump(mode="json")],
                 data.model_dump(mode="json"),
             ]
         )
-        if key not in self._materials:
-            # One at a time: cells that differ in other things follow each other.
-            dealt = self._dealt(cell)
-            self._materials = {key: (dealt, self._before(cell, dealt))}
-        found, before = self._materials[key]
-        schedule = schedule_for(cell.settings, self._model.n_layers)
-        return replace(found, schedule=schedule), before
 
     def _before(self, cell: Cell, material: Material) -> dict[str, Any]:
         if not material.test:
@@ -243,7 +270,7 @@ class Laboratory:
         found = evaluate(self._model, material.test, material.completions, size)
         scores = asdict(found) if found is not None else {}
         return {
-            f"before_{name}": scores[name]
+            f"before_{name}": finite(scores[name])
             for name in ("accuracy", "macro_f1", "perplexity", "loss")
             if scores.get(name) is not None
         }
@@ -261,8 +288,11 @@ class Laboratory:
             sources = [source] * len(parts)
         words: dict[str, str] = {}
         if labelled:
-            everything = [row for part in (*parts, test) for row in part]
-            values = {text_of(row, data.label_field, place(source, 0)) for row in everything}
+            values = {
+                text_of(row, data.label_field, place(path, index))
+                for path, part in zip((*sources, data.test or source), (*parts, test), strict=True)
+                for index, row in enumerate(part)
+            }
             words = dict(data.labels) or {value: value for value in sorted(values)}
         make = partial(examples, settings=data, tokenizer=tokenizer, words=words or None)
         shards: list[list[Example]] = [
@@ -280,9 +310,12 @@ class Laboratory:
         """Rows of each node, and those to test on."""
         data, chosen = cell.settings.data, cell.world.partition
         source, rows = data.train, self._rows
+        needed = data.task == "classification"
         # Without labels every row is of the same kind.
         labels = [
-            text_of(row, data.label_field, place(source, index)) if data.label_field in row else ""
+            text_of(row, data.label_field, place(source, index))
+            if needed or data.label_field in row
+            else ""
             for index, row in enumerate(rows)
         ]
         try:
@@ -314,12 +347,30 @@ def read_cell(path: Path) -> list[dict[str, Any]]:
 
 
 def _make(experiment: Experiment, folder: Path) -> None:
-    """Model and data of a rehearsal: the same at every try."""
-    chosen = experiment.world.rehearsal
-    if not (folder / "model" / "model.safetensors").exists():
+    """Model and data of a rehearsal: the same at every try.
+
+    What was made before the folder was this experiment's is made anew: it may be another's.
+    """
+    chosen, claimed = experiment.world.rehearsal, (folder / "experiment.json").exists()
+    if not claimed or not (folder / "model" / "model.safetensors").exists():
         rehearsal.write_model(folder / "model", chosen.seed, chosen.layers, chosen.hidden)
-    if not (folder / "data.jsonl").exists():
+    if not claimed or not (folder / "data.jsonl").exists():
         rehearsal.write_data(folder / "data.jsonl", chosen.rows, chosen.seed)
+
+
+def _told(cell: Cell) -> dict[str, Any]:
+    """A cell's settings as its file has them."""
+    return cell.settings.model_dump(mode="json", exclude={"node", "network"})
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted settings and their values, but for where files are."""
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        elif name not in _PLACES and not name.startswith("trust."):
+            yield name, value
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:

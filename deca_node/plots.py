@@ -1,5 +1,6 @@
 """Pictures: of a testbed, every node's loss and disagreement; of an experiment, its curves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,21 +97,26 @@ def draw_curves(
             for name, curve in lines.items():
                 number = names.index(name)
                 colour = COLOURS[number % len(COLOURS)]
+                # Steps without a value are drawn over, and single values marked.
+                told = [
+                    point
+                    for point in zip(curve.steps, curve.mean, curve.spread, strict=True)
+                    if not math.isnan(point[1])
+                ]
+                steps = [step for step, _, _ in told]
                 axes.plot(
-                    curve.steps,
-                    curve.mean,
+                    steps,
+                    [mean for _, mean, _ in told],
                     label=name,
+                    marker="." if len(told) < len(curve.steps) else None,
                     color=colour,
                     linestyle=("-", "--", ":", "-.")[number // len(COLOURS) % 4],
                     linewidth=1.3,
                 )
                 # A band that reaches below zero has no place on a logarithmic axis.
-                low = [
-                    max(m - s, m / 10) if log else m - s
-                    for m, s in zip(curve.mean, curve.spread, strict=True)
-                ]
-                high = [m + s for m, s in zip(curve.mean, curve.spread, strict=True)]
-                axes.fill_between(curve.steps, low, high, color=colour, alpha=0.15, linewidth=0)
+                low = [max(m - s, m / 10) if log else m - s for _, m, s in told]
+                high = [m + s for _, m, s in told]
+                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel="step")
             if log:
                 axes.set_yscale("log")

@@ -212,7 +212,8 @@ def _cost(plan: Plan, settings: Settings) -> Cost:
     choose.prepare(settings, model)
     blocks = schedule_for(settings, model.n_layers).blocks
     times, memories = [], []
-    for index in dict.fromkeys((0, len(blocks) - 1)):
+    full = [index for index, block in enumerate(blocks) if len(block) == max(map(len, blocks))]
+    for index in dict.fromkeys((full[0], full[-1])):  # not one with the few layers that are left
         stage = _Stage(plan, settings, model, Visit(index, 0, index, index, blocks[index]), batch)
         memories.append(stage.memory())
         times.append((math.nan,) * 4 if plan.device.type == "meta" else stage.seconds())

@@ -30,11 +30,19 @@ LINES = 6
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: what of a cell's summary, under which heading, how written."""
+    """A column of the table.
+
+    Attributes:
+        key: what of a cell's summary.
+        heading: of the column.
+        written: a value as text.
+        if_any: whether it is left out where all values are 0.
+    """
 
     key: str
     heading: str
     written: Callable[[float], str]
+    if_any: bool = False
 
 
 _COLUMNS = (
@@ -50,7 +58,8 @@ _COLUMNS = (
     Column("disagreement", "disagreement", "{:.3g}".format),
     Column("bytes_sent", "MB sent a node", lambda value: f"{value / 1e6:.3g}"),
     Column("virtual_seconds", "virtual s", "{:.4g}".format),
-    Column("incomplete_mixes", "incomplete mixes", "{:.3g}".format),
+    Column("incomplete_mixes", "incomplete mixes", "{:.3g}".format, if_any=True),
+    Column("diverged", "diverged nodes", "{:.3g}".format, if_any=True),
 )
 
 
@@ -66,13 +75,10 @@ class Group:
     values: Mapping[str, Any]
     cells: Sequence[Sequence[Mapping[str, Any]]]
 
-    def spread(self, key: str) -> tuple[float, float] | None:
-        """Mean and standard deviation over the cells of a value of their summary."""
+    def of_summaries(self, key: str) -> list[float]:
+        """A value of the cells' summaries, from each that has one."""
         found = [cell[-1].get(key) for cell in self.cells]
-        values = [float(value) for value in found if value is not None]
-        if not values:
-            return None
-        return statistics.fmean(values), _deviation(values)
+        return [float(value) for value in found if value is not None]
 
 
 def write(folder: Path, to: Path | None = None) -> list[Path]:
@@ -150,10 +156,12 @@ def markdown(identity: Mapping[str, Any], groups: Sequence[Group]) -> str:
     lines = [
         f"# {name}",
         "",
-        "Mean ± standard deviation over seeds; accuracy and macro F1 are means over the nodes, the"
-        " worst node and the nodes' spread (standard deviation) are taken in each run; before is"
-        " the base model's. Training loss: the last tenth of each node's steps. Disagreement: root"
-        " mean square over nodes of ‖x_i − x̄‖ at the end. Seconds are those of the virtual clock.",
+        "Mean ± sample standard deviation over seeds, where one has no finite value of the others"
+        " (k of n); accuracy and macro F1 are means over the nodes, the worst node and the nodes'"
+        " spread (population standard deviation) are taken in each run; before is the base model's."
+        " Training loss: the last tenth of each node's steps. Disagreement: root mean square over"
+        " nodes of ‖x_i − x̄‖ at the end; in the picture that of a step, ‖x½ − x_next‖, of steps"
+        " with an exchange. Seconds are those of the virtual clock.",
         "",
         f"| {' | '.join(headings)} |",
         f"|{'---|' * len(headings)}",
@@ -176,9 +184,13 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     columns = [
         column
         for column in _COLUMNS
-        if any(group.spread(column.key) is not None for group in groups)
+        if any(
+            value or not column.if_any
+            for group in groups
+            for value in group.of_summaries(column.key)
+        )
     ]
-    headings = [*(key.rpartition(".")[2] for key in keys), "seeds", *(c.heading for c in columns)]
+    headings = [*_headings(keys), "seeds", *(c.heading for c in columns)]
     rows = [
         [
             *(_text(group.values.get(key)) for key in keys),
@@ -191,12 +203,20 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 
 def _plus_minus(group: Group, column: Column) -> str:
-    found = group.spread(column.key)
-    if found is None:
+    values = group.of_summaries(column.key)
+    if not values:
         return "-"
-    mean, deviation = found
-    written = column.written(mean)
-    return f"{written} ± {column.written(deviation)}" if len(group.cells) > 1 else written
+    written = column.written(statistics.fmean(values))
+    if len(values) > 1:
+        written += f" ± {column.written(_deviation(values))}"
+    told = len(values) == len(group.cells)
+    return written if told else f"{written} ({len(values)} of {len(group.cells)})"
+
+
+def _headings(keys: Sequence[str]) -> list[str]:
+    """The settings' last words, where they tell them apart."""
+    words = [key.rpartition(".")[2] for key in keys]
+    return [word if words.count(word) == 1 else key for key, word in zip(keys, words, strict=True)]
 
 
 def _keys(groups: Sequence[Group]) -> list[str]:
@@ -229,7 +249,11 @@ def _table_csv(groups: Sequence[Group]) -> str:
 
 
 def points(group: Group, key: str) -> Curve:
-    """The curve of a value of the steps, at most POINTS of it."""
+    """The curve of a value of the steps: at most POINTS of it, of as many steps each.
+
+    Mean over nodes, then over cells; by steps of the run, counted from 1. The same steps for each
+    value; NaN where there is none.
+    """
     curves = [_of_cell(cell, key) for cell in group.cells]
     length = max(map(len, curves))
     width = -(-length // POINTS)
@@ -248,8 +272,12 @@ def _of_cell(cell: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     steps = cell[0]["settings"]["schedule"]["steps"]
     values: dict[int, list[float]] = {}
     for row in cell:
-        if row["kind"] == "step" and row[key] is not None:
-            values.setdefault(row["visit"] * steps + row["step"], []).append(row[key])
+        if row["kind"] != "step":
+            continue
+        found = values.setdefault(row["visit"] * steps + row["step"], [])
+        # A step without an exchange has no disagreement, rather than one of 0.
+        if row[key] is not None and (key != "disagreement" or row["neighbours"]):
+            found.append(row[key])
     return [_mean(values.get(serial, [])) for serial in range(max(values, default=0) + 1)]
 
 
@@ -276,10 +304,14 @@ def _curves_csv(groups: Sequence[Group]) -> str:
         named = [_text(group.values.get(key)) for key in keys]
         found = [points(group, key) for key in _DRAWN]
         for place, step in enumerate(found[0].steps):
-            numbers = [f"{x[place]:.5g}" for each in found for x in (each.mean, each.spread)]
+            numbers = [_number(x[place]) for each in found for x in (each.mean, each.spread)]
             rows.append([*named, step, *numbers])
     headings = [heading for key in _DRAWN for heading in (key, f"{key}_std")]
     return _csv([*keys, "step", *headings], rows)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.5g}"
 
 
 def _csv(headings: Sequence[str], rows: Any) -> str:

@@ -110,6 +110,13 @@ def test_everybody_greets_everybody_only_among_few(tmp_path):
         ('[topology]\nkind = "explicit"\nedges = [["node-0", "bob"]]\n', "names 'bob'"),
         ("[compute.nodes]\nnode-9 = 3.0\n", "compute.nodes names 'node-9'"),
         ("[faults.deaths]\nnode-1 = [3.0, 2.0]\n", "write [second of death]"),
+        ("[faults.deaths]\nnode-1 = [nan]\n", "write [second of death]"),
+        ("[faults.deaths]\nnode-1 = [3.0, inf]\n", "write [second of death]"),
+        ("[metrics]\nport = 9000\n", "`deca-node report` shows"),
+        (
+            '[data]\ntest = "t.jsonl"\n[partition]\ntest_per_label = 3\n',
+            "no effect beside data.test",
+        ),
         ('[model]\npath = "m"\n', "give either rehearsal.rows or model.path"),
     ],
 )
@@ -121,6 +128,25 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, words):
     assert words in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seeds", ["[0, 0]", "[-1]"])
+def test_seeds_are_whole_numbers_each_once(tmp_path, seeds):
+    """The setting that the user wrote is named."""
+    path = tmp_path / "experiment.toml"
+    path.write_text(f"experiment.seeds = {seeds}\nrehearsal.rows = 9\n")
+    with pytest.raises(ConfigError, match="experiment.seeds"):
+        experiment.read(path, tmp_path)
+
+
+def test_what_has_no_effect_beside_ready_shards_is_refused(tmp_path):
+    """In a grid its cells would be the same run under several names."""
+    path = tmp_path / "experiment.toml"
+    path.write_text(
+        'model.path = "m"\npartition.shards = "."\n[grid]\npartition.alpha = [0.1, 1.0]\n'
+    )
+    with pytest.raises(ConfigError, match="alpha has no effect beside partition.shards"):
+        experiment.read(path, tmp_path)
 
 
 def test_more_than_the_bound_of_members_cannot_all_greet(tmp_path):

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from deca_node.mixing import metropolis_hastings, mix_arrival
-from deca_node.moments import Rule, discrepancy_norm, fold, half_step, scale, slices
+from deca_node.moments import (
+    Rule,
+    discrepancy_norm,
+    fold,
+    half_step,
+    mixed_square,
+    scale,
+    slices,
+)
 from deca_node.topology import TopologySpec, graph
 from tests import oracle
 
@@ -120,10 +128,18 @@ def test_nothing_moved_folds_in_zero():
 
 
 def test_a_half_precision_gradient_is_widened_first():
-    """A bf16 gradient is squared in fp32, where 1e-20 does not vanish."""
+    """An fp16 gradient is squared in fp32, where 1e-10 does not vanish."""
     x, m, v = torch.zeros(4), torch.zeros(4), torch.zeros(4)
-    half_step(x, torch.full((4,), 1e-15, dtype=torch.bfloat16), m, v, 0, Rule(1e-3))
+    half_step(x, torch.full((4,), 1e-5, dtype=torch.float16), m, v, 0, Rule(1e-3))
     assert (v > 0).all()
+
+
+def test_what_the_mix_changed_is_measured_alone():
+    """‖x½ − x_next‖² by slices, as without BMA."""
+    torch.manual_seed(0)
+    half, after = torch.randn(70_000), torch.randn(70_000)
+    expected = float((half.double() - after.double()).square().sum())
+    assert mixed_square(half, after) == pytest.approx(expected, rel=1e-5)
 
 
 def test_slices_cover_everything_once():

@@ -66,6 +66,7 @@ def test_what_is_answered_is_not_asked_again(model, tmp_path, capsys):
     to = tmp_path / "answers.jsonl"
     assert ask(model, few, to) == 0
     first = to.read_text()
+    to.write_text(first + '{"question_id": 82, "answ')  # as a crash leaves it
     assert ask(model, both, to) == 0
     assert to.read_text().startswith(first)
     assert [row["question_id"] for row in lines(to)] == [81, 82]
@@ -117,6 +118,9 @@ def test_a_file_of_something_else_is_left_alone(model, tmp_path, capsys):
     assert ask(model, questions, to) == 8
     assert "holds something else than answers" in capsys.readouterr().err
     assert lines(to) == [{"text": "a"}]
+    to.write_text("dear")
+    assert ask(model, questions, to) == 8
+    assert to.read_text() == "dear"
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import socket
 from typing import get_args
 
@@ -15,9 +16,12 @@ from deca_node.cli import main
 from deca_node.config import Method, has, load
 from deca_node.errors import OutputError
 from deca_node.laboratory import Laboratory, read_cell
+from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
 from deca_node.node import Node
+from deca_node.pb import node_pb2 as pb
 from deca_node.simulator import Simulation, Spread, summary
+from tests.answers import Answers
 from tests.tiny import LETTERS, make_model
 
 SEED, ROUNDS, STEPS, RATE = 3, 2, 3, 2e-3
@@ -257,6 +261,40 @@ def test_time_is_what_the_experiment_says(folder):
     assert steps[-1]["time"] == pytest.approx(sent / 1e4, rel=0.1)
 
 
+@pytest.mark.parametrize("method", ["deca", "dadam"])
+def test_a_step_is_computed_and_then_exchanged(folder, method):
+    """One after the other for every method, as ``network.overlap`` is off in a simulation."""
+    text = "compute.seconds = 3.0\nlinks.delay = 0.5\nlinks.bandwidth = 0.05\n"
+    _, rows = simulate(folder, 2, text, method)
+    steps = [row for row in rows if row["kind"] == "step" and row["node"] == "node-0"]
+    times = [row["time"] for row in steps]
+    for row, before, now in zip(steps[1:], times, times[1:], strict=False):
+        if row["step"]:  # no visit was opened between
+            # The request's way and the block's, and what its bytes take.
+            exchange = 2 * 0.5 + row["bytes_sent"] / 5e4
+            assert now - before == pytest.approx(3.0 + exchange, rel=0.02)
+
+
+def test_a_delay_is_paid_once_for_messages_sent_one_right_after_the_other():
+    """And again where the sender had to wait for the next one."""
+
+    class Sender(Answers):
+        async def pull(self, request):
+            for number in range(5):
+                if number == 3:
+                    await asyncio.sleep(10)
+                yield bytes([number])
+
+    async def scenario():
+        network = LoopbackNetwork(delay=lambda _a, _b: 1.0)
+        await network.transport("b", 1).listen(Sender(), None)
+        loop = asyncio.get_running_loop()
+        link = network.transport("a", 1).link("b:1")
+        return [loop.time() async for _ in link.pull(pb.PullRequest(), 60)]
+
+    assert virtual_time.run(scenario()) == pytest.approx([2, 2, 2, 13, 13], abs=1e-6)
+
+
 def test_lost_messages_cost_mixes_and_not_the_run(folder):
     """What did not come is counted with its reason."""
     simulation, rows = simulate(folder, 4, "links.loss = 0.2\n")
@@ -290,6 +328,16 @@ def test_the_spread_is_the_distance_from_the_mean():
     whole = torch.stack([torch.cat([t.flatten() for t in b.values()]) for b in blocks]).double()
     expected = float((whole - whole.mean(0)).square().sum(1).mean().sqrt())
     assert spread.rms == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_spread_of_what_is_not_finite_is_none(value):
+    """Not 0: a swarm that is destroyed does not agree. Of no block at all likewise."""
+    spread = Spread()
+    assert math.isnan(spread.rms)
+    for _ in range(2):
+        spread.add({"a": torch.full((3,), value)})
+    assert math.isnan(spread.rms)
 
 
 TOY = """
@@ -352,6 +400,78 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, c
 
     check_report(out, capsys)
     check_refusals(file, out, capsys)
+
+
+DIVERGING = """
+[experiment]
+name = "diverging"
+nodes = 3
+[rehearsal]
+rows = 120
+layers = 2
+hidden = 16
+[partition]
+test_per_label = 4
+[schedule]
+rounds = 1
+steps = 12
+[topology]
+kind = "full"
+[faults]
+attacks = { node-0 = 1e6 }
+"""
+
+
+def test_a_cell_that_diverges_is_kept_and_told(tmp_path, capsys):
+    """Null where JSON has no number, null for means over it, and a column that says how many."""
+    (tmp_path / "toy.toml").write_text(DIVERGING)
+    out = tmp_path / "out"
+    assert deca_node("simulate", tmp_path / "toy.toml", "-o", out) == 0
+    (cell,) = (out / "cells").iterdir()
+    rows = read_cell(cell)
+    last = rows[-1]
+    assert [row for row in rows if row["kind"] == "step" and row["loss"] is None]
+    assert last["diverged"] == 2
+    assert last["loss"] is None
+    assert last.get("test_loss") is None
+    assert deca_node("report", out) == 0
+    assert "diverged nodes" in (out / "report.md").read_text()
+
+
+def test_settings_that_mean_something_else_by_now_are_another_experiment(tmp_path, capsys):
+    """As after another version has changed a default: what is there is not mixed with new cells."""
+    file, out = tmp_path / "toy.toml", tmp_path / "out"
+    file.write_text(TOY)
+    assert deca_node("simulate", file, "-o", out) == 0
+    cell = min((out / "cells").iterdir())
+    cell.write_text(cell.read_text().replace('"discrepancy": "l2"', '"discrepancy": "lr"'))
+    capsys.readouterr()
+    assert deca_node("simulate", file, "-o", out) == 8
+    error = capsys.readouterr().err
+    assert 'was made with optimizer.discrepancy = "lr", which is now "l2"' in error
+
+
+def test_a_rehearsal_that_was_refused_is_made_anew(tmp_path):
+    """What its first try had made may be for other settings."""
+    file, out = tmp_path / "toy.toml", tmp_path / "out"
+    wrong = TOY.replace("steps = 2", "steps = 2\nlayers_per_block = 3")
+    file.write_text(wrong)
+    assert deca_node("simulate", file, "-o", out) == 2
+    file.write_text(wrong.replace("layers = 2", "layers = 3"))
+    assert deca_node("simulate", file, "-o", out) == 0
+
+
+def test_a_row_without_a_label_is_named(tmp_path, capsys):
+    """With its file and its own number."""
+    lines = [{"text": f"a b {n}", "label": "x" if n % 2 else "y"} for n in range(30)]
+    del lines[7]["label"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_model(tmp_path / "model")
+    (tmp_path / "own.toml").write_text(
+        'model.path = "model"\ndata.train = "data.jsonl"\nexperiment.nodes = 2\n'
+    )
+    assert deca_node("simulate", tmp_path / "own.toml", "-o", tmp_path / "out") == 4
+    assert "data.jsonl, row 8: no field 'label'" in capsys.readouterr().err
 
 
 def check_report(out, capsys):
