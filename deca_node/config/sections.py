@@ -424,8 +424,9 @@ class AggregationSettings(Section):
         1,
         ge=1,
         le=255,  # limits.MAX_MEMBERS - 1
-        description="clipped, trimmed: how many of a node's neighbours may be hostile. With no "
-        "more neighbours than that (trimmed: twice that) a node mixes nothing.",
+        description="clipped, trimmed: how many of a node's neighbours may be hostile. A clipped "
+        "node mixes nothing with no more neighbours than that (unless tau is set), a trimmed one "
+        "with fewer than twice that; with just twice that it takes the median.",
     )
     tau: float = Field(
         0.0,
