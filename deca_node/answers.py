@@ -133,12 +133,12 @@ def _answered(to: Path, who: str) -> set[int | str]:
         rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
         others = {row["model_id"] for row in rows} - {who}
         done = {row["question_id"] for row in rows}
-        if not _BEGIN.startswith(torn[: len(_BEGIN)]):
-            raise ValueError("its last line is none")
     except (ValueError, LookupError, TypeError) as error:
         raise OutputError(
             f"{to}: holds something else than answers ({error}); move it away"
         ) from None
+    if not _BEGIN.startswith(torn[: len(_BEGIN)]):
+        raise OutputError(f"{to}: holds something else than answers (its last line); move it away")
     if others:
         raise OutputError(
             f"{to}: holds answers of {min(others)}, not of {who}; choose another file"

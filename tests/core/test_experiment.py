@@ -135,7 +135,7 @@ def test_seeds_are_whole_numbers_each_once(tmp_path, seeds):
     """The setting that the user wrote is named."""
     path = tmp_path / "experiment.toml"
     path.write_text(f"experiment.seeds = {seeds}\nrehearsal.rows = 9\n")
-    with pytest.raises(ConfigError, match="experiment.seeds"):
+    with pytest.raises(ConfigError, match=r"experiment\.seeds"):
         experiment.read(path, tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_what_has_no_effect_beside_ready_shards_is_refused(tmp_path):
     path.write_text(
         'model.path = "m"\npartition.shards = "."\n[grid]\npartition.alpha = [0.1, 1.0]\n'
     )
-    with pytest.raises(ConfigError, match="alpha has no effect beside partition.shards"):
+    with pytest.raises(ConfigError, match=r"alpha has no effect beside partition\.shards"):
         experiment.read(path, tmp_path)
 
 
