@@ -366,11 +366,6 @@ class VisitAgreement:
         offer = self._offers.get(peer)
         return offer is not None and offer.visit >= self.visit
 
-    @property
-    def edges(self) -> frozenset[str]:
-        """Edges of the current visit; empty until it is closed."""
-        return self._edges
-
     def close(self) -> frozenset[str]:
         """Fix the edges, accepted both ways for this very visit, and the format of each."""
         self.closed = True
