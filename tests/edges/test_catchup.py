@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp, transfer_seconds
-from deca_node.errors import PayloadError, PeerRefused
+from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Kept
@@ -364,6 +364,40 @@ def test_a_liar_about_what_it_has_is_not_believed():
         await swarm.finish()
         assert late.story.finished
         assert late.member.swarm.traffic["n0"].refusals["bad_list"] == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("error", [PeerRefused("passed", "cannot be read"), PeerTimeout("late")])
+def test_one_that_is_ahead_and_gives_nothing_halts_nobody(error):
+    """It was alone, went on, and came back with blocks that it lists and never hands out."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=8, steps=3)
+        ahead = swarm.nodes[3]
+
+        def fault(call, index, message):
+            if call.method == "FetchBlock" and call.target == ahead.address:
+                raise error
+            return message
+
+        swarm.network.fault = fault
+        swarm.start()
+        await until(lambda: swarm.nodes[0].member is not None and swarm.nodes[0].member.visit >= 2)
+        swarm.cut([3], [0, 1, 2])
+        for node in swarm.nodes[:3]:
+            node.pace = 20.0
+        await until(lambda: ahead.member.visit >= swarm.nodes[0].member.visit + 6)
+        for node in swarm.nodes[:3]:
+            node.pace = 1.0
+        ahead.pace = 10_000.0  # it stays where it is
+        swarm.heal()
+        async with asyncio.timeout(2000):
+            await asyncio.gather(*(node.task for node in swarm.nodes[:3]))
+        assert all(node.story.finished for node in swarm.nodes[:3])
+        last = [record for _, _, record in swarm.nodes[0].story.steps][-3:]
+        assert all(set(record.edges.weights) == {"n1", "n2"} for record in last)
+        await ahead.kill()
 
     run(scenario())
 
