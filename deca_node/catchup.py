@@ -698,7 +698,7 @@ class CatchUp:
         finally:
             await _end(tasks)
 
-    async def _fetch_from(self, name: str, link: Link, under_way: "_Pass") -> None:
+    async def _fetch_from(self, name: str, link: Link, under_way: _Pass) -> None:
         while (block := await self._next_for(name, under_way)) is not None:
             flight = _Flight(name, under_way.needs[block].sources[name], self._now())
             ending = under_way.begin(block, flight, self._now())
@@ -714,7 +714,7 @@ class CatchUp:
             if not await self._ended(flight, error, whole=not flight.task.cancelled()):
                 return
 
-    async def _next_for(self, name: str, under_way: "_Pass") -> int | None:
+    async def _next_for(self, name: str, under_way: _Pass) -> int | None:
         """The block to fetch next from a giver, waiting while it may still be of use."""
         while True:
             block = next_block(under_way.missing, name, under_way.begun)
@@ -730,7 +730,7 @@ class CatchUp:
                 return block
             await under_way.moved.comes(LOOK_SECONDS)
 
-    async def _ended(self, flight: "_Flight", error: BaseException | None, *, whole: bool) -> bool:
+    async def _ended(self, flight: _Flight, error: BaseException | None, *, whole: bool) -> bool:
         """A flight is over: what that says of its giver; whether that is asked for more.
 
         Args:
@@ -757,7 +757,7 @@ class CatchUp:
         self._fault(flight.giver, error)
         return isinstance(error, _TornPart)
 
-    def _tried(self, flight: "_Flight", *, whole: bool, excused: bool) -> None:
+    def _tried(self, flight: _Flight, *, whole: bool, excused: bool) -> None:
         """Whoever gives nothing, again and again, is left alone for a while."""
         giver = flight.giver
         if self._records.tried(
@@ -771,8 +771,8 @@ class CatchUp:
         self,
         link: Link,
         block: int,
-        flight: "_Flight",
-        under_way: "_Pass",
+        flight: _Flight,
+        under_way: _Pass,
         ending: Collection["asyncio.Task[None]"],
     ) -> None:
         """One flight; ``ending`` are others of the block that have been told to end."""
