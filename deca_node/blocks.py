@@ -1,7 +1,7 @@
 """Which layers form a block, and which block is active when. Pure."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,10 +86,6 @@ class Schedule:
         round_, position = divmod(index, len(self.blocks))
         block = self.round_order(round_)[position]
         return Visit(index, round_, position, block, self.blocks[block])
-
-    def remaining(self, first: int) -> Iterator[Visit]:
-        """Visits from number ``first`` to the end."""
-        return (self.visit(index) for index in range(first, self.visits))
 
     def serial(self, visit: int, step: int) -> int:
         """Number a step over the whole run from 0: the tag every message carries."""

@@ -33,12 +33,26 @@ from deca_node.limits import (
 )
 from deca_node.pacing import SendRates, TokenBucket, WorkBudget
 from deca_node.pb import node_pb2 as pb
-from deca_node.recovery import Holdings, Kept, Need, Step, checked, next_block, next_step
+from deca_node.recovery import (
+    Flight,
+    Holdings,
+    Kept,
+    Need,
+    Records,
+    Step,
+    checked,
+    displaced,
+    next_block,
+    next_rival,
+    next_step,
+)
 from deca_node.transport import Link
 from deca_node.waiting import Pulse, happens
 
 # Between two tries when nothing could be fetched, or kept on a full disk.
 RETRY_SECONDS = 2.0
+# How often a giver that has nothing to give looks whether another one needs help.
+LOOK_SECONDS = 1.0
 # Blocks in one go that could not be kept, until the run goes on without what it missed.
 MAX_DISK_FAILURES = 5
 # A pause costs CPU time of its own: shorter ones are put off until they add up to this.
@@ -207,6 +221,7 @@ class Giver:
     async def answer_fetch(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
         """A kept block's file from the asked-for offset on."""
         peer = self._peers.check_sender(request.sender)
+        clock = asyncio.get_running_loop().time
         async with self._slot(peer):
             kept = self._shelf.kept().get(request.block)
             file = self._shelf.open(request.block, request.xxh3)
@@ -214,18 +229,18 @@ class Giver:
                 raise PeerRefused("passed", f"block {request.block} has a newer version here")
             with file:
                 try:
-                    # Who reads more slowly than this holds a slot that others wait for.
-                    async with asyncio.timeout(transfer_seconds(kept.bytes, self._timing)):
-                        offset = request.offset
-                        while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
-                            await self._spare_training(len(piece))
-                            await self._pace(peer, len(piece))
-                            self.bytes_sent += len(piece)
-                            yield self._framed(kept.visit, offset, piece)
-                            offset += len(piece)
-                except TimeoutError:
-                    raise PeerRefused("too_slow", "the transfer took too long") from None
-                except PeerRefused as error:  # thrown in by the transport: it does not read
+                    offset = _within(kept, request.offset)
+                    limit = clock() + transfer_seconds(kept.bytes, self._timing)
+                    while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
+                        await self._spare_training(len(piece))
+                        await self._pace(peer, len(piece))
+                        # Who reads more slowly than this holds a slot that others wait for. Looked
+                        # at between messages: a timer would go off in whoever is given one.
+                        _in_time(clock(), limit)
+                        self.bytes_sent += len(piece)
+                        yield self._framed(kept.visit, offset, piece)
+                        offset += len(piece)
+                except PeerRefused as error:  # also thrown in by the transport: it does not read
                     self._peers.trouble(peer, error)
                     raise
                 except OSError as error:
@@ -289,6 +304,18 @@ class Giver:
             await self._moved.comes(limit - loop.time())
 
 
+def _within(kept: Kept, offset: int) -> int:
+    """The offset, if the file goes that far: a caller's may be more than any file's can be."""
+    if offset > kept.bytes:
+        raise PeerRefused("bad_request", f"the file has {kept.bytes} bytes")
+    return offset
+
+
+def _in_time(now: float, limit: float) -> None:
+    if now > limit:
+        raise PeerRefused("too_slow", "the transfer took too long")
+
+
 def transfer_seconds(nbytes: int, timing: Timing) -> float:
     """The longest that a transfer may take, its time in the queue included."""
     return timing.step_deadline + nbytes / MIN_TRANSFER_RATE
@@ -305,6 +332,8 @@ class Gain:
         total: those and the ones still to come, as known now.
         bytes: fetched over all times.
         visits: visits passed over.
+        waiting_for: what is under way, in words.
+        unusable: givers that are not asked: they sent something wrong, or nothing for too long.
     """
 
     active: bool = False
@@ -322,6 +351,123 @@ async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _TornPart(PeerTimeout):
+    """What was there of a file was damaged, and whoever gave the rest of it is not to blame.
+
+    It had broken off on this disk, or came from another giver, who was counted for that.
+    """
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A block on its way from one giver.
+
+    Attributes:
+        giver: its name.
+        kept: the version that it has.
+        begin: when it was asked.
+        task: what fetches it.
+        has_landed: all of it is here, and is looked at.
+        is_over: another one was faster, or takes its place; its task is ending.
+    """
+
+    giver: str
+    kept: Kept
+    begin: float
+    task: "asyncio.Task[None] | None" = None
+    has_landed: bool = False
+    is_over: bool = False
+    _partial: Partial | None = None
+    _before: int = 0
+
+    def opened(self, partial: Partial) -> int:
+        """The part that it goes to is open; bytes that an earlier try left there."""
+        self._partial, self._before = partial, partial.size
+        return self._before
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there."""
+        return 0 if self._partial is None else self._partial.size
+
+    @property
+    def got(self) -> int:
+        """Bytes that have come."""
+        return self.size - self._before
+
+    def seen(self, now: float) -> Flight:
+        """How it goes."""
+        left = self.kept.bytes - self.size
+        return Flight(self.kept.xxh3, self.got, left, now - self.begin)
+
+    def stop(self) -> None:
+        """End it, once: what it closes is not to be interrupted."""
+        if not self.is_over and self.task is not None:
+            self.task.cancel()
+        self.is_over = True
+
+
+class _Pass:
+    """Blocks that are fetched in one go.
+
+    Args:
+        needs: all of them.
+        begun: see next_block.
+
+    Attributes:
+        missing: those that nobody is asked for now.
+        moved: beats when a block is there, or is missing again.
+    """
+
+    def __init__(self, needs: Mapping[int, Need], begun: Collection[str]) -> None:
+        self.needs, self.begun = needs, begun
+        self.missing = dict(needs)
+        self.moved = Pulse()
+        self._flying: dict[int, list[_Flight]] = {}
+
+    def flights(self, now: float) -> dict[int, list[Flight]]:
+        """By block, how it goes from whom it comes; those whose last byte is here are left out."""
+        found = {
+            block: [flight.seen(now) for flight in flights if not flight.is_over]
+            for block, flights in self._flying.items()
+            if not any(flight.has_landed for flight in flights)
+        }
+        return {block: flights for block, flights in found.items() if flights}
+
+    def begin(self, block: int, flight: _Flight, now: float) -> Collection["asyncio.Task[None]"]:
+        """A flight begins; those of the block that end for it, and are to be waited for."""
+        self.missing.pop(block, None)
+        flights = self._flying.setdefault(block, [])
+        active = [each for each in flights if not each.is_over]
+        out = displaced([each.seen(now) for each in active], flight.kept.xxh3)
+        if out is not None:
+            active[out].stop()
+        ending = [each.task for each in flights if each.is_over and each.task is not None]
+        flights.append(flight)
+        return ending
+
+    def landed(self, block: int, flight: _Flight) -> Collection["asyncio.Task[None]"]:
+        """All of it is there: the block's other flights end, and are to be waited for."""
+        flight.has_landed = True
+        others = [each for each in self._flying[block] if each is not flight]
+        for each in others:
+            each.stop()
+        return [each.task for each in others if each.task is not None]
+
+    def end(self, block: int, flight: _Flight, *, missing: bool) -> None:
+        """A flight is over; what is missing after it is for others, if none is fetching it.
+
+        Of one that was told to end, whoever took its place has to say that.
+        """
+        flights = self._flying[block]
+        flights.remove(flight)
+        if missing and not flight.is_over and all(each.is_over for each in flights):
+            self.missing[block] = self.needs[block]
+        if not flights:
+            del self._flying[block]
+        self.moved.beat()
 
 
 class CatchUp:
@@ -359,6 +505,9 @@ class CatchUp:
         self._reachable = reachable
         self._visit = 0
         self._disk_failures = 0
+        self._installed = False
+        self._records = Records()
+        self._resting: frozenset[str] = frozenset()
         self._changed = changed
         self._stopping = stopping
         self._log = log
@@ -376,12 +525,14 @@ class CatchUp:
             anything; and whether blocks have changed, so that a visit under way begins anew.
         """
         self._visit = visit
+        self._let_ask_again()
         if not overtaken and not self._behind(visit):
             return visit, False
         gain = self.gain
         gain.active, gain.entry, gain.fetched, gain.total = True, 0, 0, 0
-        self._disk_failures = 0
-        gain.unusable.clear()
+        self._disk_failures, self._installed = 0, False
+        gain.unusable.intersection_update(self._resting)
+        self._records.make_room(self._peers.givers())
         self._log.info("catching up", visit=visit)
         self._changed()
         begin = time.monotonic()
@@ -397,7 +548,13 @@ class CatchUp:
             seconds=round(time.monotonic() - begin, 1),
         )
         self._changed()
-        return entry, gain.fetched > 0
+        return entry, self._installed
+
+    def _let_ask_again(self) -> None:
+        """Who was left alone for long enough may be tried once more."""
+        resting = self._records.resting(self._now())
+        self.gain.unusable -= self._resting - resting
+        self._resting = resting
 
     async def _catch_up(self, visit: int, overtaken: bool) -> int:
         waited: int | None = None  # the visit whose end the last listing waited for
@@ -408,7 +565,8 @@ class CatchUp:
             others = await self._unless_stopped(self._holdings(after=waited), {})
             if not others:
                 silent += 1
-                if silent > MAX_SILENT_ROUNDS:
+                useless = bool(self.gain.unusable) and not overtaken and not self._behind(visit)
+                if useless or silent > MAX_SILENT_ROUNDS:
                     return visit
                 await self._pause(self._timing.redial)
                 continue
@@ -520,56 +678,138 @@ class CatchUp:
     # --- fetching
 
     async def _fetch_all(self, step: Step) -> None:
-        """Fetch blocks, one at a time from each giver, until all are there or nobody is left."""
-        missing = dict(step.fetch)
-        begun = frozenset(self._store.begun())
+        """Fetch blocks, one at a time from each giver, until all are there or nobody is left.
+
+        What is in memory of them is bounded by the number of givers: of each a message or two, and
+        its stream's window. On disk a block has as many parts as flights.
+        """
+        under_way = _Pass(step.fetch, frozenset(self._store.begun()))
         links = self._givers()
-        sources = {name for need in missing.values() for name in need.sources}
+        sources = {name for need in step.fetch.values() for name in need.sources}
         tasks = [
-            asyncio.create_task(self._fetch_from(name, link, missing, begun))
-            for name, link in links.items()
-            if name in sources
+            asyncio.create_task(self._fetch_from(name, links[name], under_way))
+            for name in self._records.in_order([name for name in links if name in sources])
         ]
         try:
-            await asyncio.gather(*tasks)
+            if tasks:
+                ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                for task in ended:
+                    task.result()
         finally:
             await _end(tasks)
 
-    async def _fetch_from(
-        self, name: str, link: Link, missing: dict[int, Need], begun: Collection[str]
-    ) -> None:
-        while (block := next_block(missing, name, begun)) is not None:
-            need = missing.pop(block)
+    async def _fetch_from(self, name: str, link: Link, under_way: _Pass) -> None:
+        while (block := await self._next_for(name, under_way)) is not None:
+            flight = _Flight(name, under_way.needs[block].sources[name], self._now())
+            ending = under_way.begin(block, flight, self._now())
+            fetching = self._fetch(link, block, flight, under_way, ending)
+            flight.task = asyncio.create_task(fetching)
             try:
-                await self._fetch(name, link, block, need.sources[name])
-            except PeerError as error:
-                missing[block] = need  # for another giver
-                self._fault(name, error)
+                await asyncio.wait([flight.task])
+            finally:
+                if not flight.task.done():
+                    await _end([flight.task])
+            error = None if flight.task.cancelled() else flight.task.exception()
+            under_way.end(block, flight, missing=isinstance(error, PeerError))
+            if not await self._ended(flight, error, whole=not flight.task.cancelled()):
                 return
-            except (DiskFullError, OutputError) as error:
-                self._disk_failures += 1
-                self._log.warning("cannot keep what is fetched", reason=str(error))
-                await self._pause(RETRY_SECONDS)
-                return
-            except BaseException:
-                missing[block] = need
-                raise
 
-    async def _fetch(self, name: str, link: Link, block: int, kept: Kept) -> None:
-        partial = await self._store.partial(block, kept.xxh3)
-        before = partial.size
+    async def _next_for(self, name: str, under_way: _Pass) -> int | None:
+        """The block to fetch next from a giver, waiting while it may still be of use."""
+        while True:
+            block = next_block(under_way.missing, name, under_way.begun)
+            if block is not None:
+                return block
+            flying = under_way.flights(self._now())
+            if not any(name in under_way.needs[block].sources for block in flying):
+                return None
+            rate = self._records.rate(name)
+            patience = self._timing.step_deadline
+            block = next_rival(flying, under_way.needs, name, rate, patience)
+            if block is not None:
+                return block
+            await under_way.moved.comes(LOOK_SECONDS)
+
+    async def _ended(self, flight: _Flight, error: BaseException | None, *, whole: bool) -> bool:
+        """A flight is over: what that says of its giver; whether that is asked for more.
+
+        Args:
+            flight: the flight.
+            error: what it ended with.
+            whole: it was not told to end before.
+        """
+        if error is None and whole:
+            self._installed = True
+        else:  # it is counted anew when the next try goes on with it
+            self.gain.fetched = max(0, self.gain.fetched - flight.size)
+        if isinstance(error, DiskFullError | OutputError):
+            self._disk_failures += 1
+            self._log.warning("cannot keep what is fetched", reason=str(error))
+            await self._pause(RETRY_SECONDS)
+            return False
+        if error is None:
+            self._tried(flight, whole=whole, excused=True)
+            return flight.giver not in self.gain.unusable
+        if not isinstance(error, PeerError):
+            raise error
+        if not isinstance(error, _TornPart):
+            self._tried(flight, whole=False, excused=error.reason == "too_many_transfers")
+        self._fault(flight.giver, error)
+        return isinstance(error, _TornPart)
+
+    def _tried(self, flight: _Flight, *, whole: bool, excused: bool) -> None:
+        """Whoever gives nothing, again and again, is left alone for a while."""
+        giver = flight.giver
+        if self._records.tried(
+            giver, flight.begin, self._now(), flight.got, whole=whole, excused=excused
+        ):
+            self._log.warning("gives no block: left alone for a while", peer=giver)
+            self._resting |= {giver}
+            self.gain.unusable.add(giver)
+
+    async def _fetch(
+        self,
+        link: Link,
+        block: int,
+        flight: _Flight,
+        under_way: _Pass,
+        ending: Collection["asyncio.Task[None]"],
+    ) -> None:
+        """One flight; ``ending`` are others of the block that have been told to end."""
+        kept = flight.kept
+        if ending:  # they may have the same part open
+            await asyncio.wait(ending)
+        partial = await self._opened(block, kept.xxh3)
+        before = flight.opened(partial)
         try:
             self.gain.fetched += before
             if before < kept.bytes:
                 await self._receive(link, block, kept, partial)
+            # From here on nobody else fetches it: what those have who are slower stays for another
+            # try, should this turn out to be no good.
+            if others := under_way.landed(block, flight):
+                await asyncio.wait(others)
             await self._store.install(block, partial, kept.visit)
         except PayloadError as error:
             if before and error.reason == "digest":  # what an earlier try left may have been torn
-                raise PeerTimeout("the part of an earlier transfer was damaged") from None
+                raise _TornPart("the part of an earlier transfer was damaged") from None
             raise
         finally:
             partial.close()
-        self._log.info("fetched", block=block, visit=kept.visit, peer=name, bytes=kept.bytes)
+        self._log.info(
+            "fetched", block=block, visit=kept.visit, peer=flight.giver, bytes=kept.bytes
+        )
+
+    async def _opened(self, block: int, xxh3: str) -> Partial:
+        """A block's part; one that is opened for a flight that has been told to end is closed."""
+        opening = asyncio.ensure_future(self._store.partial(block, xxh3))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await asyncio.wait([opening])
+            if not opening.cancelled() and opening.exception() is None:
+                opening.result().close()
+            raise
 
     async def _receive(self, link: Link, block: int, kept: Kept, partial: Partial) -> None:
         request = pb.FetchBlockRequest(
@@ -595,3 +835,7 @@ class CatchUp:
                 return await anext(stream, b"")
         except TimeoutError:
             raise PeerTimeout("nothing came for too long") from None
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

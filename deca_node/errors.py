@@ -113,7 +113,7 @@ REASONS = frozenset(
         *("too_many_pulls", "too_many_watchers", "stopping", "starting", "stranger", "bad_degree"),
         *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
         *("settings_differ", "name_taken", "full", "unmet"),
-        *("bad_list", "digest", "too_many_transfers", "too_slow"),
+        *("bad_list", "too_many_transfers", "too_slow"),
         *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
         *("too_many_greetings", "busy"),
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.
@@ -128,7 +128,7 @@ REASONS = frozenset(
         ),
         *("bad_request", "not_due", "no_authority"),
         # Of what an operator asks for, and of a node that takes no part because it was asked to.
-        *("paused", "not_now", "not_saved", "exists", "busy", "failed", "permission_denied"),
+        *("paused", "not_now", "not_saved", "exists", "failed", "permission_denied"),
     }
 )
 

@@ -3,11 +3,12 @@
 Pure: decisions are functions of (state, event, now, options); time is an argument, in seconds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 
 from deca_node.compression import Format, agreed
+from deca_node.limits import MAX_MEMBERS
 from deca_node.mixing import metropolis_hastings
 
 
@@ -293,7 +294,8 @@ class VisitAgreement:
     """Settles edges and degrees of one visit after another, with no clock and no network.
 
     An edge exists when each end's offer was accepted by the other before it closed the visit.
-    Only each peer's latest offer and degree are kept, so a peer cannot make the table grow.
+    Only each peer's latest offer and degree are kept, until their visit is over. Where names come
+    and go, those that have gone make room (``make_room``).
     """
 
     def __init__(self, visit: int) -> None:
@@ -320,6 +322,35 @@ class VisitAgreement:
         self._step, self._wish = step, wish
         self.visit, self._wanted, self.closed, self._begun = visit, wanted, False, True
         self._answers, self._edges = {}, frozenset()
+        self._forget(
+            {peer for peer, offer in self._offers.items() if offer.visit < visit},
+            {peer for peer, (of, _) in self._degrees.items() if of < visit},
+        )
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Peers of whom something is kept."""
+        return frozenset(self._offers.keys() | self._degrees.keys())
+
+    def make_room(self, is_out: Callable[[str], bool]) -> None:
+        """To be called before a peer's word is taken: where many are kept, who is out is forgotten.
+
+        As many as members can be in a run are kept, and those that this visit is agreed on with.
+
+        Args:
+            is_out: whether a peer is gone; offers of one that comes back are made anew.
+        """
+        if max(len(self._offers), len(self._degrees)) < MAX_MEMBERS:
+            return
+        out = {peer for peer in self.known - self._wanted if is_out(peer)}
+        self._forget(out, out)
+
+    def _forget(self, offers: set[str], degrees: set[str]) -> None:
+        for peer in offers:
+            self._offers.pop(peer, None)
+        for peer in degrees:
+            self._degrees.pop(peer, None)
+            self._graphs.pop(peer, None)
 
     def offered(
         self, peer: str, visit: int, session: int, step: int = 0, wish: Format = Format.FP32
@@ -365,11 +396,6 @@ class VisitAgreement:
             return True
         offer = self._offers.get(peer)
         return offer is not None and offer.visit >= self.visit
-
-    @property
-    def edges(self) -> frozenset[str]:
-        """Edges of the current visit; empty until it is closed."""
-        return self._edges
 
     def close(self) -> frozenset[str]:
         """Fix the edges, accepted both ways for this very visit, and the format of each."""

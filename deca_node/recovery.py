@@ -5,12 +5,36 @@ further ahead wins. Who is behind fetches every block that a later visit than it
 that block has changed, and takes part from the first visit whose edges are still open. A block
 that both sides visited last at the same number stays as it is on each: the next visit mixes it.
 Nobody decides this for anybody else.
+
+A giver that brings nothing is left alone for a while, and a block that comes slowly from one is
+also fetched from another: whoever is ahead holds nobody up for good.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from deca_node.blocks import Schedule
+from deca_node.limits import MAX_MEMBERS
+
+# Tries of one giver in a row that brought nothing, until it is left alone for a while. One may hit
+# a block that has got a newer version, two a giver that starts again.
+MAX_VAIN_TRIES = 3
+# Likewise without a whole block, though bytes came or it had no place free: what broke off goes on
+# where it was, so that a bad line gets there, but one that changes what it gives never does.
+MAX_BROKEN_TRIES = 20
+# It is left alone for so many times as long as it was tried: it costs about a tenth of the time.
+# Not for good, since it may only have been cut off, or started again.
+REST_FACTOR = 10.0
+# But no longer than this.
+MAX_REST_SECONDS = 3600.0
+# A block is fetched from so many at once: as many parts of it are kept on disk (checkpoint).
+MAX_FLIGHTS = 2
+# A block that comes within this is not worth asking a second giver for.
+LEAST_PATIENCE_SECONDS = 2.0
+# A block is overdue after so many times as long as another giver would take for it, however little
+# of it is to come: else one could stop just before the end.
+OVERDUE = 4.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,161 @@ def next_block(missing: Mapping[int, Need], giver: str, begun: Collection[str]) 
 
     has = [block for block, need in missing.items() if giver in need.sources]
     return min(has, key=preference, default=None)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A block on its way from a giver.
+
+    Attributes:
+        xxh3: of the version that it has.
+        got: bytes that have come.
+        left: bytes to come.
+        seconds: since they were asked for.
+    """
+
+    xxh3: str
+    got: int
+    left: int
+    seconds: float
+
+    @property
+    def rest(self) -> float:
+        """Seconds that what is to come will take at the pace so far."""
+        if not self.left:
+            return 0.0
+        return self.left * self.seconds / self.got if self.got else math.inf
+
+    def is_slow(self, patience: float) -> bool:
+        """Whether who takes ``patience`` seconds for the whole block will be there before it."""
+        late = self.seconds > patience and self.rest > patience
+        return late or self.seconds > OVERDUE * patience
+
+
+def next_rival(
+    flying: Mapping[int, Sequence[Flight]],
+    needs: Mapping[int, Need],
+    giver: str,
+    rate: float | None,
+    unmeasured: float,
+) -> int | None:
+    """The block on its way from others that an idle giver is asked for, too; None for none.
+
+    The one that is under way longest, if all that it comes from are slow beside this giver.
+
+    Args:
+        flying: by block, from whom it comes.
+        needs: what is fetched.
+        giver: its name.
+        rate: what it gave lately, bytes per second; None while it was not asked.
+        unmeasured: seconds that one is expected to take that was not asked yet.
+    """
+
+    def patience(block: int) -> float:
+        if rate is None:
+            return unmeasured
+        nbytes = needs[block].sources[giver].bytes
+        return max(LEAST_PATIENCE_SECONDS, nbytes / rate) if rate else math.inf
+
+    slow = {
+        block: min(flight.seconds for flight in flights)
+        for block, flights in flying.items()
+        if giver in needs[block].sources
+        and flights
+        and all(flight.is_slow(patience(block)) for flight in flights)
+    }
+    return max(slow, key=slow.__getitem__, default=None)
+
+
+def displaced(flights: Sequence[Flight], xxh3: str) -> int | None:
+    """Which of a block's flights ends for a new one; None when there is room for all.
+
+    One of the same version: they have one file, and the new one goes on with it. Else the slowest.
+    """
+    for index, flight in enumerate(flights):
+        if flight.xxh3 == xxh3:
+            return index
+    if len(flights) < MAX_FLIGHTS:
+        return None
+    return max(range(len(flights)), key=lambda index: flights[index].rest)
+
+
+@dataclass
+class _Record:
+    rate: float | None = None
+    vain: int = 0
+    broken: int = 0
+    since: float = 0.0  # when the first of those tries began
+    until: float = -math.inf  # left alone
+
+
+class Records:
+    """How fetching went with each giver: whom to ask first, and whom not at all. Time is given."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, _Record] = {}
+
+    def tried(
+        self,
+        giver: str,
+        begin: float,
+        now: float,
+        nbytes: int,
+        *,
+        whole: bool,
+        excused: bool = False,
+    ) -> bool:
+        """A try has ended.
+
+        Args:
+            giver: of whom.
+            begin: when it was asked.
+            now: in the same seconds.
+            nbytes: that came.
+            whole: the block is there, and good.
+            excused: that nothing came was not its fault.
+
+        Returns:
+            Whether it is left alone from now on.
+        """
+        record = self._of.setdefault(giver, _Record())
+        if nbytes or not whole:
+            record.rate = nbytes / max(now - begin, 1e-3)
+        if whole:
+            record.vain = record.broken = 0
+            return False
+        if not record.broken:
+            record.since = begin
+        record.broken += 1
+        record.vain = 0 if nbytes else record.vain + (not excused)
+        if record.vain < MAX_VAIN_TRIES and record.broken < MAX_BROKEN_TRIES:
+            return False
+        record.until = now + min(REST_FACTOR * (now - record.since), MAX_REST_SECONDS)
+        record.vain = record.broken = 0
+        return True
+
+    def rate(self, giver: str) -> float | None:
+        """Bytes per second that it gave in its latest try; None when there was none."""
+        record = self._of.get(giver)
+        return None if record is None else record.rate
+
+    def in_order(self, givers: Collection[str]) -> list[str]:
+        """Whom to ask first: those that were not asked yet, then the fastest."""
+
+        def slowness(giver: str) -> float:
+            rate = self.rate(giver)
+            return -math.inf if rate is None else -rate
+
+        return sorted(givers, key=slowness)
+
+    def resting(self, now: float) -> frozenset[str]:
+        """Those that are left alone."""
+        return frozenset(giver for giver, record in self._of.items() if now < record.until)
+
+    def make_room(self, givers: Collection[str]) -> None:
+        """Where names come and go, forget all but those that can give now."""
+        if len(self._of) > MAX_MEMBERS:
+            self._of = {giver: record for giver, record in self._of.items() if giver in givers}
 
 
 def checked(holdings: Holdings, schedule: Schedule, most_bytes: Mapping[int, int]) -> str:

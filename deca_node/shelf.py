@@ -126,7 +126,8 @@ class HeldBlocks:
     async def install(self, block: int, partial: Part, visit: int) -> None:
         """See Store."""
         data = bytes(partial.data)
-        del self._parts[block, partial.xxh3]
+        # Those of slower givers, too: as on a disk (checkpoint).
+        self._parts = {key: part for key, part in self._parts.items() if key[0] != block}
         if xxhash.xxh3_128_hexdigest(data) != partial.xxh3:
             raise PayloadError("digest", "not what was promised")
         layers = self._schedule.blocks[block]

@@ -139,6 +139,7 @@ class Handshake:
             raise PeerRefused("bad_format", f"no format {request.wire_format}") from None
         verdict = Verdict.NOT_WANTED
         if not resting:
+            self._agreement.make_room(self._is_gone)
             verdict = self._agreement.offered(
                 peer, request.visit, request.sender.session, request.step, wish
             )
@@ -150,9 +151,13 @@ class Handshake:
         peer = self._peers.check_sender(request.sender)
         if request.degree < 1:
             raise PeerRefused("bad_degree", "a neighbour has at least one edge")
+        self._agreement.make_room(self._is_gone)
         self._agreement.degree(peer, request.visit, request.degree, request.graph)
         self._changes.beat()
         return self._answer(Verdict.ACCEPTED)
+
+    def _is_gone(self, peer: str) -> bool:
+        return self._peers.link(peer) is None
 
     def _answer(self, verdict: Verdict) -> pb.VisitAnswer:
         name = pb.VisitAnswer.Verdict.Name(verdict)

@@ -24,7 +24,7 @@ def test_blocks_cover_every_layer_once_and_in_order(layers, size):
 def test_a_round_visits_every_block_once(n_blocks, rounds, order, seed):
     """Whatever the order, each round is a permutation of the blocks."""
     schedule = Schedule(partition_layers(n_blocks, 1), rounds, 3, order, seed)
-    visits = list(schedule.remaining(0))
+    visits = [schedule.visit(index) for index in range(schedule.visits)]
     assert len(visits) == schedule.visits == rounds * n_blocks
     for round_ in range(rounds):
         visited = [visit.block for visit in visits if visit.round == round_]
@@ -34,7 +34,7 @@ def test_a_round_visits_every_block_once(n_blocks, rounds, order, seed):
 def test_serials_number_the_steps_without_gap():
     """Tags of consecutive steps are consecutive over visits and rounds."""
     schedule = Schedule(partition_layers(4, 2), 2, 3, "ascending", 0)
-    serials = [schedule.serial(v.index, s) for v in schedule.remaining(0) for s in range(3)]
+    serials = [schedule.serial(v, s) for v in range(schedule.visits) for s in range(3)]
     assert serials == list(range(schedule.total_steps))
     assert schedule.cursor(3, 2) == Cursor(1, 1, 2)
 

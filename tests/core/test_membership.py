@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deca_node.compression import Format
+from deca_node.limits import MAX_MEMBERS
 from deca_node.membership import (
     Peer,
     Phase,
@@ -215,6 +216,41 @@ def test_an_edge_without_its_degree_carries_nothing():
     assert edges.weights == {"b": pytest.approx(1 / 3)}
     assert edges.own_weight == pytest.approx(2 / 3)
     assert edges.degree == 2
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 9)), max_size=40))
+def test_what_was_told_of_visits_that_are_over_is_forgotten(told):
+    """Of each peer the latest word counts, and is kept for as long as its visit is to come."""
+    agreement = VisitAgreement(0)
+    latest = {}
+    for peer, visit in told:
+        agreement.offered(peer, visit, 1)
+        agreement.degree(peer, visit, 2)
+        latest[peer] = visit
+    agreement.begin(5, frozenset("ab"))
+    assert agreement.known == {peer for peer, visit in latest.items() if visit >= 5}
+
+
+@pytest.mark.parametrize("told", ["offer", "degree", "both"])
+def test_names_that_come_and_go_fill_no_table(told):
+    """Each is new, offers a visit far ahead and leaves; the neighbours' words stay."""
+    agreement = VisitAgreement(3)
+    agreement.begin(3, frozenset("bc"))
+    agreement.offered("b", 3, 1)
+    agreement.answered("b", Verdict.ACCEPTED)
+    agreement.close()
+    agreement.degree("b", 3, 2)
+    agreement.offered("d", 4, 1)  # a neighbour's of the next visit, told early
+    for index in range(3 * MAX_MEMBERS):
+        name = f"eve{index}"
+        agreement.make_room(lambda peer, here=name: peer not in (*"bcd", here))
+        if told != "degree":
+            assert agreement.offered(name, 10**9 + index, 1) is Verdict.ACCEPTED
+        if told != "offer":
+            agreement.degree(name, 10**9 + index, 1)
+        assert len(agreement.known) <= MAX_MEMBERS + 1
+    assert {"b", "d"} <= agreement.known
+    assert agreement.settle().weights == {"b": pytest.approx(1 / 3)}
 
 
 def test_graphs_are_told_with_the_degree():

@@ -1,6 +1,21 @@
-"""Which block is fetched next from whom."""
+"""Which block is fetched next from whom, who helps, and who is left alone."""
 
-from deca_node.recovery import Kept, Need, next_block
+import math
+
+import pytest
+
+from deca_node.limits import MAX_MEMBERS
+from deca_node.recovery import (
+    MAX_BROKEN_TRIES,
+    MAX_REST_SECONDS,
+    Flight,
+    Kept,
+    Need,
+    Records,
+    displaced,
+    next_block,
+    next_rival,
+)
 
 
 def test_a_part_is_first_offered_to_whom_it_came_from():
@@ -17,3 +32,107 @@ def test_a_part_is_first_offered_to_whom_it_came_from():
     assert next_block(missing, "a", {"b0"}) == 0  # rather than nothing
     assert next_block(missing, "c", ()) is None
     assert next_block({}, "a", ()) is None
+
+
+def kept(nbytes=100, xxh3="x"):
+    return Kept(1, nbytes, xxh3)
+
+
+@pytest.mark.parametrize(
+    ("got", "left", "seconds", "patience", "slow"),
+    [
+        (0, 100, 9, 10, False),  # it may be waiting for its turn
+        (0, 100, 11, 10, True),
+        (50, 50, 11, 10, True),  # 11 more seconds
+        (55, 45, 11, 10, False),  # 9 more
+        (99, 1, 39, 10, False),
+        (99, 1, 41, 10, True),  # overdue
+        (50, 50, 1000, math.inf, False),
+    ],
+)
+def test_a_flight_is_slow_beside_one_that_would_be_there_before_it(
+    got, left, seconds, patience, slow
+):
+    """What counts is how long the rest will take at the pace so far."""
+    assert Flight("x", got, left, seconds).is_slow(patience) is slow
+
+
+def test_an_idle_giver_helps_with_what_is_under_way_longest():
+    """It must have the block, and be faster than all that it comes from."""
+    needs = {block: Need(block, {"a": kept(), "b": kept()}) for block in range(4)}
+    needs[3] = Need(3, {"a": kept()})
+    flying = {
+        0: [Flight("x", 10, 90, 30.0)],
+        1: [Flight("x", 10, 90, 40.0)],
+        2: [Flight("x", 10, 90, 50.0), Flight("y", 10, 90, 1.0)],  # somebody helps already
+        3: [Flight("x", 10, 90, 60.0)],
+    }
+    assert next_rival(flying, needs, "b", 10.0, 20.0) == 1
+    assert next_rival(flying, needs, "b", None, 35.0) == 1
+    assert next_rival(flying, needs, "b", None, 45.0) is None
+    assert next_rival(flying, needs, "b", 0.1, 20.0) is None
+    assert next_rival(flying, needs, "b", 0.0, 20.0) is None
+    assert next_rival({}, needs, "b", 10.0, 20.0) is None
+    # What is there in a moment is not worth a second giver.
+    assert next_rival({0: [Flight("x", 50, 50, 1.5)]}, needs, "b", 1e6, 20.0) is None
+
+
+def test_a_blocks_flights_are_two_and_of_two_versions():
+    """One file is written by one flight; of three the slowest ends."""
+    slow, fast = Flight("x", 1, 99, 50.0), Flight("y", 50, 50, 50.0)
+    assert displaced([], "z") is None
+    assert displaced([slow], "z") is None
+    assert displaced([slow], "x") == 0
+    assert displaced([fast, slow], "z") == 1
+    assert displaced([fast, slow], "y") == 0
+
+
+def tried(records, giver, begin, seconds, nbytes, **said):
+    return records.tried(giver, begin, begin + seconds, nbytes, **{"whole": False, **said})
+
+
+def test_who_brings_nothing_is_left_alone_for_ten_times_as_long_as_it_took():
+    """A whole block, or a part of one, makes good what was in vain before."""
+    records = Records()
+    for nbytes, whole in ((0, False), (0, False), (5, False), (0, False), (0, False), (100, True)):
+        assert not tried(records, "a", 0, 1, nbytes, whole=whole)
+    assert records.resting(0) == frozenset()
+    assert not tried(records, "a", 10, 1, 0)
+    assert not tried(records, "a", 13, 1, 0)
+    assert tried(records, "a", 16, 1, 0)
+    assert records.resting(17) == records.resting(86.9) == {"a"}
+    assert records.resting(87) == frozenset()
+    assert not tried(records, "a", 90, 1, 0)  # it begins anew
+
+
+def test_parts_alone_are_no_block():
+    """Who brings something each time, or has no place free, is left alone in the end."""
+    for nbytes, excused in ((7, False), (0, True)):
+        records = Records()
+        ended = [tried(records, "a", 1000 * n, 10, nbytes, excused=excused) for n in range(20)]
+        assert ended == [False] * (MAX_BROKEN_TRIES - 1) + [True]
+        assert records.resting(19_010 + MAX_REST_SECONDS - 1) == {"a"}
+        assert records.resting(19_010 + MAX_REST_SECONDS) == frozenset()
+
+
+def test_the_fastest_are_asked_before_the_slower_and_the_unknown_before_all():
+    """Its latest try tells how fast a giver is."""
+    records = Records()
+    tried(records, "slow", 0, 10, 100, whole=True)
+    tried(records, "fast", 0, 10, 900, whole=True)
+    tried(records, "none", 0, 10, 0)
+    assert records.rate("slow") == 10
+    assert records.rate("new") is None
+    assert records.in_order(["none", "slow", "new", "fast"]) == ["new", "fast", "slow", "none"]
+    tried(records, "fast", 10, 0.001, 0, whole=True)  # all of it was there already
+    assert records.rate("fast") == 90
+
+
+def test_names_that_come_and_go_fill_no_table_of_givers():
+    """Of many, those are kept that can give."""
+    records = Records()
+    for index in range(MAX_MEMBERS + 1):
+        tried(records, f"n{index}", 0, 1, 1)
+    records.make_room(["n3", "n9"])
+    assert records.rate("n3") == records.rate("n9") == 1
+    assert records.rate("n4") is None

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp
-from deca_node.errors import PayloadError, PeerRefused
+from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp, transfer_seconds
+from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
 from deca_node.membership import Phase, State
+from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Kept
 from tests.swarm import Part, ToySwarm
 from tests.virtual_time import run
@@ -367,6 +368,40 @@ def test_a_liar_about_what_it_has_is_not_believed():
     run(scenario())
 
 
+@pytest.mark.parametrize("error", [PeerRefused("passed", "cannot be read"), PeerTimeout("late")])
+def test_one_that_is_ahead_and_gives_nothing_halts_nobody(error):
+    """It was alone, went on, and came back with blocks that it lists and never hands out."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=8, steps=3)
+        ahead = swarm.nodes[3]
+
+        def fault(call, index, message):
+            if call.method == "FetchBlock" and call.target == ahead.address:
+                raise error
+            return message
+
+        swarm.network.fault = fault
+        swarm.start()
+        await until(lambda: swarm.nodes[0].member is not None and swarm.nodes[0].member.visit >= 2)
+        swarm.cut([3], [0, 1, 2])
+        for node in swarm.nodes[:3]:
+            node.pace = 20.0
+        await until(lambda: ahead.member.visit >= swarm.nodes[0].member.visit + 6)
+        for node in swarm.nodes[:3]:
+            node.pace = 1.0
+        ahead.pace = 10_000.0  # it stays where it is
+        swarm.heal()
+        async with asyncio.timeout(2000):
+            await asyncio.gather(*(node.task for node in swarm.nodes[:3]))
+        assert all(node.story.finished for node in swarm.nodes[:3])
+        last = [record for _, _, record in swarm.nodes[0].story.steps][-3:]
+        assert all(set(record.edges.weights) == {"n1", "n2"} for record in last)
+        await ahead.kill()
+
+    run(scenario())
+
+
 def test_strangers_get_no_kept_block():
     """Lists and blocks are for greeted members of this run."""
 
@@ -374,8 +409,6 @@ def test_strangers_get_no_kept_block():
         swarm = ToySwarm(2, rounds=2, steps=3)
         swarm.start()
         await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
-        from deca_node.pb import node_pb2 as pb
-
         link = swarm.network.transport("10.9.9.9", 1).link(swarm.nodes[0].address)
         stranger = pb.Sender(run="toy", node="eve", session=9)
         with pytest.raises(PeerRefused) as caught:
@@ -384,6 +417,68 @@ def test_strangers_get_no_kept_block():
         with pytest.raises(PeerRefused):
             async for _ in link.fetch_block(pb.FetchBlockRequest(sender=stranger), 5):
                 pass
+        await swarm.finish()
+
+    run(scenario())
+
+
+async def _fetched(giver, request):
+    return [message async for message in giver.answer_fetch(request)]
+
+
+@pytest.mark.parametrize("beyond", [1, 1 << 40, 1 << 63, (1 << 64) - 1])
+def test_an_offset_beyond_the_file_is_refused_and_counted(beyond):
+    """Whatever a caller asks for, it gets a reason: 64 bits are more than a file's offset has."""
+
+    async def scenario():
+        swarm = ToySwarm(2, rounds=2, steps=3)
+        swarm.start()
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
+        member = swarm.nodes[0].member
+        block, kept = next(iter(member.giver._shelf.kept().items()))
+        sender = swarm.nodes[1].member.swarm.sender()
+        offset = beyond if beyond > 1 else kept.bytes + 1
+        request = pb.FetchBlockRequest(sender=sender, block=block, xxh3=kept.xxh3, offset=offset)
+        with pytest.raises(PeerRefused) as caught:
+            await _fetched(member.giver, request)
+        assert caught.value.reason == "bad_request"
+        assert member.swarm.traffic["n1"].refusals["bad_request"] == 1
+        request.offset = kept.bytes  # all of it is there already
+        assert await _fetched(member.giver, request) == []
+        await swarm.finish()
+
+    run(scenario())
+
+
+def test_who_takes_a_file_too_slowly_is_told_so_and_counted():
+    """Also where every single message is read in time: a place is kept from others all the while.
+
+    Nothing interrupts the caller at a message: what it does with one is its own.
+    """
+
+    async def scenario():
+        swarm = ToySwarm(2, rounds=2, steps=3)
+        swarm.start()
+        await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
+        member = swarm.nodes[0].member
+        block, kept = next(iter(member.giver._shelf.kept().items()))
+
+        async def dripping(file, offset, size):
+            return file.getvalue()[offset : offset + 1]
+
+        member.giver._shelf.read = dripping
+        sender = swarm.nodes[1].member.swarm.sender()
+        request = pb.FetchBlockRequest(sender=sender, block=block, xxh3=kept.xxh3)
+        taken = 0
+        limit = transfer_seconds(kept.bytes, swarm.timing)
+        with pytest.raises(PeerRefused) as caught:
+            async for _ in member.giver.answer_fetch(request):
+                taken += 1
+                await asyncio.sleep(limit / 4)
+        assert caught.value.reason == "too_slow"
+        assert 4 <= taken <= 5
+        assert member.swarm.traffic["n1"].refusals["too_slow"] == 1
+        del member.giver._shelf.read
         await swarm.finish()
 
     run(scenario())

@@ -550,6 +550,20 @@ def test_unfinished_transfers_do_not_pile_up(kept):
     assert not any(name.endswith(".part") for name in files(kept))
 
 
+def test_of_two_transfers_of_a_block_the_slower_ones_part_goes(kept):
+    """Two givers race for it: once one is adopted, what the other brought is of no use."""
+    store = reopened(kept)
+    (winning, digest), (losing, other) = transfer(7), transfer(9)
+    winner, loser = store.incoming(1, digest), store.incoming(1, other)
+    loser.write(losing[:10])
+    winner.write(winning)
+    loser.close()
+    assert store.begun() == {digest, other}
+    store.adopt({1: (winner, 5)}, Progress(visit=6))
+    assert store.begun() == frozenset()
+    assert store.state.blocks[1].xxh3 == digest
+
+
 def test_a_failed_adoption_can_be_tried_again(kept, monkeypatch):
     """A full disk at the manifest: the fetched blocks need not be fetched again."""
     content, digest = transfer()

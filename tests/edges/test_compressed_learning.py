@@ -90,7 +90,7 @@ def learn(folder, wire, seed):
     weights = metropolis_hastings(2, dict.fromkeys(("a", "b"), 2))["a"]
     schedule = Schedule(partition_layers(rehearsal.LAYERS, 1), ROUNDS, STEPS, "descending", seed)
     apart = []
-    for visit in schedule.remaining(0):
+    for visit in map(schedule.visit, range(schedule.visits)):
         for learner in learners:
             learner.open(visit)
         for step in range(STEPS):

@@ -562,7 +562,7 @@ def test_who_gives_but_never_fetches_costs_one_call_in_a_visit(monkeypatch):
 def test_serials_of_the_schedule_match_the_visits_that_neighbours_derive():
     """The exchange finds a serial's visit with the schedule's own numbers."""
     schedule = Schedule(partition_layers(6, 2), 2, STEPS, "ascending", 0)
-    for visit in schedule.remaining(0):
+    for visit in map(schedule.visit, range(schedule.visits)):
         for step in range(STEPS):
             assert schedule.serial(visit.index, step) // STEPS == visit.index
 
