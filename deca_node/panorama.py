@@ -4,7 +4,6 @@ Everything a node tells is hostile: texts are cut and made printable, numbers fi
 Who is asked beside the given addresses is what answering nodes say of their peers, within bounds.
 """
 
-import ipaddress
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +12,10 @@ from statistics import median
 from typing import Any
 
 from deca_node import status as words
-from deca_node.config import checked_address
+from deca_node.addresses import is_address, is_own, split
 from deca_node.curve import VALUES, Curve, Point
 from deca_node.events import printable
 from deca_node.limits import (
-    MAX_ADDRESS_BYTES,
     MAX_BLOCKS_SHOWN,
     MAX_EVENTS,
     MAX_EVENTS_KEPT,
@@ -155,15 +153,11 @@ class Panorama:
                 or _key(status.run, peer.node) in known
             ):
                 continue
-            if len(peer.address) > MAX_ADDRESS_BYTES or not peer.address.isprintable():
+            if not is_address(peer.address):
                 continue
-            try:
-                address = checked_address(peer.address)
-            except ValueError:
+            if _is_local(peer.address) and not _is_local(source):
                 continue
-            if _is_local(address) and not _is_local(source):
-                continue
-            self._watched[address] = _Watched(address, given=False, by=source)
+            self._watched[peer.address] = _Watched(peer.address, given=False, by=source)
             named += 1
 
     def statuses(self) -> dict[str, pb.NodeStatus]:
@@ -552,11 +546,7 @@ def _natural(key: str) -> list[tuple[int, int | str]]:
 def _is_local(address: str) -> bool:
     if address.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return is_own(split(address)[0])
 
 
 def _name(text: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deca_node import __version__, membership
+from deca_node.addresses import is_address, joined
 from deca_node.admission import Turns, network
 from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
@@ -33,7 +34,7 @@ from deca_node.limits import (
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
-from deca_node.swarm.contacts import Answer, Contacts, is_address
+from deca_node.swarm.contacts import Answer, Contacts
 from deca_node.swarm.refusals import DETAIL_CHARACTERS, Refusals
 from deca_node.swarm.traffic import RateMeter, TrafficTable
 from deca_node.transport import Link, Transport
@@ -266,7 +267,7 @@ class Swarm:
             return reply
         self._admit(request.sender, source)
         host = request.host or source
-        address = f"[{host}]:{request.port}" if ":" in host else f"{host}:{request.port}"
+        address = joined(host, request.port)
         if not is_address(address):
             address = f"{source}:0"  # what is kept and logged below
             refusal = "bad_address: host or port cannot be called"

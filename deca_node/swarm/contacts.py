@@ -11,9 +11,10 @@ from collections.abc import Collection
 from enum import Enum, auto
 from typing import Protocol
 
+from deca_node.addresses import is_address
 from deca_node.config import Timing
 from deca_node.errors import PeerError
-from deca_node.limits import MAX_ADDRESS_BYTES, MAX_CONTACTS, MAX_PROPOSALS
+from deca_node.limits import MAX_CONTACTS, MAX_PROPOSALS
 from deca_node.transport import Link, Transport
 from deca_node.waiting import happens
 
@@ -190,14 +191,6 @@ class Contacts:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def is_address(text: str) -> bool:
-    """Whether it is a HOST:PORT that can be called."""
-    host, _, port = text.rpartition(":")
-    if len(text) > MAX_ADDRESS_BYTES or not (host and text.isprintable()):
-        return False
-    return port.isascii() and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _now() -> float:

@@ -20,6 +20,7 @@ from deca_node.transport.connection import (
     STATUS,
     Credentials,
     Guard,
+    target,
 )
 from deca_node.trust import is_name
 
@@ -131,7 +132,9 @@ class GrpcLink:
 
     def _connect(self, node: str | None = None) -> _Connection:
         if self._credentials is None:
-            return _Connection(grpc.aio.insecure_channel(self.address, options=CLIENT_OPTIONS))
+            return _Connection(
+                grpc.aio.insecure_channel(target(self.address), options=CLIENT_OPTIONS)
+            )
         return _Connection(self._credentials.channel(self.address, node))
 
     async def _call(

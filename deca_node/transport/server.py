@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deca_node.addresses import joined
 from deca_node.admission import Places
 from deca_node.errors import ListenError
 from deca_node.limits import (
@@ -75,9 +76,8 @@ class GrpcTransport:
             names.append(CONTROL.full_name)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(names, server)
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = joined(self._host, self._port)
         try:
-            address = f"{host}:{self._port}"
             if self._guard is None:
                 found = server.add_insecure_port(address)
             else:
@@ -86,7 +86,7 @@ class GrpcTransport:
             found = 0
         if found == 0:
             raise ListenError(
-                f"cannot listen on {host}:{self._port}: the port is taken or the address is not "
+                f"cannot listen on {address}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
         if socket is not None:
@@ -110,13 +110,13 @@ class GrpcTransport:
         server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check})]
         )
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = joined(self._host, port)
         try:
-            found = server.add_insecure_port(f"{host}:{port}")
+            found = server.add_insecure_port(address)
         except RuntimeError:
             found = 0
         if found == 0:
-            raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
+            raise ListenError(f"cannot listen on {address}; set node.health_port")
         await server.start()
         self._health_server = server
 

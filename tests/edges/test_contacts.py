@@ -12,7 +12,6 @@ from deca_node.swarm.contacts import (
     REFUSED_HEARTBEATS,
     Answer,
     Contacts,
-    is_address,
 )
 from tests.virtual_time import run
 
@@ -154,21 +153,3 @@ def test_what_peers_name_takes_half_of_the_table_and_a_part_of_it_each():
         await contacts.close()
 
     run(main())
-
-
-@pytest.mark.parametrize(
-    ("text", "good"),
-    [
-        ("host:1", True),
-        ("[fe80::1]:65535", True),
-        ("host:0", False),
-        ("host:65536", False),
-        (":7430", False),
-        ("host", False),
-        ("ho\nst:1", False),
-        ("h" * 1000 + ":1", False),
-        ("host:٣", False),
-    ],
-)
-def test_what_an_address_is(text, good):
-    assert is_address(text) is good

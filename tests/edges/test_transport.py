@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -19,7 +20,8 @@ from deca_node.errors import (
 )
 from deca_node.loopback import LoopbackNetwork
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport.client import ask_all, ask_status
+from deca_node.transport.client import GrpcLink, ask_all, ask_status
+from deca_node.transport.gate import host_of
 from deca_node.transport.server import GrpcTransport
 from deca_node.wire import frame
 
@@ -279,3 +281,36 @@ async def test_what_is_at_a_port_is_said_in_a_few_words(greeting, words):
         assert len(str(told.value)) < 80
     finally:
         server.close()
+
+
+async def test_a_host_that_is_called_like_a_scheme_is_a_host(tmp_path, monkeypatch):
+    """gRPC would open the socket file 80 for ``unix:80``, wherever the node was started."""
+    monkeypatch.chdir(tmp_path)
+    handler, server = Answers(), GrpcTransport("127.0.0.1", 0)
+    await server.listen(handler, handler, None, Path("80"))
+    try:
+        link = server.link("unix:80")
+        with pytest.raises(PeerError):
+            await link.hello(pb.HelloRequest(), 5)
+        await link.close()
+        assert not handler.asked
+        link = GrpcLink(f"unix:{tmp_path}/80")  # as this machine's own list has it
+        assert (await link.get_status(5)).node == "bob"
+        await link.close()
+    finally:
+        await server.close(0)
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:192.0.2.7:567", "192.0.2.7"),
+        ("ipv6:%5B2001:db8::7%5D:567", "2001:db8::7"),
+        ("ipv6:[2001:db8::7]:567", "2001:db8::7"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:567", "fe80::1%eth0"),
+        ("unix:", "127.0.0.1"),
+    ],
+)
+def test_where_a_caller_is(peer, host):
+    """Of what gRPC says of a call's other end."""
+    assert host_of(peer) == host
