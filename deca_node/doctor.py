@@ -636,7 +636,7 @@ async def _discover(settings: Settings, port: int, timing: Timing, swarm: Swarm)
         ),
         interfaces=settings.network.interfaces,
         browse_every=timing.browse,
-        sighted=swarm.propose,
+        sighted=swarm.sighted,
     )
     await discovery.start()
     return discovery

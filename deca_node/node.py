@@ -668,7 +668,7 @@ class Node:
             addresses_now=None if advertised else partial(own_addresses, settings.node.host),
             interfaces=settings.network.interfaces,
             browse_every=self.timing.browse,
-            sighted=member.swarm.propose,
+            sighted=member.swarm.sighted,
         )
         try:
             await discovery.start()

@@ -34,7 +34,7 @@ from deca_node.limits import (
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
-from deca_node.swarm.contacts import Answer, Contacts
+from deca_node.swarm.contacts import Answer, Contacts, Origin
 from deca_node.swarm.refusals import DETAIL_CHARACTERS, Refusals
 from deca_node.swarm.traffic import RateMeter, TrafficTable
 from deca_node.transport import Link, Transport
@@ -123,23 +123,31 @@ class Swarm:
         self._steps_per_visit = steps_per_visit
         self._changed = changed
         self._log = log
-        self._contacts = Contacts(self, transport, timing, identity.session)
+        self._contacts = Contacts(self, transport, timing, identity.session, log)
         self._links: dict[str, tuple[str, Link]] = {}
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
         self._complained: dict[tuple[str, str], float] = {}
 
     # --- contacts
 
-    def propose(self, address: str, *, lasting: bool = False, by: str = "") -> None:
-        """Somebody may be at HOST:PORT.
+    def propose(self, address: str, *, lasting: bool = False) -> None:
+        """Somebody may be at HOST:PORT, says the operator, or whom the operator has named.
 
         Args:
             address: where.
             lasting: never drop it (static peers).
-            by: the peer that says so, if one does.
         """
+        self._propose(address, Origin.OPERATOR, lasting=lasting)
+
+    def sighted(self, address: str) -> None:
+        """Somebody may be at HOST:PORT, says an announcement on the local network."""
+        self._propose(address, Origin.NETWORK)
+
+    def _propose(
+        self, address: str, origin: Origin, *, lasting: bool = False, by: str = ""
+    ) -> None:
         if not self._is_spare(address):
-            self._contacts.add(address, lasting=lasting, by=by)
+            self._contacts.add(address, origin=origin, lasting=lasting, by=by)
 
     def _is_spare(self, address: str) -> bool:
         """Whether it is a further address of a peer whose first one works."""
@@ -247,7 +255,7 @@ class Swarm:
         if contact.node != self.identity.node and (
             known is None or known.state in (State.GONE, State.SUSPECT)
         ):
-            self.propose(contact.address, by=by)
+            self._propose(contact.address, Origin.PEER, by=by)
 
     # --- answering greetings
 
@@ -294,7 +302,7 @@ class Swarm:
         reply.unreached = self._cannot_call(request.sender.node, address)
         held = self._links.get(request.sender.node)
         if held is None or held[0] != address:
-            self.propose(address)
+            self._propose(address, Origin.CALLER, by=request.sender.node)
         return reply
 
     def _admit(self, sender: pb.Sender, source: str) -> None:
