@@ -785,8 +785,8 @@ def render(checks: Iterable[Check]) -> Table:
         table.add_row(
             Text(one.check),
             Text(one.verdict, _STYLES[one.verdict]),
-            Text(one.found),
-            Text(one.remedy),
+            status.text(one.found),
+            status.text(one.remedy),
         )
     return table
 

@@ -42,6 +42,8 @@ MAX_FINGERPRINT_FIELDS = 64
 MAX_FINGERPRINT_BYTES = 512
 # Longest text of a peer that enters the log or status.
 MAX_REASON_BYTES = 300
+# Of one text of a node, or of a list of them, on a terminal: the names of all members.
+MAX_SHOWN_CHARACTERS = MAX_MEMBERS * (MAX_NAME_BYTES + 2)
 # Longest program version that is shown.
 MAX_VERSION_BYTES = 32
 # Neighbours' whole blocks kept at once where the mix is clipped or trimmed (robust.py): 4 bytes a

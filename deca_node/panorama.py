@@ -1,6 +1,7 @@
 """What several nodes tell, as one picture. Pure: time is an argument, in seconds.
 
-Everything a node tells is hostile: texts are cut and made printable, numbers finite, lists bounded.
+Everything a node tells is hostile: in the picture texts are cut and made printable, numbers finite,
+lists bounded; ``statuses`` alone hands out what was told, to status.py, which does that itself.
 Who is asked beside the given addresses is what answering nodes say of their peers, within bounds.
 """
 

@@ -16,6 +16,7 @@ from deca_node.addresses import is_address, joined
 from deca_node.admission import Turns, network
 from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
+from deca_node.events import printable
 from deca_node.fingerprint import PROTOCOL_VERSION, difference
 from deca_node.health import Told
 from deca_node.limits import (
@@ -24,7 +25,6 @@ from deca_node.limits import (
     MAX_FINGERPRINT_FIELDS,
     MAX_MEMBERS,
     MAX_NAME_BYTES,
-    MAX_REASON_BYTES,
     MAX_TIME,
     MAX_VERSION_BYTES,
     PEER_GREETINGS,
@@ -210,7 +210,7 @@ class Swarm:
             self._objection(
                 reply.sender, reply.protocol, reply.fingerprint, address, starting=reply.phase
             )
-            or reply.refusal[:MAX_REASON_BYTES]
+            or reply.refusal
         )
         if refusal:
             self._refused(reply.sender, address, refusal)
@@ -379,7 +379,7 @@ class Swarm:
         return True
 
     def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
-        word, _, text = refusal.partition(": ")
+        word, _, text = printable(refusal).partition(": ")
         reason = known_reason(word)
         self.refusals.count[reason] += 1
         name = sender.node if _is_name(sender.node) else "?"
@@ -441,7 +441,7 @@ class Swarm:
         told_time = math.isfinite(said.time) and 0 < said.time < MAX_TIME
         before = self.told.get(sender.node, Told())
         self.told[sender.node] = Told(
-            said.version[:MAX_VERSION_BYTES],
+            printable(said.version, MAX_VERSION_BYTES),
             said.time - time.time() if told_time else None,
             said.unreached if isinstance(said, pb.HelloReply) else before.unreached,
         )

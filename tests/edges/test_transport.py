@@ -314,3 +314,30 @@ async def test_a_host_that_is_called_like_a_scheme_is_a_host(tmp_path, monkeypat
 def test_where_a_caller_is(peer, host):
     """Of what gRPC says of a call's other end."""
     assert host_of(peer) == host
+
+
+@pytest.mark.parametrize(
+    "code",
+    [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED],
+)
+async def test_an_errors_text_is_the_other_ends_and_no_letter_of_it_is_obeyed(code):
+    """It goes into logs, statuses and to terminals."""
+
+    async def rude(request, context):
+        await context.abort(code, "stranger: \x1b]52;c;eA==\x07\x1b[2J\r\n" + "x" * 5000)
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(rude)
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("deca.v1.Status", {"GetStatus": handler})]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        with pytest.raises(PeerError) as told:
+            await ask_status(f"127.0.0.1:{port}", 30)
+        assert str(told.value).isprintable()
+        assert "]52;c;eA==" in str(told.value)
+        assert len(str(told.value)) < 400
+    finally:
+        await server.stop(0)
