@@ -40,6 +40,7 @@ from deca_node.limits import (
 )
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
+from deca_node.waiting import happens
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 # Nothing but this origin; no inline script or style, and no text can become markup.
@@ -136,8 +137,7 @@ class Feed:
                 steps[key] = points[-1][1]
             yield tree | {"whole": first}
             first = False
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ticked.wait(), _QUIET_SECONDS)
+            await happens(ticked, _QUIET_SECONDS)
 
     def close(self) -> None:
         """End all streams."""

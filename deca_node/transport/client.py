@@ -324,7 +324,8 @@ async def ask_status(
     """
     link = GrpcLink(address, credentials=credentials)
     try:
-        return await asyncio.wait_for(link.get_status(timeout), timeout + 1)
+        async with asyncio.timeout(timeout + 1):
+            return await link.get_status(timeout)
     except TimeoutError:
         raise PeerTimeout(f"{address}: no answer in {timeout:g} s") from None
     finally:
