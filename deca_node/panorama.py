@@ -71,7 +71,8 @@ class _Watched:
 
     ``by`` is the address of the node that named it, if no operator did; ``failing`` since when it
     does not answer; ``told_gone`` whether an event has said so; ``waits`` by peer the seconds that
-    steps had waited for it, at moments of the last while.
+    steps had waited for it, at moments of the last while; ``leavers`` by key how peers have left
+    that took leave of it.
     """
 
     address: str
@@ -86,6 +87,7 @@ class _Watched:
     last_event: int = 0
     curve: Curve = field(default_factory=lambda: Curve(MAX_HISTORY_POINTS))
     waits: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
+    leavers: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -193,6 +195,7 @@ class Panorama:
             self._tell(one, now, "answers", "answers again")
         self._take_events(one, status, now)
         self._take_waits(one, status, now)
+        one.leavers = _leavers(status)
         for peer in status.peers[:MAX_MEMBERS]:
             if peer.neighbour:
                 pair = _pair(key, _key(status.run, peer.node))
@@ -339,15 +342,10 @@ class Panorama:
         state = one.state(now)
         if state not in ("stale", "gone") or one.status is None:
             return state
+        key = one.key
         for other in self._watched.values():
-            if other.status is None or other.failing is not None:
-                continue
-            for peer in other.status.peers[:MAX_MEMBERS]:
-                if _key(other.status.run, peer.node) == one.key:
-                    if peer.state == "done":
-                        return "finished"
-                    if peer.state == "gone" and peer.phase == pb.PHASE_STOPPING:
-                        return "stopped"
+            if other.failing is None and key in other.leavers:
+                return other.leavers[key]
         return state
 
     def _card(self, one: _Watched, now: float) -> dict[str, Any]:
@@ -517,6 +515,17 @@ def _waiting(waits: deque[tuple[float, float]] | None) -> float:
         return 0.0
     share = (waits[-1][1] - waits[0][1]) / (waits[-1][0] - waits[0][0])
     return min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+
+
+def _leavers(status: pb.NodeStatus) -> dict[str, str]:
+    """Peers that a node knows to have finished or stopped, by key; of the same key the first."""
+    found: dict[str, str] = {}
+    for peer in status.peers[:MAX_MEMBERS]:
+        if peer.state == "done":
+            found.setdefault(_key(status.run, peer.node), "finished")
+        elif peer.state == "gone" and peer.phase == pb.PHASE_STOPPING:
+            found.setdefault(_key(status.run, peer.node), "stopped")
+    return found
 
 
 def _key(run: str, node: str) -> str:
