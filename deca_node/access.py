@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deca_node import identity, registry
-from deca_node.config import checked_address, default_trust_folder
+from deca_node.addresses import checked_address, split
+from deca_node.config import default_trust_folder
 from deca_node.errors import ConfigError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
@@ -81,7 +82,7 @@ async def _folder(address: str) -> Path | None:
         return None
     try:
         holder = identity.read(identity.to_pem(shown)).holder
-    except TrustError:
+    except Exception:  # noqa: BLE001 - what a stranger puts into one may raise what we know nothing of
         holder = None
     if holder is None:
         raise UnreachableError(f"{address}: answers under TLS, but not as a deca-node")
@@ -101,13 +102,11 @@ async def _certificate(address: str) -> bytes | None:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
     anybody.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
     try:
+        host, port = split(address)
         async with asyncio.timeout(PROBE_SECONDS):
-            _, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), ssl=anybody, server_hostname=""
-            )
-    except OSError:
+            _, writer = await asyncio.open_connection(host, port, ssl=anybody, server_hostname="")
+    except (OSError, ValueError):  # the latter of a name that cannot be one
         return None
     shown: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()

@@ -43,6 +43,7 @@ from deca_node.faults import Fault, Kind, Standing
 from deca_node.pb import node_pb2 as pb
 from deca_node.relay import Cables, Relay
 from deca_node.trail import Holding, Position, Trail, place, read_kept, resumed_at
+from deca_node.waiting import happens
 
 # The swarm hangs when nobody makes a step for so long.
 HANG_SECONDS = 60.0
@@ -415,9 +416,7 @@ class _Arena:
             try:
                 await self._begin()
                 while not self._tick(time.monotonic()):
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(interrupted.wait(), TICK_SECONDS)
-                    if interrupted.is_set():
+                    if await happens(interrupted, TICK_SECONDS):
                         return False
                     if watching.done():
                         watching.result()

@@ -42,6 +42,8 @@ from deca_node.errors import (
     PeerError,
     UnreachableError,
 )
+from deca_node.events import printable
+from deca_node.limits import MAX_SHOWN_CHARACTERS
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink, ask_all, ask_status
 
@@ -133,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _one_line(error: DecaError) -> str:
-    return " ".join(str(error).split())
+    """For a terminal: it may tell what a node has said."""
+    return printable(" ".join(str(error).split()), MAX_SHOWN_CHARACTERS)
 
 
 def _show_version(wanted: bool) -> None:
@@ -257,7 +260,7 @@ def peers(
     console = status.make_console()
     for now in found:
         if len(found) > 1:
-            console.print(Text(now.node, "bold"))
+            console.print(status.text(now.node, "bold"))
         console.print(status.render_peers(now.peers) if now.peers else "no peers yet")
 
 

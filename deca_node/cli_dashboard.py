@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from deca_node import access, registry, steering
-from deca_node.config import checked_address
+from deca_node.addresses import checked_address, joined
 from deca_node.errors import ConfigError, DecaError, UnreachableError
 from deca_node.events import printable
 from deca_node.observer import Observer
@@ -105,8 +105,7 @@ def dashboard(
             interval,
         )
         with web.listen(host, port) as opened:
-            shown = f"[{host}]" if ":" in host else host
-            at = f"http://{shown}:{opened.getsockname()[1]}/"
+            at = f"http://{joined(host, opened.getsockname()[1])}/"
             if operator is not None:
                 at += f"#operate={operator.token}"
             typer.echo(f"dashboard at {at}  (Ctrl-C ends it)")

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_node import identity, pairing, status
-from deca_node.config import checked_address, default_node_name, default_trust_folder, load
+from deca_node.addresses import checked_address, joined
+from deca_node.config import default_node_name, default_trust_folder, load
 from deca_node.discovery import inviters, inviting, own_addresses
 from deca_node.errors import ConfigError, PeerError, TrustError, UnreachableError
 from deca_node.guard import Visitor
@@ -177,7 +178,7 @@ async def _invite(
     inviter = pairing.Inviter(keyring, terms, lambda text: typer.echo(text, err=True))
     port = await inviter.listen(host, port)
     own = await asyncio.to_thread(own_addresses, host)
-    where = [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in own]
+    where = [joined(ip, port) for ip in own]
     where = ([advertise] if advertise else where)[:MAX_TOKEN_ADDRESSES]
     word = token(inviter.invitation(where))
     typer.echo(f"deca-node swarm join {word}")

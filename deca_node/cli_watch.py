@@ -11,7 +11,7 @@ import typer
 from rich.live import Live
 
 from deca_node import access, registry, status, steering, survey, watch
-from deca_node.config import checked_address
+from deca_node.addresses import checked_address
 from deca_node.errors import ConfigError, UnreachableError
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama

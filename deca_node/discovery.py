@@ -162,7 +162,8 @@ class Discovery:
         self._info = self._announcement()
         self._zeroconf: AsyncZeroconf | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._known: set[str] = set()
+        self._known: set[str] = set()  # names that this browser has told of
+        self._resolving: set[str] = set()
 
     def _announcement(self) -> AsyncServiceInfo:
         run, node, port = self._run, self._node, self._port
@@ -219,7 +220,8 @@ class Discovery:
         if self._zeroconf is not None:
             zeroconf, self._zeroconf = self._zeroconf, None
             with contextlib.suppress(TimeoutError, OSError):
-                await asyncio.wait_for(zeroconf.async_unregister_all_services(), WITHDRAW_SECONDS)
+                async with asyncio.timeout(WITHDRAW_SECONDS):
+                    await zeroconf.async_unregister_all_services()
             await zeroconf.async_close()
 
     async def _browse(self) -> None:
@@ -229,6 +231,8 @@ class Discovery:
             if self._zeroconf is None:
                 await asyncio.sleep(self._browse_every)
                 continue
+            # It tells of all names anew, and nobody tells of those that went away before it.
+            self._known.clear()
             browser = AsyncServiceBrowser(
                 self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change]
             )
@@ -267,10 +271,14 @@ class Discovery:
     ) -> None:
         if state_change is ServiceStateChange.Removed:
             self._known.discard(name)
-        elif name != self._info.name and len(self._known) < MAX_SIGHTINGS:
+        elif name != self._info.name and (name in self._known or len(self._known) < MAX_SIGHTINGS):
             self.heard_others = True
             self._known.add(name)
-            self._keep(asyncio.create_task(self._resolve(zeroconf, service_type, name)))
+            if name not in self._resolving:  # which takes the latest that is announced
+                self._resolving.add(name)
+                task = asyncio.create_task(self._resolve(zeroconf, service_type, name))
+                task.add_done_callback(lambda _: self._resolving.discard(name))
+                self._keep(task)
 
     async def _resolve(self, zeroconf: Zeroconf, service_type: str, name: str) -> None:
         info = AsyncServiceInfo(service_type, name)
@@ -314,7 +322,8 @@ async def inviting(run: str, port: int, addresses: Sequence[str]) -> AsyncGenera
     finally:
         if zeroconf is not None:
             with contextlib.suppress(TimeoutError, OSError):
-                await asyncio.wait_for(zeroconf.async_unregister_all_services(), WITHDRAW_SECONDS)
+                async with asyncio.timeout(WITHDRAW_SECONDS):
+                    await zeroconf.async_unregister_all_services()
             await zeroconf.async_close()
 
 

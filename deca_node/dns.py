@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from deca_node.addresses import joined, split
 from deca_node.limits import MAX_NAMED_ADDRESSES
 
 # (host, port) -> IP addresses; raises OSError where there are none.
@@ -68,11 +69,10 @@ class NamedPeers:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _follow(self, name: str) -> None:
-        host, _, port = name.rpartition(":")
-        host = host.strip("[]")
+        host, port = split(name)
         while True:
             try:
-                found = await _in_a_thread(lambda: self._resolver(host, int(port)))
+                found = await _in_a_thread(lambda: self._resolver(host, port))
             except OSError as error:
                 reason = error.strerror or str(error)
                 if self.failing.get(name) != reason:
@@ -81,7 +81,7 @@ class NamedPeers:
             else:
                 self.failing.pop(name, None)
                 for address in callable_addresses(found):
-                    self._sighted(f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+                    self._sighted(joined(address, port))
             await asyncio.sleep(self._every)
 
 

@@ -50,6 +50,7 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.transport.client import ask_status
 from deca_node.transport.server import GrpcTransport
+from deca_node.waiting import happens
 
 # Up to this size the weights are read for their digest without being asked for: some seconds.
 QUICK_BYTES = 2 << 30
@@ -602,8 +603,7 @@ async def _meet(facts: Facts, patience: float | None) -> list[Check]:
             async with asyncio.timeout(limit):
                 while not _complete(swarm, desk.callers, settings):
                     changed.clear()
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), 0.1)
+                    await happens(changed, 0.1)
         checks += _judge(swarm, desk.callers, facts, port, limit)
         checks += [
             Check(
@@ -636,7 +636,7 @@ async def _discover(settings: Settings, port: int, timing: Timing, swarm: Swarm)
         ),
         interfaces=settings.network.interfaces,
         browse_every=timing.browse,
-        sighted=swarm.propose,
+        sighted=swarm.sighted,
     )
     await discovery.start()
     return discovery
@@ -785,8 +785,8 @@ def render(checks: Iterable[Check]) -> Table:
         table.add_row(
             Text(one.check),
             Text(one.verdict, _STYLES[one.verdict]),
-            Text(one.found),
-            Text(one.remedy),
+            status.text(one.found),
+            status.text(one.remedy),
         )
     return table
 

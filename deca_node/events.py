@@ -75,9 +75,9 @@ class _Blank(dict[str, Any]):
         return ""
 
 
-def printable(text: str) -> str:
+def printable(text: str, limit: int = MAX_REASON_BYTES) -> str:
     """A text as a part of one line, of bounded length."""
-    cut = text if len(text) <= MAX_REASON_BYTES else f"{text[: MAX_REASON_BYTES - 1]}…"
+    cut = text if len(text) <= limit else f"{text[: limit - 1]}…"
     return "".join(letter if letter.isprintable() else "?" for letter in cut)
 
 

@@ -17,11 +17,18 @@ MAX_ABOUT_BYTES = 4 << 10
 MAX_METADATA_BYTES = 16 << 10
 # Members of a run. Everybody greets everybody; beyond this the greetings alone are a load.
 MAX_MEMBERS = 256
-# Addresses greeted at once. What peers say of others takes at most half of them, so that liars
-# cannot crowd out those that discovery finds, that call us, or that the operator named.
+# Addresses greeted at once. What peers say of others takes at most half of them, and what was
+# announced where nobody of the run was met a quarter, so that liars cannot crowd out those that
+# call us, or that the operator named. A caller takes the place of an address where no peer was met.
 MAX_CONTACTS = 2 * MAX_MEMBERS
 # Of that half, what one peer may have proposed at once.
 MAX_PROPOSALS = 64
+# Addresses that one caller has said, or was seen, to call from: of both protocols, on two networks.
+# A further one replaces one where it was not met.
+MAX_CLAIMS = 4
+# Of those that were announced on the local network, where anybody can announce: those at which no
+# peer was met. A further one replaces the oldest that was tried. Honest nodes answer at once.
+MAX_ANNOUNCED = MAX_CONTACTS // 4
 # Longest node or run name that is looked at (config allows 48).
 MAX_NAME_BYTES = 64
 # What a header may say beside its block in final agreement: some numbers, and broken edges by the
@@ -35,6 +42,8 @@ MAX_FINGERPRINT_FIELDS = 64
 MAX_FINGERPRINT_BYTES = 512
 # Longest text of a peer that enters the log or status.
 MAX_REASON_BYTES = 300
+# Of one text of a node, or of a list of them, on a terminal: the names of all members.
+MAX_SHOWN_CHARACTERS = MAX_MEMBERS * (MAX_NAME_BYTES + 2)
 # Longest program version that is shown.
 MAX_VERSION_BYTES = 32
 # Neighbours' whole blocks kept at once where the mix is clipped or trimmed (robust.py): 4 bytes a

@@ -13,6 +13,9 @@ import structlog
 from rich.console import Console
 from rich.text import Text
 
+from deca_node.events import printable
+from deca_node.limits import MAX_SHOWN_CHARACTERS
+
 # A progress bar must be drawn on this console: then lines appear above it, not through it.
 console = Console(stderr=True)
 
@@ -48,13 +51,14 @@ def configure(*, human: bool, verbose: bool = False) -> None:
     ]
     render: list[structlog.typing.Processor] = (
         [
+            _printable,
             structlog.dev.ConsoleRenderer(
                 colors=console.is_terminal,
                 pad_event_to=28,
                 sort_keys=False,
                 timestamp_key="time",
                 exception_formatter=structlog.dev.plain_traceback,
-            )
+            ),
         ]
         if human
         else [
@@ -94,6 +98,19 @@ def _add_bound(
 ) -> MutableMapping[str, Any]:
     for name, value in _bound.items():
         event.setdefault(name, value)
+    return event
+
+
+def _printable(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Values may be what a peer has said: none of their letters is for the terminal to obey.
+
+    JSON escapes them by itself.
+    """
+    for name, value in event.items():
+        if isinstance(value, str) and name not in ("event", "exception", "stack"):
+            event[name] = printable(value, MAX_SHOWN_CHARACTERS)
     return event
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from deca_node import __version__, logs, memory, registry
+from deca_node.addresses import as_called_here, joined
 from deca_node.agreement import Agreeing, Agreement
 from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint
@@ -270,12 +271,12 @@ class Node:
             socket = None
             self._log.warning("no socket file: pause, resume and so on need a certificate")
         stack.push_async_callback(self._transport.close, CLOSE_GRACE_SECONDS)
-        here = _reachable(settings.node.host)
+        here = as_called_here(settings.node.host)
         called = settings.node.advertise_port or port
-        self._standing.address = _joined(settings.node.advertise or here, called)
+        self._standing.address = joined(settings.node.advertise or here, called)
         trust = str(settings.trust_folder().absolute()) if self._guard is not None else ""
         entry = (
-            _joined(here, port),
+            joined(here, port),
             settings.run.name,
             settings.node.name,
             trust,
@@ -286,7 +287,7 @@ class Node:
             endpoint = Endpoint(settings.metrics.host, settings.metrics.port, self._measurements)
             # A scrape under way is answered by this loop.
             stack.push_async_callback(asyncio.to_thread, endpoint.close)
-            at = _joined(settings.metrics.host, endpoint.port)
+            at = joined(settings.metrics.host, endpoint.port)
             self._log.info("metrics", address=f"http://{at}/metrics")
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
         return called
@@ -667,7 +668,7 @@ class Node:
             addresses_now=None if advertised else partial(own_addresses, settings.node.host),
             interfaces=settings.network.interfaces,
             browse_every=self.timing.browse,
-            sighted=member.swarm.propose,
+            sighted=member.swarm.sighted,
         )
         try:
             await discovery.start()
@@ -774,12 +775,3 @@ def _per_second(megabytes: float | None) -> float | None:
 
 def _nothing() -> None:
     """What there is to save when nothing has changed."""
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _reachable(host: str) -> str:
-    """What callers on this machine can use for an address that means all interfaces."""
-    return "127.0.0.1" if host in ("0.0.0.0", "") else "::1" if host == "::" else host  # noqa: S104

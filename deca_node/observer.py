@@ -82,8 +82,8 @@ class Observer:
                         panorama.answered(address, status, self._clock())
                     finally:
                         await link.close()
-                except DecaError as error:
-                    panorama.failed(address, str(error), self._clock())
+                except Exception as error:  # noqa: BLE001 - see _why
+                    panorama.failed(address, _why(address, error), self._clock())
 
         while True:
             coming = [address for address in panorama.addresses() if address not in asked]
@@ -125,8 +125,8 @@ class Observer:
                         await asyncio.sleep(self.interval)
                 finally:
                     await link.close()
-            except DecaError as error:
-                self._panorama.failed(address, str(error), self._clock())
+            except Exception as error:  # noqa: BLE001 - see _why
+                self._panorama.failed(address, _why(address, error), self._clock())
             await asyncio.sleep(self.interval)
 
     async def _ask(self, address: str, link: Asked) -> None:
@@ -151,3 +151,14 @@ class Observer:
                 )
             ]
         panorama.steps_made(address, points)
+
+
+def _why(address: str, error: Exception) -> str:
+    """Why a node could not be asked.
+
+    Whatever it was, of one node of many: what an address, a certificate or a status makes this
+    machine's libraries raise must not end the look at the others.
+    """
+    if isinstance(error, DecaError):
+        return str(error)
+    return f"{address}: {type(error).__name__}: {error}"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deca_node import identity
+from deca_node.addresses import split
 from deca_node.errors import ListenError, TrustError
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import (
@@ -357,11 +358,14 @@ def _take(keyring: Keyring, invitation: Invitation, key: bytes, answer: dict[str
 async def _connect(
     address: str, context: ssl.SSLContext, name: str | None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = address.rpartition(":")
+    try:
+        host, port = split(address)
+    except ValueError as error:  # an invitation may name anything
+        raise OSError(str(error)) from None
     async with asyncio.timeout(CONNECT_SECONDS):  # its TimeoutError is an OSError
         return await asyncio.open_connection(
-            host.strip("[]"),
-            int(port),
+            host,
+            port,
             ssl=context,
             server_hostname=name or "",
             limit=MAX_JOIN_BYTES,

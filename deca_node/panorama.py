@@ -1,10 +1,10 @@
 """What several nodes tell, as one picture. Pure: time is an argument, in seconds.
 
-Everything a node tells is hostile: texts are cut and made printable, numbers finite, lists bounded.
+Everything a node tells is hostile: in the picture texts are cut and made printable, numbers finite,
+lists bounded; ``statuses`` alone hands out what was told, to status.py, which does that itself.
 Who is asked beside the given addresses is what answering nodes say of their peers, within bounds.
 """
 
-import ipaddress
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +13,10 @@ from statistics import median
 from typing import Any
 
 from deca_node import status as words
-from deca_node.config import checked_address
+from deca_node.addresses import is_address, is_own, split
 from deca_node.curve import VALUES, Curve, Point
 from deca_node.events import printable
 from deca_node.limits import (
-    MAX_ADDRESS_BYTES,
     MAX_BLOCKS_SHOWN,
     MAX_EVENTS,
     MAX_EVENTS_KEPT,
@@ -72,7 +71,8 @@ class _Watched:
 
     ``by`` is the address of the node that named it, if no operator did; ``failing`` since when it
     does not answer; ``told_gone`` whether an event has said so; ``waits`` by peer the seconds that
-    steps had waited for it, at moments of the last while.
+    steps had waited for it, at moments of the last while; ``leavers`` by key how peers have left
+    that took leave of it.
     """
 
     address: str
@@ -87,6 +87,7 @@ class _Watched:
     last_event: int = 0
     curve: Curve = field(default_factory=lambda: Curve(MAX_HISTORY_POINTS))
     waits: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
+    leavers: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -155,15 +156,11 @@ class Panorama:
                 or _key(status.run, peer.node) in known
             ):
                 continue
-            if len(peer.address) > MAX_ADDRESS_BYTES or not peer.address.isprintable():
+            if not is_address(peer.address):
                 continue
-            try:
-                address = checked_address(peer.address)
-            except ValueError:
+            if _is_local(peer.address) and not _is_local(source):
                 continue
-            if _is_local(address) and not _is_local(source):
-                continue
-            self._watched[address] = _Watched(address, given=False, by=source)
+            self._watched[peer.address] = _Watched(peer.address, given=False, by=source)
             named += 1
 
     def statuses(self) -> dict[str, pb.NodeStatus]:
@@ -198,6 +195,7 @@ class Panorama:
             self._tell(one, now, "answers", "answers again")
         self._take_events(one, status, now)
         self._take_waits(one, status, now)
+        one.leavers = _leavers(status)
         for peer in status.peers[:MAX_MEMBERS]:
             if peer.neighbour:
                 pair = _pair(key, _key(status.run, peer.node))
@@ -344,15 +342,10 @@ class Panorama:
         state = one.state(now)
         if state not in ("stale", "gone") or one.status is None:
             return state
+        key = one.key
         for other in self._watched.values():
-            if other.status is None or other.failing is not None:
-                continue
-            for peer in other.status.peers[:MAX_MEMBERS]:
-                if _key(other.status.run, peer.node) == one.key:
-                    if peer.state == "done":
-                        return "finished"
-                    if peer.state == "gone" and peer.phase == pb.PHASE_STOPPING:
-                        return "stopped"
+            if other.failing is None and key in other.leavers:
+                return other.leavers[key]
         return state
 
     def _card(self, one: _Watched, now: float) -> dict[str, Any]:
@@ -524,6 +517,17 @@ def _waiting(waits: deque[tuple[float, float]] | None) -> float:
     return min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
 
 
+def _leavers(status: pb.NodeStatus) -> dict[str, str]:
+    """Peers that a node knows to have finished or stopped, by key; of the same key the first."""
+    found: dict[str, str] = {}
+    for peer in status.peers[:MAX_MEMBERS]:
+        if peer.state == "done":
+            found.setdefault(_key(status.run, peer.node), "finished")
+        elif peer.state == "gone" and peer.phase == pb.PHASE_STOPPING:
+            found.setdefault(_key(status.run, peer.node), "stopped")
+    return found
+
+
 def _key(run: str, node: str) -> str:
     """What a node is called in the picture."""
     return f"{_name(run)}/{_name(node)}"
@@ -552,11 +556,7 @@ def _natural(key: str) -> list[tuple[int, int | str]]:
 def _is_local(address: str) -> bool:
     if address.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return is_own(split(address)[0])
 
 
 def _name(text: str) -> str:

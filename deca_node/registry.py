@@ -69,8 +69,8 @@ def socket_path() -> Path | None:
 def announce(
     address: str, run: str, node: str, trust: str = "", socket: str = ""
 ) -> Iterator[None]:
-    """List this process's node for as long as the context lasts."""
-    entry = Entry(_local(address), run, node, os.getpid(), trust, socket)
+    """List this process's node, called at HOST:PORT, for as long as the context lasts."""
+    entry = Entry(address, run, node, os.getpid(), trust, socket)
     port = address.rpartition(":")[2]
     try:
         folder = _folder()
@@ -139,10 +139,3 @@ def _own(folder: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise PermissionError(f"{folder} is not a folder of this user alone")
     return folder
-
-
-def _local(address: str) -> str:
-    """An address that means all interfaces is reached through the loopback."""
-    host, _, port = address.rpartition(":")
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104
-    return f"{host}:{port}"

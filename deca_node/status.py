@@ -3,6 +3,7 @@
 import datetime as dt
 import math
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from google.protobuf.message import Message
@@ -11,6 +12,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from deca_node.events import printable
+from deca_node.limits import (
+    MAX_MEMBERS,
+    MAX_NAME_BYTES,
+    MAX_SHOWN_CHARACTERS,
+    MAX_TIME,
+    MAX_WARNINGS_SHOWN,
+)
 from deca_node.pb import node_pb2 as pb
 
 _STATE_STYLES = {
@@ -24,6 +33,7 @@ _STATE_STYLES = {
 PEER_STATES = frozenset({*_STATE_STYLES, "done"})
 _BAR_WIDTH = 16
 _PIPE_WIDTH = 140
+_MOST_BYTES = 1 << 64  # what the fields hold
 
 
 def make_console() -> Console:
@@ -36,7 +46,9 @@ def make_console() -> Console:
 
 
 def size(count: float) -> str:
-    """Bytes in binary units: ``12.3 MiB``."""
+    """Bytes in binary units: ``12.3 MiB``; ``?`` where it cannot be a number of bytes."""
+    if not abs(count) <= _MOST_BYTES:  # also what is no number
+        return "?"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -50,7 +62,9 @@ def rate(bytes_per_second: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``5s``, ``1m 05s``, ``2h 03m`` or ``3d 04h``."""
+    """Seconds as ``5s``, ``1m 05s``, ``2h 03m`` or ``3d 04h``; ``?`` where it cannot be one."""
+    if not abs(seconds) < MAX_TIME:  # also what is no number
+        return "?"
     whole = round(seconds)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)
@@ -84,48 +98,68 @@ def position(status: pb.NodeStatus) -> str:
 # For people
 
 
+def text(told: str, style: str = "") -> Text:
+    """What a node says, as a terminal may get it: nothing in it is markup or moves a cursor."""
+    return Text(printable(told, MAX_SHOWN_CHARACTERS), style)
+
+
+def _name(told: str, style: str = "") -> Text:
+    """A word that a node says, in a column that is as wide as the longest."""
+    return Text(printable(told, 2 * MAX_NAME_BYTES + 1), style)  # run and node
+
+
+def _number(value: float, digits: int) -> str:
+    """With so many digits after the point, where nobody has made it long on purpose."""
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
+
+
 def render(status: pb.NodeStatus) -> RenderableType:
     """All about one node."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    facts.add_row("node", Text.assemble((status.node, "bold"), f"  run {status.run}"))
+    facts.add_row("node", text(status.node, "bold").append_text(text(f"  run {status.run}")))
     facts.add_row("phase", _phase(status))
     if status.waiting_for:
-        facts.add_row("waiting for", Text(status.waiting_for))
+        facts.add_row("waiting for", text(status.waiting_for))
     if status.catch_up_total:
         facts.add_row("fetched", _fetched(status))
     facts.add_row("position", position(status))
     facts.add_row("progress", _progress(status))
     if status.loss:
-        facts.add_row("loss", f"{status.loss:.4f}  gradient norm {status.gradient_norm:.3g}")
+        facts.add_row(
+            "loss", f"{_number(status.loss, 4)}  gradient norm {status.gradient_norm:.3g}"
+        )
         facts.add_row("disagreement", f"{status.disagreement:.3g}")
-    facts.add_row("degree", f"{status.degree}  own weight {status.own_weight:.3f}")
+    facts.add_row("degree", f"{status.degree}  own weight {_number(status.own_weight, 3)}")
     if status.incomplete_mixes:
         facts.add_row("incomplete mixes", str(status.incomplete_mixes))
     memory = size(status.memory_bytes)
     if status.device_memory_bytes:
         memory += f"  on the device {size(status.device_memory_bytes)}"
-    facts.add_row("model", Text(status.model))
-    facts.add_row("device", f"{status.device}  memory {memory}")
+    facts.add_row("model", text(status.model))
+    facts.add_row("device", text(f"{status.device}  memory {memory}"))
     facts.add_row("sent", f"{size(status.bytes_sent)}  {rate(status.send_rate)}")
     facts.add_row("received", f"{size(status.bytes_received)}  {rate(status.receive_rate)}")
-    facts.add_row("address", Text(f"{status.address}  pid {status.pid}  {status.version}"))
+    facts.add_row("address", text(f"{status.address}  pid {status.pid}  {status.version}"))
     facts.add_row("security", _security(status))
     facts.add_row("up", duration(status.uptime_seconds))
     if status.refusals:
-        facts.add_row("refused", Text(_reasons(status.refusals), "yellow"))
-    for warning in status.warnings:
-        facts.add_row("warning", Text(warning, "yellow"))
+        facts.add_row("refused", text(_reasons(status.refusals), "yellow"))
+    for warning in status.warnings[:MAX_WARNINGS_SHOWN]:
+        facts.add_row("warning", text(warning, "yellow"))
     return Group(facts, render_peers(status.peers)) if status.peers else facts
 
 
 def _security(status: pb.NodeStatus) -> Text:
     if not status.certificate_ends:
-        return Text(status.security, "yellow" if "network" in status.security else "")
-    ends = dt.datetime.fromtimestamp(status.certificate_ends, dt.UTC).strftime("%Y-%m-%d")
+        return text(status.security, "yellow" if "network" in status.security else "")
+    try:
+        ends = dt.datetime.fromtimestamp(status.certificate_ends, dt.UTC).strftime("%Y-%m-%d")
+    except (ValueError, OverflowError, OSError):
+        ends = "?"  # no calendar's day
     out = f"  revoked: {', '.join(status.revoked)}" if status.revoked else ""
-    return Text(f"{status.security}, until {ends}{out}")
+    return text(f"{status.security}, until {ends}{out}")
 
 
 def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
@@ -137,22 +171,22 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("refused", "address", "detail"):
         table.add_column(heading, overflow="fold")
-    for peer in peers:
+    for peer in islice(peers, MAX_MEMBERS):
         table.add_row(
-            Text(peer.node, "bold" if peer.neighbour else ""),
-            Text(peer.state, _STATE_STYLES.get(peer.state, "")),
+            _name(peer.node, "bold" if peer.neighbour else ""),
+            _name(peer.state, _STATE_STYLES.get(peer.state, "")),
             phase(peer.phase),
-            f"{peer.weight:.3f}" if peer.neighbour else "-",
-            Text(peer.wire_format or "-"),
+            _number(peer.weight, 3) if peer.neighbour else "-",
+            _name(peer.wire_format or "-"),
             str(peer.visit),
             f"{duration(peer.last_seen_seconds)} ago",
             _traffic(peer.bytes_sent, peer.send_rate),
             _traffic(peer.bytes_received, peer.receive_rate),
             duration(peer.waited_seconds),
             str(peer.retries or "-"),
-            Text(_reasons(peer.refusals)),
-            Text(peer.address),
-            Text(peer.detail),
+            text(_reasons(peer.refusals)),
+            text(peer.address),
+            text(peer.detail),
         )
     return table
 
@@ -174,21 +208,21 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
     runs = {status.run for status in statuses.values() if not isinstance(status, str)}
     for name, status in statuses.items():
         if isinstance(status, str):
-            table.add_row(Text(name, "bold"), Text(status, "dim"))
+            table.add_row(text(name, "bold"), text(status, "dim"))
             continue
         trained = status.loss != 0  # unset until this process has done a step
         neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
         table.add_row(
-            Text(status.node if len(runs) == 1 else f"{status.run}/{status.node}", "bold"),
+            _name(status.node if len(runs) == 1 else f"{status.run}/{status.node}", "bold"),
             _phase(status),
             _catch_up_bar(status, 8) if status.catch_up_total else _bar(status, 8),
             f"{status.steps_done}/{status.steps_total}" if status.steps_total else "-",
             duration(status.eta_seconds) if status.eta_seconds else "-",
-            f"{status.loss:.3f}" if trained else "-",
+            _number(status.loss, 3) if trained else "-",
             f"{status.disagreement:.3g}" if trained else "-",
             size(status.bytes_received),
             size(status.bytes_sent),
-            Text(f"waits for {status.waiting_for}" if status.waiting_for else neighbours or "-"),
+            text(f"waits for {status.waiting_for}" if status.waiting_for else neighbours or "-"),
         )
     return table
 
@@ -197,17 +231,17 @@ def render_line(status: pb.NodeStatus) -> RenderableType:
     """Where one node is, in a line."""
     if status.catch_up_total:
         grid = Table.grid(padding=(0, 2))
-        grid.add_row(phase(status.phase), _fetched(status), Text(status.waiting_for, "dim"))
+        grid.add_row(phase(status.phase), _fetched(status), text(status.waiting_for, "dim"))
         return grid
     if not status.loss or status.phase == pb.PHASE_AGREEING:
-        return Text(f"{phase(status.phase)}  {status.waiting_for}", "dim")
+        return text(f"{phase(status.phase)}  {status.waiting_for}", "dim")
     neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
         _bar(status),
         position(status),
-        f"loss {status.loss:.3f}",
-        f"with {neighbours}" if neighbours else "alone",
+        f"loss {_number(status.loss, 3)}",
+        text(f"with {neighbours}" if neighbours else "alone"),
         f"{duration(status.eta_seconds)} left" if status.eta_seconds else phase(status.phase),
     )
     return grid
@@ -215,7 +249,7 @@ def render_line(status: pb.NodeStatus) -> RenderableType:
 
 def _phase(status: pb.NodeStatus) -> Text:
     word = phase(status.phase)
-    return Text(word, {"training": "green", "done": "green", "stopping": "red"}.get(word, "yellow"))
+    return text(word, {"training": "green", "done": "green", "stopping": "red"}.get(word, "yellow"))
 
 
 def _bar(status: pb.NodeStatus, width: int = _BAR_WIDTH) -> ProgressBar:

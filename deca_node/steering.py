@@ -7,6 +7,8 @@ from typing import Any
 
 from deca_node import access
 from deca_node.errors import ControlError, OutputError, PeerError, UnreachableError
+from deca_node.events import printable
+from deca_node.limits import MAX_SHOWN_CHARACTERS
 from deca_node.pb import node_pb2 as pb
 
 TELL_SECONDS = 10.0
@@ -73,7 +75,8 @@ async def tell(address: str, trust: Path | None, order: Order) -> str:
     """
     link = await access.link(address, trust)
     try:
-        return order.said(await link.control(order.call, order.request, order.seconds))
+        said = order.said(await link.control(order.call, order.request, order.seconds))
+        return printable(said, MAX_SHOWN_CHARACTERS)
     except PeerError as error:
         if error.reason in ("unavailable", "late"):
             raise UnreachableError(f"no deca-node answers at {error}") from None

@@ -39,6 +39,7 @@ from deca_node.errors import DataError, OutputError, SwarmError
 from deca_node.partition import write_shards
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import ask_all
+from deca_node.waiting import happens
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 2.0
@@ -390,9 +391,7 @@ async def supervise(
                 _check(nodes, children)
                 known |= await poll(children)
                 show(known)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(interrupted.wait(), POLL_SECONDS)
-                if interrupted.is_set():
+                if await happens(interrupted, POLL_SECONDS):
                     return False
                 if enough is not None and enough(known):
                     return True

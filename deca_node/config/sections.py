@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from deca_node.addresses import checked_address, is_host
 from deca_node.errors import ConfigError
 
 DEFAULT_PORT = 7430  # unassigned by IANA
@@ -47,18 +48,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Method = Literal["deca", "dec-lora", "decaf", "dec-adapter", "dsgd", "dadam", "qg-adam"]
-
-
-def checked_address(address: str) -> str:
-    """The address of a node as it was given.
-
-    Raises:
-        ValueError: it is not HOST:PORT.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{address!r} is not HOST:PORT with a port from 1 to 65535")
-    return address
 
 
 def default_node_name() -> str:
@@ -182,15 +171,11 @@ class NodeSettings(Section):
     @field_validator("advertise")
     @classmethod
     def _host(cls, value: str | None) -> str | None:
-        if value is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            return value
-        try:
-            ipaddress.ip_address(value)
-        except ValueError:
+        if value is not None and not is_host(value):
             raise ValueError(
                 "give a host name or an IP address without a port or brackets; the port is"
                 " node.port, or node.advertise_port"
-            ) from None
+            )
         return value
 
 

@@ -27,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deca_node import __version__
+from deca_node.addresses import joined
 from deca_node.admission import Turns
 from deca_node.errors import DecaError, ListenError
 from deca_node.events import printable
@@ -39,6 +40,7 @@ from deca_node.limits import (
 )
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
+from deca_node.waiting import happens
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 # Nothing but this origin; no inline script or style, and no text can become markup.
@@ -135,8 +137,7 @@ class Feed:
                 steps[key] = points[-1][1]
             yield tree | {"whole": first}
             first = False
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ticked.wait(), _QUIET_SECONDS)
+            await happens(ticked, _QUIET_SECONDS)
 
     def close(self) -> None:
         """End all streams."""
@@ -348,9 +349,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
-        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         raise ListenError(
-            f"cannot serve the dashboard at {shown}: {error.strerror or error}; "
+            f"cannot serve the dashboard at {joined(host, port)}: {error.strerror or error}; "
             "choose another --port (0 takes a free one) or --host"
         ) from None
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deca_node import __version__, membership
+from deca_node.addresses import is_address, joined
 from deca_node.admission import Turns, network
 from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
+from deca_node.events import printable
 from deca_node.fingerprint import PROTOCOL_VERSION, difference
 from deca_node.health import Told
 from deca_node.limits import (
@@ -23,7 +25,6 @@ from deca_node.limits import (
     MAX_FINGERPRINT_FIELDS,
     MAX_MEMBERS,
     MAX_NAME_BYTES,
-    MAX_REASON_BYTES,
     MAX_TIME,
     MAX_VERSION_BYTES,
     PEER_GREETINGS,
@@ -33,7 +34,7 @@ from deca_node.limits import (
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
-from deca_node.swarm.contacts import Answer, Contacts, is_address
+from deca_node.swarm.contacts import Answer, Contacts, Origin
 from deca_node.swarm.refusals import DETAIL_CHARACTERS, Refusals
 from deca_node.swarm.traffic import RateMeter, TrafficTable
 from deca_node.transport import Link, Transport
@@ -122,23 +123,31 @@ class Swarm:
         self._steps_per_visit = steps_per_visit
         self._changed = changed
         self._log = log
-        self._contacts = Contacts(self, transport, timing, identity.session)
+        self._contacts = Contacts(self, transport, timing, identity.session, log)
         self._links: dict[str, tuple[str, Link]] = {}
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
         self._complained: dict[tuple[str, str], float] = {}
 
     # --- contacts
 
-    def propose(self, address: str, *, lasting: bool = False, by: str = "") -> None:
-        """Somebody may be at HOST:PORT.
+    def propose(self, address: str, *, lasting: bool = False) -> None:
+        """Somebody may be at HOST:PORT, says the operator, or whom the operator has named.
 
         Args:
             address: where.
             lasting: never drop it (static peers).
-            by: the peer that says so, if one does.
         """
+        self._propose(address, Origin.OPERATOR, lasting=lasting)
+
+    def sighted(self, address: str) -> None:
+        """Somebody may be at HOST:PORT, says an announcement on the local network."""
+        self._propose(address, Origin.NETWORK)
+
+    def _propose(
+        self, address: str, origin: Origin, *, lasting: bool = False, by: str = ""
+    ) -> None:
         if not self._is_spare(address):
-            self._contacts.add(address, lasting=lasting, by=by)
+            self._contacts.add(address, origin=origin, lasting=lasting, by=by)
 
     def _is_spare(self, address: str) -> bool:
         """Whether it is a further address of a peer whose first one works."""
@@ -201,7 +210,7 @@ class Swarm:
             self._objection(
                 reply.sender, reply.protocol, reply.fingerprint, address, starting=reply.phase
             )
-            or reply.refusal[:MAX_REASON_BYTES]
+            or reply.refusal
         )
         if refusal:
             self._refused(reply.sender, address, refusal)
@@ -246,7 +255,7 @@ class Swarm:
         if contact.node != self.identity.node and (
             known is None or known.state in (State.GONE, State.SUSPECT)
         ):
-            self.propose(contact.address, by=by)
+            self._propose(contact.address, Origin.PEER, by=by)
 
     # --- answering greetings
 
@@ -266,7 +275,7 @@ class Swarm:
             return reply
         self._admit(request.sender, source)
         host = request.host or source
-        address = f"[{host}]:{request.port}" if ":" in host else f"{host}:{request.port}"
+        address = joined(host, request.port)
         if not is_address(address):
             address = f"{source}:0"  # what is kept and logged below
             refusal = "bad_address: host or port cannot be called"
@@ -293,7 +302,7 @@ class Swarm:
         reply.unreached = self._cannot_call(request.sender.node, address)
         held = self._links.get(request.sender.node)
         if held is None or held[0] != address:
-            self.propose(address)
+            self._propose(address, Origin.CALLER, by=request.sender.node)
         return reply
 
     def _admit(self, sender: pb.Sender, source: str) -> None:
@@ -370,7 +379,7 @@ class Swarm:
         return True
 
     def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
-        word, _, text = refusal.partition(": ")
+        word, _, text = printable(refusal).partition(": ")
         reason = known_reason(word)
         self.refusals.count[reason] += 1
         name = sender.node if _is_name(sender.node) else "?"
@@ -432,7 +441,7 @@ class Swarm:
         told_time = math.isfinite(said.time) and 0 < said.time < MAX_TIME
         before = self.told.get(sender.node, Told())
         self.told[sender.node] = Told(
-            said.version[:MAX_VERSION_BYTES],
+            printable(said.version, MAX_VERSION_BYTES),
             said.time - time.time() if told_time else None,
             said.unreached if isinstance(said, pb.HelloReply) else before.unreached,
         )

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from deca_node.errors import PeerError, PeerRefused, PeerTimeout, PeerUnavailable, known_reason
-from deca_node.limits import MAX_REASON_BYTES
+from deca_node.events import printable
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.connection import (
     BUSY,
@@ -20,6 +20,7 @@ from deca_node.transport.connection import (
     STATUS,
     Credentials,
     Guard,
+    target,
 )
 from deca_node.trust import is_name
 
@@ -48,6 +49,7 @@ _HANDSHAKES = (
 
 
 def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
+    # Who answers chooses the text, which ends in logs, statuses and terminals.
     details, code = str(error.details() or ""), error.code()
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerTimeout(f"{address}: no answer in time")
@@ -59,8 +61,8 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
         details = details.rpartition("; last error: ")[2]
         details = details.rpartition("Failed to connect to remote host: ")[2]
         details = next((text for sign, text in _OTHERS if sign in details), details)
-        return PeerUnavailable(f"{address}: {details[:MAX_REASON_BYTES]}")
-    details = details[:MAX_REASON_BYTES]
+        return PeerUnavailable(f"{address}: {printable(details)}")
+    details = printable(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details == BUSY:
         return PeerRefused("busy", f"{address}: {details}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -131,7 +133,9 @@ class GrpcLink:
 
     def _connect(self, node: str | None = None) -> _Connection:
         if self._credentials is None:
-            return _Connection(grpc.aio.insecure_channel(self.address, options=CLIENT_OPTIONS))
+            return _Connection(
+                grpc.aio.insecure_channel(target(self.address), options=CLIENT_OPTIONS)
+            )
         return _Connection(self._credentials.channel(self.address, node))
 
     async def _call(
@@ -320,7 +324,8 @@ async def ask_status(
     """
     link = GrpcLink(address, credentials=credentials)
     try:
-        return await asyncio.wait_for(link.get_status(timeout), timeout + 1)
+        async with asyncio.timeout(timeout + 1):
+            return await link.get_status(timeout)
     except TimeoutError:
         raise PeerTimeout(f"{address}: no answer in {timeout:g} s") from None
     finally:

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import grpc
 
@@ -74,6 +75,17 @@ _SECURE_CLIENT = [
 BUSY = "too many calls are open"
 
 
+def target(address: str) -> str:
+    """What gRPC is to call.
+
+    Of a bare ``unix:80`` or ``ipv4:80`` it would take the host for a scheme. A socket file of this
+    machine's own list (registry.py) is one in earnest, and no address has its slash.
+    """
+    if address.startswith("unix:/"):
+        return address
+    return f"dns:///{quote(address, safe=':')}"
+
+
 @dataclass(frozen=True)
 class Credentials:
     """What is shown on connections, and by whom those of others must be signed. All PEM.
@@ -95,7 +107,7 @@ class Credentials:
         ours = grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
         name = common_name(self.run) if node is None else node_name(self.run, node)
         named = ("grpc.ssl_target_name_override", name)
-        return grpc.aio.secure_channel(address, ours, options=[*_SECURE_CLIENT, named])
+        return grpc.aio.secure_channel(target(address), ours, options=[*_SECURE_CLIENT, named])
 
     def configuration(self) -> Any:
         """The same for a server's port."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -15,7 +16,7 @@ from deca_node.transport.connection import BUSY
 def host_of(peer: str) -> str:
     """The IP address in gRPC's ``ipv4:1.2.3.4:567`` or ``ipv6:%5B::1%5D:567``."""
     kind, _, rest = peer.partition(":")
-    host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+    host = unquote(rest).rpartition(":")[0].strip("[]")
     return host if kind in ("ipv4", "ipv6") else "127.0.0.1"
 
 

@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
+from deca_node.addresses import joined
 from deca_node.admission import Places
 from deca_node.errors import ListenError
 from deca_node.limits import (
@@ -75,9 +76,8 @@ class GrpcTransport:
             names.append(CONTROL.full_name)
         server.add_generic_rpc_handlers([_health_handlers(self._health)])
         reflection.enable_server_reflection(names, server)
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = joined(self._host, self._port)
         try:
-            address = f"{host}:{self._port}"
             if self._guard is None:
                 found = server.add_insecure_port(address)
             else:
@@ -86,7 +86,7 @@ class GrpcTransport:
             found = 0
         if found == 0:
             raise ListenError(
-                f"cannot listen on {host}:{self._port}: the port is taken or the address is not "
+                f"cannot listen on {address}: the port is taken or the address is not "
                 "this machine's; set node.port (0 takes a free one) or node.host"
             )
         if socket is not None:
@@ -103,13 +103,13 @@ class GrpcTransport:
         """For those who have no certificate, such as a kubelet: whether this node serves."""
         server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_HEALTH_CHECKS)
         server.add_generic_rpc_handlers([_health_handlers(self._health)])
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = joined(self._host, port)
         try:
-            found = server.add_insecure_port(f"{host}:{port}")
+            found = server.add_insecure_port(address)
         except RuntimeError:
             found = 0
         if found == 0:
-            raise ListenError(f"cannot listen on {host}:{port}; set node.health_port")
+            raise ListenError(f"cannot listen on {address}; set node.health_port")
         await server.start()
         self._health_server = server
 

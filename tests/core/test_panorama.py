@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from deca_node import panorama as panorama_module
 from deca_node.limits import (
     MAX_EVENTS_KEPT,
     MAX_LINKS_SHOWN,
@@ -315,6 +316,28 @@ def test_edges_and_points_have_bounds_however_large_the_swarm():
     assert len(run["links"]) == MAX_LINKS_SHOWN
     assert run["links_left_out"] == 92 * 91 // 2 - MAX_LINKS_SHOWN
     assert sum(map(len, panorama.curves({}).values())) <= MAX_POINTS_SHOWN
+
+
+def test_many_silent_nodes_cost_no_more_than_as_many_that_answer(monkeypatch):
+    """What others say of them is looked up, and not looked for among all peers of all."""
+    count, names = 60, 0
+    swarm = PretendSwarm(count, kind="full", rounds=2, steps=8)
+    panorama, now = _watching(swarm, now=20.0, looks=2)
+    for index in range(count // 2):
+        swarm.down[f"node-{index}"] = now
+    real = panorama_module._key
+
+    def counted(run, node):
+        nonlocal names
+        names += 1
+        return real(run, node)
+
+    monkeypatch.setattr(panorama_module, "_key", counted)
+    for index in range(count // 2):
+        panorama.failed(swarm.address(f"node-{index}"), "refused", now + 60)
+    run = _run(panorama, now + 60)
+    assert sum(node["state"] == "gone" for node in run["nodes"]) == count // 2
+    assert names < 4 * count**2
 
 
 # --- what grows

@@ -5,8 +5,8 @@ import contextlib
 
 import pytest
 
-from deca_node import access, registry
-from deca_node.errors import TrustError
+from deca_node import access, identity, registry
+from deca_node.errors import TrustError, UnreachableError
 from deca_node.keyring import Keyring
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.trust import Run
@@ -45,4 +45,27 @@ async def test_other_nodes_are_asked_with_the_folder_that_a_node_here_uses(tmp_p
         registry.announce("127.0.0.1:7431", "another-run", "here", str(keyring.folder)),
         pytest.raises(TrustError, match="give its trust folder with --trust"),
     ):
+        await access.credentials([ELSEWHERE])
+
+
+@pytest.mark.parametrize("address", ["a..b:80", f"{'a' * 64}.b:80", "ünï:80", "no address"])
+async def test_what_cannot_be_called_is_nobody(address):
+    """Whatever the resolver says of such a name, and whoever named it."""
+    assert await access._certificate(address) is None
+
+
+async def test_an_odd_certificate_is_another_program(monkeypatch):
+    """The library has errors of its own for what a stranger can put into one."""
+
+    async def certificate(address):
+        return b"what"
+
+    def read(_):
+        raise LookupError("an extension twice")
+
+    monkeypatch.setattr(identity, "to_pem", lambda shown: shown)
+
+    monkeypatch.setattr(access, "_certificate", certificate)
+    monkeypatch.setattr(identity, "read", read)
+    with pytest.raises(UnreachableError, match="but not as a deca-node"):
         await access.credentials([ELSEWHERE])

@@ -6,13 +6,13 @@ import pytest
 
 from deca_node.config import Timing
 from deca_node.errors import PeerUnavailable
-from deca_node.limits import MAX_CONTACTS, MAX_PROPOSALS
+from deca_node.limits import MAX_ANNOUNCED, MAX_CLAIMS, MAX_CONTACTS, MAX_PROPOSALS
 from deca_node.swarm.contacts import (
     MAX_VAIN_GREETINGS,
     REFUSED_HEARTBEATS,
     Answer,
     Contacts,
-    is_address,
+    Origin,
 )
 from tests.virtual_time import run
 
@@ -28,6 +28,18 @@ class Link:
 
     async def close(self):
         self.closed = True
+
+
+class Log:
+    """Remembers lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def warning(self, event, **values):
+        self.lines.append((event, values))
+
+    exception = warning
 
 
 class Greeter:
@@ -63,8 +75,8 @@ class Greeter:
 
 async def watched(greeter, seconds, *, lasting=False):
     """Greet one address for a while; how many are still greeted then."""
-    contacts = Contacts(greeter, greeter, TIMING, 0)
-    contacts.add("10.0.0.1:7430", lasting=lasting, by="")
+    contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+    contacts.add("10.0.0.1:7430", origin=Origin.OPERATOR, lasting=lasting)
     await asyncio.sleep(seconds)
     left = len(contacts)
     await contacts.close()
@@ -116,8 +128,8 @@ def test_another_address_of_a_peer_is_kept_only_where_it_was_named():
 def test_a_caller_from_a_failing_address_is_called_back_at_once():
     async def main():
         greeter = Greeter(met=True)
-        contacts = Contacts(greeter, greeter, TIMING, 0)
-        contacts.add("10.0.0.1:7430", lasting=False, by="")
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+        contacts.add("10.0.0.1:7430", origin=Origin.OPERATOR)
         await asyncio.sleep(100)
         assert contacts.is_unreached("10.0.0.1:7430")
         assert contacts.never_answered(["10.0.0.1:7430", "10.0.0.2:7430"]) == {"10.0.0.1:7430"}
@@ -141,34 +153,173 @@ def test_a_caller_from_a_failing_address_is_called_back_at_once():
 def test_what_peers_name_takes_half_of_the_table_and_a_part_of_it_each():
     async def main():
         greeter = Greeter()
-        contacts = Contacts(greeter, greeter, TIMING, 0)
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
         for peer in range(MAX_CONTACTS):
             before = len(contacts)
             for port in range(1, MAX_PROPOSALS + 2):
-                contacts.add(f"10.{peer >> 8}.{peer & 255}.1:{port}", lasting=False, by=f"p{peer}")
+                address = f"10.{peer >> 8}.{peer & 255}.1:{port}"
+                contacts.add(address, origin=Origin.PEER, by=f"p{peer}")
             assert len(contacts) - before <= MAX_PROPOSALS
         assert len(contacts) == MAX_CONTACTS // 2
         for number in range(MAX_CONTACTS):
-            contacts.add(f"host{number}:1", lasting=True, by="")
+            contacts.add(f"host{number}:1", origin=Origin.OPERATOR, lasting=True)
         assert len(contacts) == MAX_CONTACTS
         await contacts.close()
 
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("text", "good"),
-    [
-        ("host:1", True),
-        ("[fe80::1]:65535", True),
-        ("host:0", False),
-        ("host:65536", False),
-        (":7430", False),
-        ("host", False),
-        ("ho\nst:1", False),
-        ("h" * 1000 + ":1", False),
-        ("host:٣", False),
-    ],
-)
-def test_what_an_address_is(text, good):
-    assert is_address(text) is good
+def test_a_caller_has_a_few_addresses_and_a_new_one_replaces_one_that_was_tried():
+    """Whatever host it names each time, it takes nobody else's place."""
+
+    async def main():
+        greeter = Greeter()
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+        contacts.add("10.9.9.9:1", origin=Origin.CALLER, by="honest")
+        for number in range(100):
+            contacts.add(f"10.0.0.{number}:1", origin=Origin.CALLER, by="liar")
+            assert len(contacts) <= 1 + MAX_CLAIMS
+        assert set(contacts._table) == {"10.9.9.9:1", *(f"10.0.0.{n}:1" for n in range(MAX_CLAIMS))}
+        await asyncio.sleep(0.1)  # all were tried
+        for number in range(100, 100 + MAX_CLAIMS):
+            contacts.add(f"10.0.0.{number}:1", origin=Origin.CALLER, by="liar")
+        newest = {f"10.0.0.{100 + n}:1" for n in range(MAX_CLAIMS)}
+        assert set(contacts._table) == {"10.9.9.9:1", *newest}
+        await contacts.close()
+        assert all(link.closed for link in greeter.made)
+
+    run(main())
+
+
+def test_a_peer_that_was_met_keeps_its_place():
+    """Also where it does not answer for a while; a further address has to wait."""
+
+    async def main():
+        greeter = Greeter(Answer.MET, met=True)
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+        for number in range(MAX_CLAIMS):
+            contacts.add(f"10.0.0.{number}:1", origin=Origin.CALLER, by="a")
+        await asyncio.sleep(0.1)
+        greeter.answer, greeter.unanswered = None, lambda *_: None
+        await asyncio.sleep(10 * TIMING.heartbeat)
+        contacts.add("10.0.0.99:1", origin=Origin.CALLER, by="a")
+        assert "10.0.0.99:1" not in contacts._table
+        assert len(contacts) == MAX_CLAIMS
+        await contacts.close()
+
+    run(main())
+
+
+def test_announcements_crowd_out_nobody():
+    """Those where nobody is met have a share; the newest are tried, and those that answer stay."""
+
+    async def main():
+        greeter = Greeter()
+        greeter.unanswered = lambda *_: None
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+        for number in range(4 * MAX_CONTACTS):
+            contacts.add(f"10.1.{number >> 8}.{number & 255}:1", origin=Origin.NETWORK)
+        assert len(contacts) == MAX_ANNOUNCED
+        await asyncio.sleep(0.1)
+        greeter.answer = Answer.MET
+        for number in range(MAX_ANNOUNCED):
+            contacts.add(f"10.2.0.{number}:1", origin=Origin.NETWORK)
+        assert set(contacts._table) == {f"10.2.0.{n}:1" for n in range(MAX_ANNOUNCED)}
+        await asyncio.sleep(0.1)
+        greeter.answer = None
+        for number in range(4 * MAX_CONTACTS):
+            contacts.add(f"10.3.{number >> 8}.{number & 255}:1", origin=Origin.NETWORK)
+        assert len(contacts) == 2 * MAX_ANNOUNCED
+        for number in range(MAX_CONTACTS):
+            contacts.add(f"10.4.{number >> 8}.{number & 255}:1", origin=Origin.PEER, by=f"{number}")
+        for number in range(MAX_CONTACTS // 4):
+            contacts.add(f"10.5.0.{number}:1", origin=Origin.OPERATOR)
+        assert len(contacts) == MAX_CONTACTS
+        await contacts.close()
+
+    run(main())
+
+
+def test_in_a_full_table_a_caller_takes_the_place_of_one_where_no_peer_was_met():
+    """And who is to stay; of an address that is still tried not yet. It is said."""
+
+    async def main():
+        greeter, log = Greeter(), Log()
+        greeter.unanswered = lambda *_: None
+        contacts = Contacts(greeter, greeter, TIMING, 0, log)
+        contacts.add("named:1", origin=Origin.OPERATOR, lasting=True)
+        for number in range(MAX_CONTACTS):
+            contacts.add(f"10.1.{number >> 8}.{number & 255}:1", origin=Origin.OPERATOR)
+        assert len(contacts) == MAX_CONTACTS
+        assert not log.lines
+        contacts.add("caller:1", origin=Origin.CALLER, by="a")
+        assert "caller:1" not in contacts._table
+        assert "a new one is not" in log.lines[-1][0]
+        await asyncio.sleep(0.1)
+        contacts.add("announced:1", origin=Origin.NETWORK)
+        contacts.add("said:1", origin=Origin.PEER, by="a")
+        assert len(log.lines) == 1
+        contacts.add("caller:1", origin=Origin.CALLER, by="a")
+        contacts.add("static:1", origin=Origin.OPERATOR, lasting=True)
+        assert {"named:1", "caller:1", "static:1"} <= set(contacts._table)
+        assert not {"announced:1", "said:1", "10.1.0.0:1", "10.1.0.1:1"} & set(contacts._table)
+        assert len(contacts) == MAX_CONTACTS
+        assert log.lines[1][1] == {"address": "caller:1", "by": "a", "instead_of": "10.1.0.0:1"}
+        await contacts.close()
+        assert all(link.closed for link in greeter.made)
+
+    run(main())
+
+
+def test_what_was_found_may_be_named_to_stay_later():
+    async def main():
+        greeter = Greeter()
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+        contacts.add("10.0.0.1:1", origin=Origin.NETWORK)
+        contacts.add("10.0.0.1:1", origin=Origin.OPERATOR, lasting=True)
+        await asyncio.sleep(1000)
+        assert len(contacts) == 1
+        await contacts.close()
+
+    run(main())
+
+
+def test_once_closed_nobody_is_greeted_any_more():
+    async def main():
+        greeter = Greeter()
+        contacts = Contacts(greeter, greeter, TIMING, 0, Log())
+        await contacts.close()
+        contacts.add("10.0.0.1:1", origin=Origin.CALLER, by="a")
+        assert len(contacts) == 0
+        await asyncio.sleep(10)
+        assert not greeter.made
+
+    run(main())
+
+
+@pytest.mark.parametrize("where", ["link", "greet"])
+def test_a_defect_costs_no_address(where):
+    """It is logged once, and the address greeted on; when it is over all is as usual."""
+
+    async def main():
+        greeter, log = Greeter(Answer.MET), Log()
+        whole = getattr(greeter, where)
+
+        def broken(*_):
+            raise ArithmeticError("a defect")
+
+        setattr(greeter, where, broken)
+        contacts = Contacts(greeter, greeter, TIMING, 0, log)
+        contacts.add("10.0.0.1:7430", origin=Origin.OPERATOR, lasting=True)
+        await asyncio.sleep(20)
+        assert contacts.is_failing("10.0.0.1:7430")
+        assert len(log.lines) == 1
+        assert not greeter.times
+        setattr(greeter, where, whole)
+        await asyncio.sleep(20)
+        assert not contacts.is_failing("10.0.0.1:7430")
+        assert len(greeter.times) > 5
+        await contacts.close()
+        assert all(link.closed for link in greeter.made)
+
+    run(main())

@@ -5,6 +5,7 @@ import uuid
 from types import SimpleNamespace
 
 import pytest
+from zeroconf import ServiceStateChange
 
 from deca_node import discovery as discovery_module
 from deca_node.discovery import Discovery, inviters, inviting, loops_back, own_addresses
@@ -143,6 +144,54 @@ async def test_a_node_hears_its_own_announcement_where_multicast_works():
     finally:
         await first.stop()
         await second.stop()
+
+
+async def test_it_does_not_go_deaf_when_many_names_have_come_and_gone(monkeypatch):
+    """Who went away behind a change of addresses was never said to; each browser begins anew."""
+    monkeypatch.setattr(discovery_module, "MAX_SIGHTINGS", 3)
+    there, resolved = [], asyncio.Queue()
+    told = iter([["a", "b", "c", "d"], ["e", "f", "a", "a"], ["g"]])
+
+    class Browser:
+        def __init__(self, zeroconf, service_type, handlers):
+            there[:] = next(told, [])
+            for name in there:
+                handlers[0](zeroconf, service_type, name, ServiceStateChange.Added)
+
+        async def async_cancel(self):
+            pass
+
+    async def resolve(self, zeroconf, service_type, name):
+        resolved.put_nowait(name)
+
+    monkeypatch.setattr(discovery_module, "AsyncServiceBrowser", Browser)
+    monkeypatch.setattr(Discovery, "_resolve", resolve)
+    node = discovery(f"run-{uuid.uuid4().hex[:8]}", "x", 7001, Sightings(), browse_every=0.01)
+    try:
+        await node.start()
+        async with asyncio.timeout(PATIENCE):
+            names = [await resolved.get() for _ in range(7)]
+    finally:
+        await node.stop()
+    assert names == ["a", "b", "c", "e", "f", "a", "g"]  # one question a name at a time
+
+
+async def test_in_a_full_table_a_known_name_is_asked_for_again(monkeypatch):
+    """It may have other addresses now."""
+    monkeypatch.setattr(discovery_module, "MAX_SIGHTINGS", 1)
+    resolved = []
+
+    async def resolve(self, zeroconf, service_type, name):
+        resolved.append(name)
+
+    monkeypatch.setattr(Discovery, "_resolve", resolve)
+    node = discovery("run", "x", 7001, Sightings())
+    changes = ServiceStateChange.Added, ServiceStateChange.Updated
+    for name, change in (("a", changes[0]), ("b", changes[0]), ("a", changes[1])):
+        node._on_change(None, "", name, change)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert resolved == ["a", "a"]
 
 
 def test_an_interface_that_hears_what_it_sends():

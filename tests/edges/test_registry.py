@@ -27,16 +27,6 @@ def test_a_node_is_listed_while_it_runs(tmp_path: Path) -> None:
     assert list((tmp_path / "deca-node").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("listening", "reached"),
-    [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:1", "[::1]:1"), ("127.0.0.1:1", "127.0.0.1:1")],
-)
-def test_every_interface_is_reached_through_the_loopback(listening: str, reached: str) -> None:
-    """An address to listen on is not always one to call."""
-    with registry.announce(listening, "bbc", "alice"):
-        assert registry.local_nodes()[0].address == reached
-
-
 def test_several_nodes_of_one_process_come_in_order() -> None:
     """Each has a file of its own."""
     with registry.announce("h:2", "bbc", "bob"), registry.announce("h:1", "bbc", "alice"):

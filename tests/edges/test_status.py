@@ -2,12 +2,16 @@
 
 import io
 import json
+import logging
 from typing import Any
 
 import pytest
+import structlog
 from rich.console import Console
 
-from deca_node import status
+from deca_node import doctor, logs, status, survey, watch
+from deca_node.limits import MAX_MEMBERS
+from deca_node.panorama import Panorama
 from deca_node.pb import node_pb2 as pb
 
 
@@ -162,3 +166,99 @@ def test_catching_up_is_shown_with_a_bar_of_its_own() -> None:
         assert "3.0 MiB of 12.0 MiB" in text
         assert "4 blocks from alice, bob" in text
     assert "catching_up" in _text(status.render_swarm({"late": late}))
+
+
+# What a terminal would obey: a title, the clipboard, the screen, a colour, the cursor, and letters
+# that turn a line around; and what rich would.
+_EVIL = "\x1b]0;t\x07\x1b]52;c;eA==\x07\x1b[2J\x1b[31m\r\n\t\x9b5A\x00\x7f\u202e[/][link=x][bold"
+_ODD = (float("nan"), float("inf"), -float("inf"), -1.0, 1e308, 1e18)
+
+
+def _hostile(message: Any, number: float) -> Any:
+    """A message with every field set: texts to what is evil, numbers to what is odd."""
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            value[_EVIL] = 2**63
+        elif field.message_type is not None and field.is_repeated:
+            _hostile(value.add(), number)
+        elif field.message_type is not None:
+            _hostile(value, number)
+        elif field.type == field.TYPE_STRING:
+            one = _EVIL
+            value.extend([one]) if field.is_repeated else setattr(message, field.name, one)
+        elif field.cpp_type == field.CPPTYPE_DOUBLE:
+            value.extend([number]) if field.is_repeated else setattr(message, field.name, number)
+        elif field.type == field.TYPE_ENUM:
+            message.ClearField(field.name)
+        elif field.type == field.TYPE_BOOL:
+            setattr(message, field.name, True)
+        else:
+            most = 2**32 - 1 if field.cpp_type == field.CPPTYPE_UINT32 else 2**64 - 1
+            value.extend([most]) if field.is_repeated else setattr(message, field.name, most)
+    return message
+
+
+def _plain(renderable: Any) -> str:
+    """What a terminal without colours would get."""
+    file = io.StringIO()
+    Console(width=300, file=file, force_terminal=True, color_system=None).print(renderable)
+    text = file.getvalue()
+    assert "".join(text.split("\n")).isprintable(), repr(text)
+    return text
+
+
+@pytest.mark.parametrize("number", _ODD)
+@pytest.mark.parametrize("catching_up", [False, True])
+def test_nothing_that_a_node_says_is_obeyed_by_a_terminal(number: float, catching_up: bool) -> None:
+    """No control character of any field comes through, no number ends the look at it."""
+    told = _hostile(pb.NodeStatus(), number)
+    if not catching_up:
+        told.ClearField("catch_up_total")
+    for shown in (status.render(told), status.render_line(told), status.render_peers(told.peers)):
+        assert "]52;" in _plain(shown) or catching_up
+    told.phase = pb.PHASE_AGREEING
+    _plain(status.render_line(told))
+    _plain(status.render_swarm({_EVIL: told, f"{_EVIL}2": _EVIL}))
+    _plain(doctor.render(doctor._running(told)))
+
+
+@pytest.mark.parametrize("number", _ODD)
+def test_nor_is_it_in_a_picture_of_several(number: float) -> None:
+    """Edges and silent nodes come from what peers say of each other."""
+    panorama = Panorama()
+    panorama.give(["a:1", "b:1"])
+    told = _hostile(pb.NodeStatus(), number)
+    panorama.answered("a:1", told, 0.0)
+    panorama.failed("b:1", _EVIL, 0.0)
+    panorama.steps_made("a:1", [_hostile(pb.HistoryPoint(), number)])
+    _plain(survey.render(panorama, 1.0))
+    _plain(watch.Screen(panorama, 1.0, 1e9))
+    console = json.dumps(survey.as_json(panorama, 1.0))
+    assert console.isprintable()
+
+
+def test_a_long_list_of_neighbours_is_shown_whole() -> None:
+    now = pb.NodeStatus(node="alice", loss=1.0)
+    names = [f"a-node-of-a-long-name-{number}" for number in range(MAX_MEMBERS - 1)]
+    for name in names:
+        now.peers.add(node=name, state="alive", neighbour=True)
+    console = Console(width=20_000, file=io.StringIO(), record=True)
+    console.print(status.render_swarm({"alice": now}))
+    assert ", ".join(names) in console.export_text()
+
+
+def test_a_log_line_for_people_says_what_a_peer_said_without_its_control_characters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(logs, "console", Console(file=file, width=400))
+    try:
+        logs.configure(human=True)
+        structlog.get_logger().warning("refused", detail="\x1b]52;c;eA==\x07x", peer="\x9b2J")
+        assert "".join(file.getvalue().split("\n")).isprintable()
+        assert "]52;c;eA==" in file.getvalue()
+    finally:
+        structlog.reset_defaults()
+        logging.getLogger().handlers.clear()
+        logging.captureWarnings(capture=False)

@@ -1,15 +1,17 @@
 """What a swarm learns of its peers' clocks, versions and reachability, in virtual time."""
 
 import asyncio
+import contextlib
 import math
 import time
 
 from deca_node import __version__
+from deca_node.errors import PeerRefused
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm.contacts import UNREACHED_SECONDS
-from tests.edges.test_exchange import Member, greeting, meet
+from tests.edges.test_exchange import TIMING, Member, greeting, meet
 from tests.virtual_time import run
 
 
@@ -193,5 +195,46 @@ def test_refusals_of_those_that_are_no_peers_are_kept_until_they_are_welcome():
         assert members[0].swarm.refusals.last == {}
         assert members[0].swarm.peers["n2"].phase == Phase.WAITING
         await asyncio.gather(*(member.swarm.close() for member in members))
+
+    run(scenario())
+
+
+def test_who_names_ever_new_hosts_keeps_nobody_out():
+    """A member that gives another host with each greeting, none of which answers in time."""
+
+    async def scenario():
+        network = LoopbackNetwork(delay=lambda _, to: 1000.0 if to.startswith("10.66.") else 0.0)
+        member, joiner = Member(network, 0), Member(network, 1)
+        await member.listen()
+        await joiner.listen()
+        for number in range(600):
+            request = greeting()
+            request.host = f"10.66.{number >> 8}.{number & 255}"
+            with contextlib.suppress(PeerRefused):  # too many
+                await member.hello(request, "10.66.0.0")
+            await asyncio.sleep(0.3)
+        joiner.swarm.propose(member.transport.address)
+        await asyncio.sleep(2 * TIMING.heartbeat)
+        assert "n1" in member.swarm.members(0)
+        await member.swarm.close()
+        await joiner.swarm.close()
+
+    run(scenario())
+
+
+def test_a_swarm_that_is_closed_answers_and_calls_nobody():
+    """As with node.stay: the run is over here, others may still greet."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        member, other = await meet(network, 2)
+        await member.swarm.close()
+        asked = []
+        network.fault = lambda call, _, message: asked.append(call.source) or message
+        reply = await member.hello(greeting(), "10.0.0.77")
+        assert not reply.refusal
+        await asyncio.sleep(100)
+        assert set(asked) == {other.transport.address}
+        await other.swarm.close()
 
     run(scenario())

@@ -1,8 +1,10 @@
 """A look at a whole swarm, and its picture in a terminal."""
 
+import asyncio
 import copy
 import io
 import json
+from collections import Counter
 
 import pytest
 from rich.console import Console
@@ -12,10 +14,11 @@ from deca_node import status as words
 from deca_node.errors import PeerUnavailable
 from deca_node.limits import MAX_MEMBERS, MAX_PROPOSALS, MAX_SURVEYED
 from deca_node.observer import Observer
-from deca_node.panorama import Panorama
+from deca_node.panorama import MAX_VAIN_CALLS, Panorama
 from deca_node.pb import node_pb2 as pb
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.pretend import PretendSwarm
+from tests.virtual_time import run
 
 
 def status(name, *peers, run="run", **fields):
@@ -100,6 +103,51 @@ async def test_a_node_that_knows_too_many_does_not_send_us_everywhere():
     missing = survey.as_json(found, 0.0)["unreachable"]
     assert missing["n2"] == "not asked, others find it refused"
     assert len(missing) == MAX_MEMBERS - 1
+
+
+async def test_what_breaks_while_one_is_asked_is_said_of_that_one():
+    """A name that cannot be resolved, a certificate that cannot be read: the others are shown."""
+
+    async def link(address):
+        if address != "a:1":
+            raise UnicodeError("label empty or too long")
+        return _Link({"a:1": status("a", "b")}, address)
+
+    panorama = Panorama()
+    await Observer(panorama, link, lambda: ["a:1"], 1.0, lambda: 0.0).look()
+    assert set(panorama.statuses()) == {"run/a"}
+    missing = survey.as_json(panorama, 0.0)["unreachable"]
+    assert missing == {"b": "b:1: UnicodeError: label empty or too long"}
+
+
+def test_what_breaks_while_one_is_followed_does_not_end_that():
+    """It is asked again, and dropped after as many tries as anybody who never answers."""
+    asked = Counter()
+
+    async def link(address):
+        asked[address] += 1
+        if address != "a:1":
+            raise UnicodeError("label empty or too long")
+        return _Link({"a:1": status("a")}, address)
+
+    async def main():
+        panorama = Panorama()
+        loop = asyncio.get_running_loop()
+        observer = Observer(panorama, link, lambda: ["a:1", "given:1"], 1.0, loop.time)
+        following = asyncio.create_task(observer.run(lambda: None))
+        await asyncio.sleep(0.5)
+        panorama.answered("a:1", status("a", "b"), loop.time())
+        await asyncio.sleep(3 * MAX_VAIN_CALLS)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        return panorama
+
+    panorama = run(main())
+    assert asked["b:1"] == MAX_VAIN_CALLS
+    assert asked["given:1"] > MAX_VAIN_CALLS
+    assert panorama.addresses() == ["a:1", "given:1"]
+    [silent] = panorama.view(0.0)["silent"]
+    assert silent["error"] == "given:1: UnicodeError: label empty or too long"
 
 
 async def test_an_edge_that_one_end_does_not_use_is_no_healthy_one():

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -20,7 +21,8 @@ from deca_node.errors import (
 )
 from deca_node.loopback import LoopbackNetwork
 from deca_node.pb import node_pb2 as pb
-from deca_node.transport.client import ask_all, ask_status
+from deca_node.transport.client import GrpcLink, ask_all, ask_status
+from deca_node.transport.gate import host_of
 from deca_node.transport.server import GrpcTransport
 from deca_node.wire import frame
 
@@ -307,3 +309,63 @@ async def test_what_is_at_a_port_is_said_in_a_few_words(greeting, words):
         assert len(str(told.value)) < 80
     finally:
         server.close()
+
+
+async def test_a_host_that_is_called_like_a_scheme_is_a_host(tmp_path, monkeypatch):
+    """gRPC would open the socket file 80 for ``unix:80``, wherever the node was started."""
+    monkeypatch.chdir(tmp_path)
+    handler, server = Answers(), GrpcTransport("127.0.0.1", 0)
+    await server.listen(handler, handler, None, Path("80"))
+    try:
+        link = server.link("unix:80")
+        with pytest.raises(PeerError):
+            await link.hello(pb.HelloRequest(), 5)
+        await link.close()
+        assert not handler.asked
+        link = GrpcLink(f"unix:{tmp_path}/80")  # as this machine's own list has it
+        assert (await link.get_status(5)).node == "bob"
+        await link.close()
+    finally:
+        await server.close(0)
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:192.0.2.7:567", "192.0.2.7"),
+        ("ipv6:%5B2001:db8::7%5D:567", "2001:db8::7"),
+        ("ipv6:[2001:db8::7]:567", "2001:db8::7"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:567", "fe80::1%eth0"),
+        ("unix:", "127.0.0.1"),
+    ],
+)
+def test_where_a_caller_is(peer, host):
+    """Of what gRPC says of a call's other end."""
+    assert host_of(peer) == host
+
+
+@pytest.mark.parametrize(
+    "code",
+    [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED],
+)
+async def test_an_errors_text_is_the_other_ends_and_no_letter_of_it_is_obeyed(code):
+    """It goes into logs, statuses and to terminals."""
+
+    async def rude(request, context):
+        await context.abort(code, "stranger: \x1b]52;c;eA==\x07\x1b[2J\r\n" + "x" * 5000)
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(rude)
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("deca.v1.Status", {"GetStatus": handler})]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        with pytest.raises(PeerError) as told:
+            await ask_status(f"127.0.0.1:{port}", 30)
+        assert str(told.value).isprintable()
+        assert "]52;c;eA==" in str(told.value)
+        assert len(str(told.value)) < 400
+    finally:
+        await server.stop(0)
