@@ -290,7 +290,7 @@ def renew(
         key = identity.new_key()
         shown = authority.issue_operator(identity.new_request(key), time.time(), days)
         keyring.keep_operator(Pair(key, shown))
-        names.append("operator")
+        names = [*names, "operator"]
     typer.echo(f"renewed for {days:g} days: {', '.join(names)}; running nodes take it up")
 
 
@@ -317,7 +317,7 @@ def revoke(
     if node not in revoked:
         if len(revoked) >= MAX_REVOKED:
             raise TrustError(f"{MAX_REVOKED} nodes are revoked: make a new authority for the run")
-        keyring.keep_revoked({**revoked, node: keyring.open_authority().revoke(node)})
+        keyring.keep_revoked({node: keyring.open_authority().revoke(node)})
     known = "" if node in {*keyring.issued(), *revoked} else " (no such name was issued here)"
     typer.echo(f"revoked {node} in run {place.run}{known}")
     for address in addresses:

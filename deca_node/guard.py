@@ -1,5 +1,6 @@
 """Whom a running node believes, and what it shows itself (transport.Guard)."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -15,6 +16,9 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Caller
 from deca_node.transport.connection import Credentials
 from deca_node.trust import barred, is_name, is_renewal_due, objection
+
+# Between two renewals of one node: each is a signature and two files synced.
+RENEWAL_PAUSE_SECONDS = 60.0
 
 
 class Guard:
@@ -42,6 +46,7 @@ class Guard:
         self.refused: Counter[str] = Counter()
         self._revoked = keyring.revoked()
         self._unsaved = False
+        self._issued: dict[str, float] = {}  # when to whom; names are those of certificates
         self._stamp = keyring.stamp(node)
         self._pair = keyring.node(node)
         self._credentials = self._shown()
@@ -116,11 +121,17 @@ class Guard:
         now = self._clock()
         if not is_renewal_due(shown, now):
             raise PeerRefused("not_due", "a certificate is renewed in the last third of its time")
+        node, days = shown.holder.node, lifetime_days(shown)
+        # It is due until its holder shows the new one at another connection.
+        if abs(now - self._issued.get(node, -math.inf)) < RENEWAL_PAUSE_SECONDS:
+            raise PeerRefused("not_due", f"renewed within the last {RENEWAL_PAUSE_SECONDS:g} s")
+        self._issued[node] = now
         try:
-            node, days = shown.holder.node, lifetime_days(shown)
             return self._keyring.issue(node, request, now, days)
         except TrustError as error:
             raise PeerRefused("bad_request", str(error)) from None
+        except DecaError as error:  # it is for another node to try, or later
+            raise PeerRefused("no_authority", str(error)) from None
 
     # --- for the node
 
@@ -159,8 +170,7 @@ class Guard:
 
     def _save(self) -> None:
         # What another process has written meanwhile counts as well.
-        self._revoked = {**self._keyring.revoked(), **self._revoked}
-        self._keyring.keep_revoked(self._revoked)
+        self._revoked = self._keyring.keep_revoked(self._revoked)
         self._stamp, self._unsaved = self._keyring.stamp(self._node), False
 
     @property
@@ -179,6 +189,16 @@ class Guard:
             return False
         self._keyring.renew(self._node, self._clock())
         return self.refresh()
+
+    def renew_operator_here(self) -> bool:
+        """Renew the operator's certificate if it is here, due, and the authority's key is, too."""
+        keyring, now = self._keyring, self._clock()
+        if not (keyring.has_authority and keyring.has_operator):
+            return False
+        if not is_renewal_due(keyring.operator_certificate(), now):
+            return False
+        keyring.renew_operator(now)
+        return True
 
     def renewed(self, key: bytes, certificate: bytes) -> None:
         """Use another certificate from now on.

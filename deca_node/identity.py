@@ -89,7 +89,7 @@ def read(pem: bytes) -> Certificate:
     try:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, *_TROUBLE):
         uris = []
     return Certificate(
         holder(uris),
@@ -125,12 +125,25 @@ def run_of(authority: bytes) -> str:
     found = _loaded(authority)
     try:
         limits = found.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, *_TROUBLE):
         limits = None
     name = found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if limits is None or not limits.ca or not name:
         raise TrustError("not the certificate of a run's authority")
     return str(name[0].value)
+
+
+def fits(key: bytes, certificate: bytes) -> bool:
+    """Whether a private key is the certificate's.
+
+    Raises:
+        TrustError: one of them is none.
+    """
+    own, found = _private(key).public_key(), _loaded(certificate)
+    try:
+        return own == found.public_key()
+    except _TROUBLE:  # a kind of key that is not known here
+        return False
 
 
 def check_pair(key: bytes, certificate: bytes, authority: bytes) -> None:
@@ -139,11 +152,10 @@ def check_pair(key: bytes, certificate: bytes, authority: bytes) -> None:
     Raises:
         TrustError: they do not.
     """
-    found = _loaded(certificate)
-    if _private(key).public_key() != found.public_key():
+    if not fits(key, certificate):
         raise TrustError("the key is not the certificate's")
     try:
-        found.verify_directly_issued_by(_loaded(authority))
+        _loaded(certificate).verify_directly_issued_by(_loaded(authority))
     except (*_TROUBLE, InvalidSignature):
         raise TrustError(
             "the certificate was issued by another authority than this run's"

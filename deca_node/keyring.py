@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
+
 from deca_node import identity
 from deca_node.disk import is_full, sync
 from deca_node.errors import DiskFullError, TrustError
@@ -31,6 +33,10 @@ OPERATOR = "operator"
 REVOKED = "revoked.json"
 _NODES = "nodes"
 _ISSUED = "issued"
+# A key whose certificate is about to be written.
+_KEY_BEFORE = ".key.new"
+# A process that changes the list of those who are out holds it for milliseconds.
+_LOCK_SECONDS = 10.0
 
 _FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
 # What helps where a file is damaged.
@@ -229,6 +235,7 @@ class Keyring:
 
     def _pair(self, path: Path, remedy: str, damaged: str) -> Pair:
         certificate = _read(path, remedy)
+        self._end_replacing(path, certificate)
         pair = Pair(_read_key(path.with_suffix(".key"), remedy), certificate)
         with _at(path.with_suffix(".key"), damaged):
             identity.check_key(pair.key)
@@ -239,9 +246,25 @@ class Keyring:
     def _keep(self, path: Path, pair: Pair) -> None:
         with _written(path):
             _make_folder(path.parent)
-            # The key first: who finds the certificate finds its key as well.
-            _write(path.with_suffix(".key"), pair.key)
+            # Whenever this is cut off, the certificate's key is there: see _end_replacing.
+            _write(path.with_suffix(_KEY_BEFORE), pair.key)
             _write(path, pair.certificate)
+            self._end_replacing(path, pair.certificate)
+
+    def _end_replacing(self, path: Path, certificate: bytes) -> None:
+        """Where a new certificate is there already, its key takes the old one's place."""
+        new = path.with_suffix(_KEY_BEFORE)
+        try:
+            if identity.fits(new.read_bytes(), certificate):
+                new.replace(path.with_suffix(".key"))
+                sync(path.parent)
+            # Else the certificate is the old one still, and so is the key beside it.
+        except FileNotFoundError:
+            return  # as nearly always, or another process was quicker
+        except TrustError:
+            return  # damaged: what is there is looked at as it is
+        except OSError as error:
+            raise TrustError(f"{new}: cannot be renamed: {error.strerror or error}") from None
 
     # --- who is out
 
@@ -267,11 +290,27 @@ class Keyring:
             raise TrustError(f"{path}: damaged; copy it from another member, they all have it")
         return found
 
-    def keep_revoked(self, revoked: Mapping[str, bytes]) -> None:
-        """Keep who is out."""
-        text = json.dumps({node: mark.hex() for node, mark in sorted(revoked.items())}, indent=1)
+    def keep_revoked(self, revoked: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Add to those who are out; other processes may do so at the same time.
+
+        Returns:
+            All that are out now.
+
+        Raises:
+            TrustError: the list is damaged, or cannot be written.
+            DiskFullError: there is no room for it.
+        """
+        lock = self.folder / ".revoked.lock"
         with _written(self.folder):
-            _write(self.folder / REVOKED, text.encode())
+            _make_folder(self.folder)
+            try:
+                with filelock.FileLock(lock, timeout=_LOCK_SECONDS, mode=0o600):
+                    now = {**self.revoked(), **revoked}
+                    text = json.dumps({n: mark.hex() for n, mark in sorted(now.items())}, indent=1)
+                    _write(self.folder / REVOKED, text.encode())
+            except filelock.Timeout:
+                raise TrustError(f"{self.folder / REVOKED}: another process holds it") from None
+        return now
 
     def readable_by_others(self) -> list[str]:
         """Keys that more than their owner can read, in words with a remedy each."""
@@ -287,7 +326,9 @@ class Keyring:
         found = []
         for path in (self.folder / REVOKED, self.folder / _NODES / f"{node}.pem"):
             with contextlib.suppress(OSError):
-                found.append(path.stat().st_mtime_ns)
+                state = path.stat()
+                # Two replacements within a tick of the file system's clock differ in the file.
+                found += [state.st_mtime_ns, state.st_ino]
         return tuple(found)
 
     def issue(self, node: str, request: bytes, now: float, days: float) -> bytes:
@@ -295,6 +336,12 @@ class Keyring:
         certificate = self.open_authority().issue(request, node, now, days)
         self.note_issued(node, certificate)
         return certificate
+
+    def renew_operator(self, now: float) -> None:
+        """Give the operator a new key and certificate, from the authority here."""
+        key, days = identity.new_key(), lifetime_days(self.operator_certificate())
+        request = identity.new_request(key)
+        self.keep_operator(Pair(key, self.open_authority().issue_operator(request, now, days)))
 
     def renew(self, node: str, now: float) -> None:
         """Give a node of this machine a new key and certificate, from the authority here."""

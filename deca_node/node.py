@@ -71,6 +71,8 @@ T = TypeVar("T")
 CLOSE_GRACE_SECONDS = 0.5
 # Between two tries to write the finished model to a full disk.
 ROOM_SECONDS = 5.0
+# Of what is done each second: more would fill the log with one defect in many words.
+MAX_DEFECTS_TOLD = 8
 
 
 @dataclass(frozen=True)
@@ -541,7 +543,8 @@ class Node:
             "version": __version__,
             "settings": self.settings.model_dump(mode="json"),
         }
-        write_summary(self.settings.node.output / "summary.json", summary)
+        path = self.settings.node.output / "summary.json"
+        await self._until_there_is_room(partial(write_summary, path, summary))
         standing.progress = progress
         await self._until_there_is_room(kept.save)
         standing.waiting_for = ""
@@ -729,17 +732,27 @@ class Node:
         return dict(list(({**self._met_before, **met}).items())[-MAX_MEMBERS:])
 
     async def _tick(self) -> None:
+        broken: set[str] = set()
         while True:
-            if self._member is not None and not self._left:
-                self._member.swarm.sweep()
-                standing = self._standing
-                met = frozenset(standing.edges.weights) if standing.visit is not None else None
-                self._lookout.look(self._member, self._discovery, self._named, met)
-            if self._upkeep is not None and not self._left:
-                self._upkeep.look(self._member)
-            if self._report is not None:
-                self._report(self.status())
+            try:
+                self._look_around()
+            except Exception as error:  # noqa: BLE001 - a defect must not end what comes after it
+                if (kind := repr(error)) not in broken and len(broken) < MAX_DEFECTS_TOLD:
+                    broken.add(kind)
+                    self._log.exception("defect while looking around, going on")
             await self._changed.comes(1.0)
+
+    def _look_around(self) -> None:
+        """What is done about once a second."""
+        if self._member is not None and not self._left:
+            self._member.swarm.sweep()
+            standing = self._standing
+            met = frozenset(standing.edges.weights) if standing.visit is not None else None
+            self._lookout.look(self._member, self._discovery, self._named, met)
+        if self._upkeep is not None and not self._left:
+            self._upkeep.look(self._member)
+        if self._report is not None:
+            self._report(self.status())
 
     # --- what is told of it
 
@@ -760,8 +773,9 @@ class Node:
 def _replace(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder; one of before an agreement, or of a run killed at its end, gives way."""
     newer = folder.with_name(folder.name + ".new")
-    if newer.exists():
-        shutil.rmtree(newer)
+    with translated(newer):
+        if newer.exists():
+            shutil.rmtree(newer)
     write(newer)
     with translated(folder):
         if folder.exists():

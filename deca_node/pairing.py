@@ -24,7 +24,7 @@ from typing import Any
 
 from deca_node import identity
 from deca_node.addresses import split
-from deca_node.errors import ListenError, TrustError
+from deca_node.errors import DecaError, ListenError, TrustError
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import (
     MAX_JOIN_ATTEMPTS,
@@ -162,6 +162,7 @@ class Inviter:
             writer.close()
             return
         self._open += 1
+        node = ""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 _send(writer, {"authority": self._authority.certificate.decode()})
@@ -174,7 +175,14 @@ class Inviter:
                     if node and not self._done.done():
                         self._done.set_result(node)
         except (OSError, TimeoutError, ValueError):
-            pass  # ValueError: a line that is too long
+            if node and not self._done.done():
+                self._done.set_exception(
+                    TrustError(
+                        f"{node} has a certificate, but its answer did not arrive; invite it again"
+                        f" with --node {node}"
+                    )
+                )
+            # Else it is the joiner's affair; ValueError: a line that is too long.
         finally:
             self._open -= 1
             writer.close()
@@ -187,7 +195,7 @@ class Inviter:
             node = self._name(asked)
             now = self._clock()
             certificate = self._keyring.issue(node, request, now, self._terms.days)
-        except TrustError as error:
+        except DecaError as error:
             self._tell(f"{host} was not let in: {error}")
             return "", {"refusal": str(error)}
         self._secret = None

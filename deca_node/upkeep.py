@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deca_node import identity
-from deca_node.errors import DecaError, PeerError, TrustError
+from deca_node.errors import DecaError, PeerError
 from deca_node.guard import Guard
 from deca_node.member import Member
 from deca_node.membership import State
@@ -30,7 +30,7 @@ class Upkeep:
         self._guard, self._warn, self._log = guard, warn, log
         self._out = self._trouble = ""
         self._known = guard.revoked
-        self._tried = -RENEW_EVERY_SECONDS
+        self._tried = self._tried_operator = -RENEW_EVERY_SECONDS
         self._renewing: asyncio.Task[None] | None = None
 
     def look(self, member: Member | None) -> None:
@@ -55,6 +55,13 @@ class Upkeep:
             self._warn(f"the others refuse this node: {out}")
         self._out = out
         now = time.monotonic()
+        if guard.has_authority and now - self._tried_operator >= RENEW_EVERY_SECONDS:
+            self._tried_operator = now
+            try:
+                if guard.renew_operator_here():
+                    self._log.info("operator's certificate renewed")
+            except DecaError as error:
+                self._warn(f"the operator's certificate is not renewed: {error}")
         late = guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS
         if late and (guard.has_authority or (member is not None and _anybody(member))):
             self._tried = now
@@ -86,8 +93,8 @@ class Upkeep:
                 self._guard.renewed(key, certificate)
             except PeerError:
                 continue
-            except TrustError as error:
-                self._log.warning("bad renewal", peer=peer.name, reason=str(error))
+            except Exception as error:  # noqa: BLE001 - whatever one gives, the others are asked
+                self._log.warning("bad renewal", peer=peer.name, reason=repr(error))
             else:
                 return True
         return False

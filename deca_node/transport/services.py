@@ -111,7 +111,10 @@ def peer_handlers(handler: Handler, patience: float, guard: Guard | None) -> grp
             if guard is None:
                 raise PeerRefused("no_authority", "there are no certificates here")
             admitted(context, guard)
-            certificate = guard.renew_for(_certificate(context), request.request)
+            # On another thread, as it waits for the disk.
+            certificate = await asyncio.to_thread(
+                guard.renew_for, _certificate(context), request.request
+            )
             return pb.RenewReply(certificate=certificate)
         except PeerError as error:
             await _refuse(context, error)

@@ -1,7 +1,10 @@
 """The trust folder: what is in it, who can read it, what is wrong with it."""
 
+import ssl
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,80 @@ def test_a_certificate_says_whom_it_names(run):
     request = identity.new_request(identity.new_key())
     pairing = run.authority.issue_pairing(request, time.time(), 1)
     assert identity.read(pairing).holder is None
+
+
+@pytest.mark.parametrize("crash", range(1, 9))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_replacement_that_is_cut_off_leaves_a_pair(run, monkeypatch, crash, first):
+    """Power fails at each change of the disk in turn: the old pair is there, or the new one."""
+    keyring = run.keyring("alice")
+    if first:
+        for path in (keyring.folder / "nodes").iterdir():
+            path.unlink()
+    key = identity.new_key()
+    request = identity.new_request(key)
+    pair = Pair(key, run.authority.issue(request, "alice", time.time(), 1.0))
+    replace, done = Path.replace, []
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(path, target):
+        done.append(path)
+        if len(done) == -(-crash // 2) and crash % 2:
+            raise PowerCutError  # just before
+        found = replace(path, target)
+        if len(done) == -(-crash // 2):
+            raise PowerCutError  # just after
+        return found
+
+    before = None if first else keyring.node("alice")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", cut)
+        if crash <= 6:
+            with pytest.raises(PowerCutError):
+                keyring.keep_node("alice", pair)
+        else:
+            keyring.keep_node("alice", pair)
+    again = Keyring(keyring.folder)
+    if first and again.nodes() == []:
+        return  # it has never been
+    found = again.node("alice")
+    assert found in (before, pair)
+    assert found == pair or crash < 4
+    again.keep_node("alice", pair)
+    assert again.node("alice") == pair
+    assert {path.name for path in (again.folder / "nodes").iterdir()} == {"alice.key", "alice.pem"}
+
+
+def test_revocations_of_several_processes_are_all_kept(run):
+    """Each reads, adds and writes; no word of another is lost."""
+    names = [f"eve-{number}" for number in range(12)]
+    run.head()
+
+    def revoke(name):
+        Keyring(run.folder / "head").keep_revoked({name: run.authority.revoke(name)})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(revoke, names))
+    assert set(Keyring(run.folder / "head").revoked()) == set(names)
+
+
+def of_an_unknown_kind(certificate):
+    """The certificate with a key of an algorithm that nobody has heard of."""
+    der = ssl.PEM_cert_to_DER_cert(certificate.decode())
+    algorithm = bytes.fromhex("2a8648ce3d0201")  # id-ecPublicKey (RFC 5480)
+    assert algorithm in der
+    return ssl.DER_cert_to_PEM_cert(der.replace(algorithm, algorithm[:-1] + b"\x7f")).encode()
+
+
+def test_a_certificate_of_an_unknown_kind_is_one_line(run):
+    """The library has errors of its own for it."""
+    keyring = run.keyring("alice")
+    path = keyring.folder / "nodes" / "alice.pem"
+    path.write_bytes(of_an_unknown_kind(path.read_bytes()))
+    with pytest.raises(TrustError, match=r"alice\.pem"):
+        keyring.node("alice")
 
 
 @pytest.mark.parametrize(
@@ -188,8 +265,11 @@ def test_only_who_is_due_is_renewed_and_only_by_the_authority(run):
     renewed = identity.read(hub.renew_for(due.certificate, request))
     assert renewed.holder == Holder("run", "bob", operator=False)
     assert renewed.ends > due.says.ends
+    with pytest.raises(PeerRefused, match="within the last 60 s"):  # each costs a wait for the disk
+        hub.renew_for(due.certificate, request)
+    other = run.keyring("dora", begins=-0.9 * 86400).node("dora")
     with pytest.raises(PeerRefused, match="not a request"):
-        hub.renew_for(due.certificate, b"nonsense")
+        hub.renew_for(other.certificate, b"nonsense")
     with pytest.raises(PeerRefused, match="not here"):
         run.guard("carol").renew_for(due.certificate, request)
     with pytest.raises(PeerRefused, match="only nodes"):

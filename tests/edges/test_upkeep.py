@@ -8,10 +8,11 @@ import structlog
 from deca_node import identity
 from deca_node.errors import PeerRefused
 from deca_node.guard import Guard
-from deca_node.keyring import Keyring
+from deca_node.keyring import Keyring, Pair
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.upkeep import Upkeep
+from tests.edges.test_keyring import of_an_unknown_kind
 from tests.trust import Run
 
 DUE = -0.9 * 86400
@@ -63,7 +64,10 @@ async def test_a_certificate_is_renewed_by_whoever_has_the_key(tmp_path):
     def right(request):
         return run.authority.issue(request, "bob", time.time(), 1)
 
-    answers = {"a": no_authority, "b": wrong, "c": right, "d": no_authority}
+    def strange(request):
+        return of_an_unknown_kind(right(request))
+
+    answers = {"a": no_authority, "b": wrong, "s": strange, "c": right, "d": no_authority}
     assert await look(guard, answers) == ([], [])
     assert not guard.is_renewal_due
 
@@ -77,6 +81,25 @@ async def test_it_is_renewed_here_where_the_key_is(tmp_path):
     assert await look(guard, {}) == ([], [])
     assert not guard.is_renewal_due
     assert keyring.issued_certificate("hub").ends == guard.ends
+
+
+async def test_the_operators_is_renewed_where_the_key_is(tmp_path):
+    """It would end while every question is asked with it; not before it is due."""
+    run = Run(tmp_path)
+    head, hub = run.head(), run.keyring("hub")
+    request = identity.new_request(key := identity.new_key())
+    shown = run.authority.issue_operator(request, time.time() + DUE, 1.0)
+    for keyring in (head, hub):
+        keyring.keep_operator(Pair(key, shown))
+    await look(Guard(hub, "hub"), {})
+    assert hub.operator().certificate == shown  # the authority's key is elsewhere
+    hub.keep_authority(run.authority)
+    await look(Guard(hub, "hub"), {})
+    renewed = hub.operator()
+    assert renewed.says.ends > time.time() + 0.9 * 86400
+    assert renewed.says.holder.operator
+    await look(Guard(hub, "hub"), {})
+    assert hub.operator() == renewed
 
 
 async def test_a_renewal_that_nobody_gives_is_said(tmp_path):
