@@ -1,5 +1,6 @@
 """The run's record for people and scripts: history.jsonl and summary.json."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -85,19 +86,18 @@ class History:
     def __init__(self, path: Path, first_serial: int, steps_per_visit: int, curve: Curve) -> None:
         self._path, self._steps, self._curve = path, steps_per_visit, curve
         with translated(path):
-            with path.open("a+b") as file:
-                file.seek(0)
-                end = 0
-                for line in file:
-                    try:
-                        point = _point(json.loads(line), steps_per_visit)
-                    except (ValueError, KeyError, TypeError):
-                        break  # a line torn by a crash, and whatever follows it
-                    if point.first >= first_serial or not line.endswith(b"\n"):
-                        break
-                    curve.add(point)
-                    end += len(line)
-                file.truncate(end)
+            content, end = path.read_bytes() if path.exists() else b"", 0
+            for line in io.BytesIO(content):
+                try:
+                    point = _point(json.loads(line), steps_per_visit)
+                except (ValueError, KeyError, TypeError):
+                    break  # a line torn by a crash, and whatever follows it
+                if point.first >= first_serial or not line.endswith(b"\n"):
+                    break
+                curve.add(point)
+                end += len(line)
+            # A new file, so that whoever follows the old one sees that it is another.
+            write_atomically(path, content[:end])
             self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:

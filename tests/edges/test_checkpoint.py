@@ -621,9 +621,11 @@ def test_history_takes_back_what_will_be_done_again(tmp_path, torn, kept):
     path = tmp_path / "history.jsonl"
     rows = [{"visit": v, "step": s} for v in range(3) for s in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:kept]) + torn)
+    before = path.stat().st_ino
     history = History(path, first_serial=6, steps_per_visit=4, curve=Curve(64))
     history.append(rows[6])
     history.close()
+    assert path.stat().st_ino != before  # for those who follow it, as `tail -F` and trail.py do
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:7]
 
 
