@@ -23,9 +23,9 @@ from transport import NAMES, OneTensor, Pair, Side, describe
 
 from deca_node import memory
 from deca_node.blocks import Visit
-from deca_node.catchup import COST_BYTES, Giver
 from deca_node.config import NetworkSettings, Timing
 from deca_node.exchange import send_rates
+from deca_node.giving import COST_BYTES, Giver
 from deca_node.kept import read_piece
 from deca_node.methods.deca import Deca
 from deca_node.moments import Rule

@@ -1,17 +1,14 @@
 """Catching up: blocks that others trained meanwhile are fetched from several of them at once.
 
-Both ends. What a node hands out are the files of its own state on disk: they do not change while
-they are read, cost the training no memory, and carry their digest. What is fetched, and from whom,
-is decided in recovery.
+The fetching end; giving.py is the other. What is fetched, and from whom, is decided in recovery.
 """
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from deca_node import wire
 from deca_node.blocks import Schedule
@@ -21,17 +18,9 @@ from deca_node.errors import (
     OutputError,
     PayloadError,
     PeerError,
-    PeerRefused,
     PeerTimeout,
 )
-from deca_node.limits import (
-    CHUNK_BYTES,
-    MAX_QUEUED_TRANSFERS,
-    MAX_TRANSFERS,
-    MAX_TRANSFERS_PER_PEER,
-    MIN_TRANSFER_RATE,
-)
-from deca_node.pacing import SendRates, TokenBucket, WorkBudget
+from deca_node.giving import Peers, transfer_seconds
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import (
     Flight,
@@ -55,31 +44,8 @@ RETRY_SECONDS = 2.0
 LOOK_SECONDS = 1.0
 # Blocks in one go that could not be kept, until the run goes on without what it missed.
 MAX_DISK_FAILURES = 5
-# A pause costs CPU time of its own: shorter ones are put off until they add up to this.
-LEAST_PAUSE_SECONDS = 0.05
-# What giving takes of the CPU in all, over what checksums and copies take of it: gRPC and the
-# kernel are the rest. 6.7 and 8 by bench/serving.py --core 0, quiet and busy, messages paced apart.
-WHOLE_OVER_FRAMING = 7.0
-# What a byte costs is averaged over so many.
-COST_BYTES = 16 * CHUNK_BYTES
 # Times that nobody ahead answers, a redial apart, until the run goes on alone.
 MAX_SILENT_ROUNDS = 3
-
-
-class Shelf(Protocol):
-    """The blocks that a node keeps, as those who catch up get them."""
-
-    def kept(self) -> Mapping[int, Kept]:
-        """What there is to hand out, by block."""
-        ...
-
-    def open(self, block: int, xxh3: str) -> BinaryIO | None:
-        """A block's file, readable also when it is superseded meanwhile; None when it is gone."""
-        ...
-
-    async def read(self, file: BinaryIO, offset: int, size: int) -> bytes | memoryview:
-        """Up to ``size`` bytes from ``offset`` on, without holding up the event loop."""
-        ...
 
 
 class Partial(Protocol):
@@ -130,195 +96,6 @@ class Store(Protocol[P]):
             DiskFullError: no room to keep it; the partial file is still there.
         """
         ...
-
-
-class Peers(Protocol):
-    """What catching up needs to know of peers; swarm.Swarm is one."""
-
-    def sender(self) -> pb.Sender:
-        """This node's introduction."""
-        ...
-
-    def givers(self) -> Mapping[str, Link]:
-        """Links to those that can hand out blocks."""
-        ...
-
-    def is_paused(self, peer: str) -> bool:
-        """Whether the peer has said that it takes no part for now."""
-        ...
-
-    def trouble(self, peer: str, error: PeerError) -> None:
-        """A call to the peer failed or what it sent was refused."""
-        ...
-
-    def told_visit(self, peer: str, visit: int) -> None:
-        """A peer has told its visit."""
-        ...
-
-    def check_sender(self, sender: pb.Sender) -> str:
-        """Name of a greeted peer of this run, current session. Raises PeerRefused."""
-        ...
-
-
-class Giver:
-    """Hands out kept blocks: paced, a few at a time, the others queued.
-
-    Args:
-        peers: the peer table.
-        shelf: what is kept.
-        position: this node's visit and whether its edges are fixed.
-        timing: how long an answer may be held back.
-        rate: bytes per second over all transfers, at most.
-        rates: what may be sent in all.
-        budget: bounds the rate further while this node trains.
-        training: whether it does.
-    """
-
-    def __init__(
-        self,
-        peers: Peers,
-        shelf: Shelf,
-        position: Callable[[], tuple[int, bool]],
-        timing: Timing,
-        rate: float,
-        rates: SendRates,
-        budget: WorkBudget | None = None,
-        training: Callable[[], bool] = lambda: True,
-    ) -> None:
-        self._peers = peers
-        self._shelf = shelf
-        self._position = position
-        self._timing = timing
-        self._rate = rate
-        self._budget, self._training = budget, training
-        self._bucket = TokenBucket(rate, CHUNK_BYTES, asyncio.get_running_loop().time())
-        self._rates = rates
-        self._slots = asyncio.Semaphore(MAX_TRANSFERS)
-        self._asked: Counter[str] = Counter()
-        self._moved = Pulse()
-        self.bytes_sent = 0
-
-    def moved(self) -> None:
-        """This node's visit or phase changed: answer who waits for that."""
-        self._moved.beat()
-
-    async def answer_list(self, request: pb.ListBlocksRequest) -> pb.BlockList:
-        """What is kept here; at once, or when past the visit that the caller names."""
-        self._peers.check_sender(request.sender)
-        limit = asyncio.get_running_loop().time() + self._timing.rpc / 2
-        if request.HasField("after"):
-            while self._position()[0] <= request.after:
-                left = limit - asyncio.get_running_loop().time()
-                if not await self._moved.comes(left):
-                    break
-        visit, closed = self._position()
-        blocks = [
-            pb.BlockState(block=block, visit=kept.visit, bytes=kept.bytes, xxh3=kept.xxh3)
-            for block, kept in self._shelf.kept().items()
-        ]
-        return pb.BlockList(sender=self._peers.sender(), visit=visit, closed=closed, blocks=blocks)
-
-    async def answer_fetch(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
-        """A kept block's file from the asked-for offset on."""
-        peer = self._peers.check_sender(request.sender)
-        clock = asyncio.get_running_loop().time
-        async with self._slot(peer):
-            kept = self._shelf.kept().get(request.block)
-            file = self._shelf.open(request.block, request.xxh3)
-            if kept is None or file is None:
-                raise PeerRefused("passed", f"block {request.block} has a newer version here")
-            with file:
-                try:
-                    offset = _within(kept, request.offset)
-                    limit = clock() + transfer_seconds(kept.bytes, self._timing)
-                    while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
-                        await self._spare_training(len(piece))
-                        await self._pace(peer, len(piece))
-                        # Who reads more slowly than this holds a slot that others wait for. Looked
-                        # at between messages: a timer would go off in whoever is given one.
-                        _in_time(clock(), limit)
-                        self.bytes_sent += len(piece)
-                        yield self._framed(kept.visit, offset, piece)
-                        offset += len(piece)
-                except PeerRefused as error:  # also thrown in by the transport: it does not read
-                    self._peers.trouble(peer, error)
-                    raise
-                except OSError as error:
-                    raise PeerRefused("passed", f"cannot be read here: {error.strerror}") from None
-
-    def _framed(self, visit: int, offset: int, piece: bytes | memoryview) -> bytes:
-        if self._budget is None:
-            return wire.frame(visit, offset, piece)
-        begin = time.thread_time()
-        message = wire.frame(visit, offset, piece)
-        took = time.thread_time() - begin
-        self._budget.spent(len(piece), WHOLE_OVER_FRAMING * took)
-        return message
-
-    async def _spare_training(self, nbytes: int) -> None:
-        """Wait so that giving stays within its rate, and within its budget while this trains."""
-        if self._budget is not None:
-            most = self._rate
-            self._bucket.rate = self._budget.rate(most) if self._training() else most
-        pause = self._bucket.take(nbytes, asyncio.get_running_loop().time())
-        if pause >= LEAST_PAUSE_SECONDS:
-            await asyncio.sleep(pause)
-
-    async def _pace(self, peer: str, nbytes: int) -> None:
-        """Wait where what is sent is capped: a message at a time, in turn with the exchange's."""
-        if pause := self._rates.take(peer, nbytes, asyncio.get_running_loop().time()):
-            try:
-                await asyncio.sleep(pause)
-            except asyncio.CancelledError:
-                self._rates.give_back(peer, nbytes)
-                raise
-
-    @asynccontextmanager
-    async def _slot(self, peer: str) -> AsyncGenerator[None]:
-        full = self._asked.total() >= MAX_TRANSFERS + MAX_QUEUED_TRANSFERS
-        if full or self._asked[peer] >= MAX_TRANSFERS_PER_PEER:
-            raise PeerRefused("too_many_transfers", "ask again later")
-        self._asked[peer] += 1
-        try:
-            # Whoever asks gives up when nothing comes for a step_deadline: refused before that, it
-            # knows why.
-            try:
-                async with asyncio.timeout(self._timing.step_deadline / 2):
-                    await self._slots.acquire()
-            except TimeoutError:
-                raise PeerRefused("too_many_transfers", "ask again later") from None
-            try:
-                yield
-            finally:
-                self._slots.release()
-        finally:
-            self._asked[peer] -= 1
-            self._asked += Counter()  # forgets the zeros
-            self.moved()
-
-    async def drain(self) -> None:
-        """Let transfers under way end, for a step_deadline at most: this node is leaving."""
-        loop = asyncio.get_running_loop()
-        limit = loop.time() + self._timing.step_deadline
-        while self._asked and loop.time() < limit:
-            await self._moved.comes(limit - loop.time())
-
-
-def _within(kept: Kept, offset: int) -> int:
-    """The offset, if the file goes that far: a caller's may be more than any file's can be."""
-    if offset > kept.bytes:
-        raise PeerRefused("bad_request", f"the file has {kept.bytes} bytes")
-    return offset
-
-
-def _in_time(now: float, limit: float) -> None:
-    if now > limit:
-        raise PeerRefused("too_slow", "the transfer took too long")
-
-
-def transfer_seconds(nbytes: int, timing: Timing) -> float:
-    """The longest that a transfer may take, its time in the queue included."""
-    return timing.step_deadline + nbytes / MIN_TRANSFER_RATE
 
 
 @dataclass

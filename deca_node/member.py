@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 from deca_node import membership, topology
 from deca_node.blocks import Schedule, Visit
-from deca_node.catchup import COST_BYTES, CatchUp, Giver, Shelf, Store
+from deca_node.catchup import CatchUp, Store
 from deca_node.compression import Format
 from deca_node.config import Timing
 from deca_node.exchange import Exchange, send_rates
+from deca_node.giving import COST_BYTES, Giver, Shelf
 from deca_node.membership import Edges, Phase
 from deca_node.methods import Method
 from deca_node.pacing import WorkBudget

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp, transfer_seconds
+from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
+from deca_node.giving import transfer_seconds
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Kept
