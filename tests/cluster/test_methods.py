@@ -108,7 +108,7 @@ def test_dec_lora_ends_as_the_dense_reference(make):
         assert np.abs(expected).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_node_comes_back_with_the_others_adapters(make):
     """DeCAF: rounds go by without it; it fetches the one block that there is, and goes on."""
     own = (
