@@ -43,8 +43,7 @@ test-slow: .venv/dev.stamp .venv/demo.stamp
 	  --ignore tests/cluster/test_network.py tests/containers tests/cluster tests/edges tests/fuzz
 
 # Before a release. The demo with nodes alone, hundreds of random fault schedules, adapters after a
-# kill, learning over
-# compressed edges and among liars.
+# kill, learning over compressed edges and among liars.
 test-long: .venv/dev.stamp .venv/demo.stamp
 	$(BIN)/pytest -m long -n 2 --dist loadfile --no-loadscope-reorder $(SLOW_DUMP) tests
 
