@@ -19,6 +19,9 @@ from deca_node.disk import translated
 from deca_node.errors import DataError, OutputError
 from deca_node.models import LanguageModel, pick_device
 
+# What a line of answers begins with, also one that a crash has torn.
+_BEGIN = b'{"question_id"'
+
 
 @dataclass(frozen=True)
 class Question:
@@ -115,10 +118,6 @@ def _conversation(model: LanguageModel, question: Question, max_tokens: int) -> 
         said.append({"role": "user", "content": turn})
         said.append({"role": "assistant", "content": model.answer(said, max_tokens)})
     return [message["content"] for message in said[1::2]]
-
-
-# What a line begins with, also one that a crash has torn.
-_BEGIN = b'{"question_id"'
 
 
 def _answered(to: Path, who: str) -> set[int | str]:

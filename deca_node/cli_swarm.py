@@ -103,9 +103,7 @@ def init(
     authority = Authority.new(place.run, now)
     keyring = Keyring.made(place.folder, authority.certificate)
     keyring.keep_authority(authority)
-    key = identity.new_key()
-    shown = authority.issue_operator(identity.new_request(key), now, days)
-    keyring.keep_operator(Pair(key, shown))
+    keyring.issue_operator(now, days)
     _certify(keyring, place.node, days)
     typer.echo(
         f"run {place.run}: authority, operator and node {place.node} in {place.folder}; let "
@@ -280,16 +278,14 @@ def renew(
     """
     place = _place(config, run, node, trust)
     keyring = place.keyring()
-    authority = keyring.open_authority()
+    keyring.open_authority()  # or say at once that its key is elsewhere
     names = [node] if node else keyring.nodes()
     for name in names:
         if name in keyring.revoked():
             raise TrustError(f"node {name!r} was revoked for good")
         _certify(keyring, name, days)
     if node is None:
-        key = identity.new_key()
-        shown = authority.issue_operator(identity.new_request(key), time.time(), days)
-        keyring.keep_operator(Pair(key, shown))
+        keyring.issue_operator(time.time(), days)
         names = [*names, "operator"]
     typer.echo(f"renewed for {days:g} days: {', '.join(names)}; running nodes take it up")
 
@@ -358,10 +354,11 @@ def show(
     for row in tree["certificates"]:
         state = "revoked" if row["revoked"] else row["state"]
         style = "" if state == "good" else "yellow" if state == "renewal due" else "red"
-        ends = row["ends"]
-        until = ends and dt.datetime.fromtimestamp(ends, dt.UTC).strftime("%Y-%m-%d")
+        until = ""
+        if row["ends"] is not None:
+            until = dt.datetime.fromtimestamp(row["ends"], dt.UTC).strftime("%Y-%m-%d")
         here = "yes" if row["here"] else ""
-        table.add_row(Text(row["node"]), here, until or "", Text(state, style))
+        table.add_row(Text(row["node"]), here, until, Text(state, style))
     for name in tree["revoked"]:
         if name not in {row["node"] for row in tree["certificates"]}:
             table.add_row(Text(name), "", "", Text("revoked", "red"))

@@ -195,9 +195,10 @@ class Guard:
         keyring, now = self._keyring, self._clock()
         if not (keyring.has_authority and keyring.has_operator):
             return False
-        if not is_renewal_due(keyring.operator_certificate(), now):
+        shown = keyring.operator_certificate()
+        if not is_renewal_due(shown, now):
             return False
-        keyring.renew_operator(now)
+        keyring.issue_operator(now, lifetime_days(shown))
         return True
 
     def renewed(self, key: bytes, certificate: bytes) -> None:

@@ -337,9 +337,9 @@ class Keyring:
         self.note_issued(node, certificate)
         return certificate
 
-    def renew_operator(self, now: float) -> None:
+    def issue_operator(self, now: float, days: float) -> None:
         """Give the operator a new key and certificate, from the authority here."""
-        key, days = identity.new_key(), lifetime_days(self.operator_certificate())
+        key = identity.new_key()
         request = identity.new_request(key)
         self.keep_operator(Pair(key, self.open_authority().issue_operator(request, now, days)))
 

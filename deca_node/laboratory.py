@@ -26,7 +26,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deca_node import __version__, rehearsal, status, virtual_time
+from deca_node import __version__, config, rehearsal, status, virtual_time
 from deca_node.config import Settings
 from deca_node.data import (
     Example,
@@ -188,8 +188,8 @@ class Laboratory:
             if not path.exists():
                 return False
             made = read_cell(path)[0]["settings"]
-        now = dict(_flat(json.loads(json.dumps(_told(cell)))))
-        for key, before in _flat(made):
+        now = _compared(json.loads(json.dumps(_told(cell))))
+        for key, before in _compared(made).items():
             # A setting that this version has not, or that one had not, is no difference.
             if (after := now.get(key, before)) != before:
                 raise OutputError(
@@ -363,14 +363,13 @@ def _told(cell: Cell) -> dict[str, Any]:
     return cell.settings.model_dump(mode="json", exclude={"node", "network"})
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted settings and their values, but for where files are."""
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{name}.")
-        elif name not in _PLACES and not name.startswith("trust."):
-            yield name, value
+def _compared(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a cell's settings, by dotted key, those that decide on its results."""
+    return {
+        key: value
+        for key, value in config.flatten(told)
+        if key not in _PLACES and not key.startswith("trust.")
+    }
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:

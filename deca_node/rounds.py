@@ -415,8 +415,8 @@ class Rounds:
             return Gathered()
         gathered = await self._landed()
         # The training thread may be minutes from the end of a gradient that was given up.
-        elsewhere = asyncio.to_thread(self.method.absorb) if self._abandoned else None
-        await (elsewhere or self.worker(self.method.absorb))
+        worker = asyncio.to_thread if self._abandoned else self.worker
+        await worker(self.method.absorb)
         return gathered
 
     def _outgoing(self, serial: int) -> Snapshot:

@@ -279,9 +279,13 @@ class Deca:
 
     def _counted(self) -> Settled:
         """What the mix has changed, and nothing is made of it."""
-        master = self._active.master
-        mixed = math.sqrt(sum(mixed_square(half, master[part]) for part, half in self._halves()))
+        mixed = self._mixed()
         return Settled(mixed, 0.0, mixed, self._clipped)
+
+    def _mixed(self) -> float:
+        """‖x½ − x_next‖₂."""
+        master = self._active.master
+        return math.sqrt(sum(mixed_square(half, master[part]) for part, half in self._halves()))
 
     def _folded(self, step: int) -> Settled:
         master = self._active.master

@@ -1,7 +1,5 @@
 """Quasi-global Adam (Lin et al. 2021) on all layers: quasiglobal.py, then a mix, then the fold."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from deca_node import quasiglobal
 from deca_node.methods import Settled
 from deca_node.methods.deca import Deca
 from deca_node.models import LanguageModel
-from deca_node.moments import Rule, mixed_square
+from deca_node.moments import Rule
 from deca_node.robust import MEAN, Aggregation
 
 
@@ -49,10 +47,9 @@ class QgAdam(Deca):
     def settle(self, step: int) -> Settled:  # noqa: ARG002
         """See Method."""
         self._take_kept()
-        master = self._active.master
-        mixed = sum(mixed_square(half, master[part]) for part, half in self._halves())
+        mixed, master = self._mixed(), self._active.master
         norm = quasiglobal.fold(self._before, master, self._m, self._v, self._rule, self._first)
         self._before = torch.empty(0)
         self._own = None
         self._active.write_back()
-        return Settled(norm, float(norm > 0), math.sqrt(mixed), self._clipped)
+        return Settled(norm, float(norm > 0), mixed, self._clipped)

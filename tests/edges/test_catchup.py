@@ -423,6 +423,15 @@ def test_strangers_get_no_kept_block():
     run(scenario())
 
 
+async def a_giver():
+    """A swarm, its first member, and a block that this has kept."""
+    swarm = ToySwarm(2, rounds=2, steps=3)
+    swarm.start()
+    await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
+    member = swarm.nodes[0].member
+    return swarm, member, *next(iter(member.giver._shelf.kept().items()))
+
+
 async def _fetched(giver, request):
     return [message async for message in giver.answer_fetch(request)]
 
@@ -432,11 +441,7 @@ def test_an_offset_beyond_the_file_is_refused_and_counted(beyond):
     """Whatever a caller asks for, it gets a reason: 64 bits are more than a file's offset has."""
 
     async def scenario():
-        swarm = ToySwarm(2, rounds=2, steps=3)
-        swarm.start()
-        await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
-        member = swarm.nodes[0].member
-        block, kept = next(iter(member.giver._shelf.kept().items()))
+        swarm, member, block, kept = await a_giver()
         sender = swarm.nodes[1].member.swarm.sender()
         offset = beyond if beyond > 1 else kept.bytes + 1
         request = pb.FetchBlockRequest(sender=sender, block=block, xxh3=kept.xxh3, offset=offset)
@@ -458,11 +463,7 @@ def test_who_takes_a_file_too_slowly_is_told_so_and_counted():
     """
 
     async def scenario():
-        swarm = ToySwarm(2, rounds=2, steps=3)
-        swarm.start()
-        await until(lambda: len(swarm.nodes[0].story.steps) >= 4)
-        member = swarm.nodes[0].member
-        block, kept = next(iter(member.giver._shelf.kept().items()))
+        swarm, member, block, kept = await a_giver()
 
         async def dripping(file, offset, size):
             return file.getvalue()[offset : offset + 1]

@@ -402,24 +402,8 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, c
     check_refusals(file, out, capsys)
 
 
-DIVERGING = """
-[experiment]
-name = "diverging"
-nodes = 3
-[rehearsal]
-rows = 120
-layers = 2
-hidden = 16
-[partition]
-test_per_label = 4
-[schedule]
-rounds = 1
-steps = 12
-[topology]
-kind = "full"
-[faults]
-attacks = { node-0 = 1e6 }
-"""
+DIVERGING = TOY.partition("[grid]")[0].replace("steps = 2", "steps = 12")
+DIVERGING += '[topology]\nkind = "full"\n[faults]\nattacks = { node-0 = 1e6 }\n'
 
 
 def test_a_cell_that_diverges_is_kept_and_told(tmp_path, capsys):
