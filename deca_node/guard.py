@@ -44,10 +44,10 @@ class Guard:
         self._keyring, self._node, self._clock = keyring, node, clock
         self._allow = frozenset((*allow, node)) if allow else frozenset[str]()
         self.refused: Counter[str] = Counter()
+        self._stamp = keyring.stamp(node)  # before what it is of: no change can come between
         self._revoked = keyring.revoked()
         self._unsaved = False
         self._issued: dict[str, float] = {}  # when to whom; names are those of certificates
-        self._stamp = keyring.stamp(node)
         self._pair = keyring.node(node)
         self._credentials = self._shown()
         if wrong := objection(self._pair.says, keyring.run, self._revoked, (), clock()):
@@ -113,7 +113,10 @@ class Guard:
 
     def renew_for(self, certificate: bytes, request: bytes) -> bytes:
         """See transport.Guard."""
-        shown = identity.read(certificate)
+        try:
+            shown = identity.read(certificate)
+        except TrustError as error:
+            raise PeerRefused("bad_request", str(error)) from None
         if not self._keyring.has_authority:
             raise PeerRefused("no_authority", "the authority's key is not here")
         if shown.holder is None or shown.holder.node is None:
@@ -163,15 +166,17 @@ class Guard:
         if stamp == self._stamp:
             return False
         self._stamp = stamp  # so that damage is told once
+        before = self._revoked, self._pair
         self._revoked = {**self._revoked, **self._keyring.revoked()}
         self._pair = self._keyring.node(self._node)
-        self._credentials = self._shown()
-        return True
+        if self._pair != before[1]:
+            self._credentials = self._shown()
+        return (self._revoked, self._pair) != before
 
     def _save(self) -> None:
         # What another process has written meanwhile counts as well.
         self._revoked = self._keyring.keep_revoked(self._revoked)
-        self._stamp, self._unsaved = self._keyring.stamp(self._node), False
+        self._unsaved = False
 
     @property
     def is_renewal_due(self) -> bool:

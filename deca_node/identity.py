@@ -34,7 +34,15 @@ AUTHORITY_DAYS = 3650.0
 # anything else: a certificate's signed part begins with another byte.
 _REVOKES = "deca-node revokes"
 _HASH = hashes.SHA256()
-_TROUBLE = (ValueError, TypeError, UnsupportedAlgorithm)
+# What the library raises at what somebody else has made.
+_TROUBLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def new_key() -> bytes:
@@ -89,7 +97,7 @@ def read(pem: bytes) -> Certificate:
     try:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, *_TROUBLE):
+    except (x509.ExtensionNotFound, *_TROUBLE):
         uris = []
     return Certificate(
         holder(uris),
@@ -125,7 +133,7 @@ def run_of(authority: bytes) -> str:
     found = _loaded(authority)
     try:
         limits = found.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, *_TROUBLE):
+    except (x509.ExtensionNotFound, *_TROUBLE):
         limits = None
     name = found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if limits is None or not limits.ca or not name:

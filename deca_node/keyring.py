@@ -246,6 +246,8 @@ class Keyring:
     def _keep(self, path: Path, pair: Pair) -> None:
         with _written(path):
             _make_folder(path.parent)
+            with contextlib.suppress(FileNotFoundError):  # what an earlier one left half done
+                self._end_replacing(path, path.read_bytes())
             # Whenever this is cut off, the certificate's key is there: see _end_replacing.
             _write(path.with_suffix(_KEY_BEFORE), pair.key)
             _write(path, pair.certificate)
@@ -306,6 +308,8 @@ class Keyring:
             try:
                 with filelock.FileLock(lock, timeout=_LOCK_SECONDS, mode=0o600):
                     now = {**self.revoked(), **revoked}
+                    if len(now) > MAX_REVOKED:  # a longer list would be refused when read again
+                        raise TrustError(f"more than {MAX_REVOKED} nodes are revoked")
                     text = json.dumps({n: mark.hex() for n, mark in sorted(now.items())}, indent=1)
                     _write(self.folder / REVOKED, text.encode())
             except filelock.Timeout:

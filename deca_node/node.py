@@ -734,23 +734,30 @@ class Node:
     async def _tick(self) -> None:
         broken: set[str] = set()
         while True:
-            try:
-                self._look_around()
-            except Exception as error:  # noqa: BLE001 - a defect must not end what comes after it
-                if (kind := repr(error)) not in broken and len(broken) < MAX_DEFECTS_TOLD:
-                    broken.add(kind)
-                    self._log.exception("defect while looking around, going on")
+            for look in (self._sweep, self._look_around, self._look_at_trust, self._show):
+                try:
+                    look()
+                except Exception as error:  # noqa: BLE001 - a defect must not end the others
+                    if (kind := repr(error)) not in broken and len(broken) < MAX_DEFECTS_TOLD:
+                        broken.add(kind)
+                        self._log.exception("defect in what is done each second, going on")
             await self._changed.comes(1.0)
 
-    def _look_around(self) -> None:
-        """What is done about once a second."""
+    def _sweep(self) -> None:
         if self._member is not None and not self._left:
             self._member.swarm.sweep()
+
+    def _look_around(self) -> None:
+        if self._member is not None and not self._left:
             standing = self._standing
             met = frozenset(standing.edges.weights) if standing.visit is not None else None
             self._lookout.look(self._member, self._discovery, self._named, met)
+
+    def _look_at_trust(self) -> None:
         if self._upkeep is not None and not self._left:
             self._upkeep.look(self._member)
+
+    def _show(self) -> None:
         if self._report is not None:
             self._report(self.status())
 

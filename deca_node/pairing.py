@@ -178,8 +178,8 @@ class Inviter:
             if node and not self._done.done():
                 self._done.set_exception(
                     TrustError(
-                        f"{node} has a certificate, but its answer did not arrive; invite it again"
-                        f" with --node {node}"
+                        f"{node} has a certificate, but the connection broke; if it did not come, "
+                        f"invite it again with --node {node}"
                     )
                 )
             # Else it is the joiner's affair; ValueError: a line that is too long.
@@ -194,12 +194,12 @@ class Inviter:
             self._check_secret(secret)
             node = self._name(asked)
             now = self._clock()
+            revoked = {name: mark.hex() for name, mark in self._keyring.revoked().items()}
             certificate = self._keyring.issue(node, request, now, self._terms.days)
         except DecaError as error:
             self._tell(f"{host} was not let in: {error}")
             return "", {"refusal": str(error)}
         self._secret = None
-        revoked = {name: mark.hex() for name, mark in self._keyring.revoked().items()}
         return node, {"certificate": certificate.decode(), "node": node, "revoked": revoked}
 
     def _check_secret(self, shown: bytes) -> None:

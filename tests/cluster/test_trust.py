@@ -1,6 +1,7 @@
 """Attacks over real sockets: none of them gets in."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
@@ -525,6 +526,38 @@ async def test_joining_by_an_invitation(run, tmp_path):
         link = GrpcLink(address, guard)
         assert (await link.hello(greeting("bob"), 5)).visit == 7
         await link.close()
+
+
+async def test_a_damaged_list_lets_nobody_in_and_spends_no_token(run, tmp_path):
+    """It is told with its file; once that is mended the same token is good."""
+    async with inviting(run) as (waiting, invitation, told):
+        damaged = run.head().folder / "revoked.json"
+        damaged.write_text("nonsense")
+        with pytest.raises(TrustError, match="damaged"):
+            await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+        assert "damaged" in told[0]
+        assert not run.head().issued()
+        damaged.unlink()
+        joined = await join(invitation, "bob", opener(tmp_path / "bob"), invitation.addresses)
+        assert await waiting == joined.node == "bob"
+
+
+async def test_a_lost_answer_is_told_to_who_invites(run, monkeypatch):
+    """The token is spent and the name taken: what helps is an invitation by that name."""
+    async with inviting(run) as (waiting, invitation, _):
+        drain, calls = asyncio.StreamWriter.drain, []
+
+        async def lost(writer):
+            calls.append(writer)
+            if calls.count(writer) == 2:  # the authority's certificate, then the answer
+                raise ConnectionResetError
+            await drain(writer)
+
+        monkeypatch.setattr(asyncio.StreamWriter, "drain", lost)
+        with contextlib.suppress(TrustError):  # it may have got it all the same
+            await join(invitation, "bob", opener(run.folder / "bob"), invitation.addresses)
+        with pytest.raises(TrustError, match="invite it again with --node bob"):
+            await waiting
 
 
 async def test_a_token_is_good_once(run, tmp_path):

@@ -1,5 +1,6 @@
 """The trust folder: what is in it, who can read it, what is wrong with it."""
 
+import errno
 import ssl
 import stat
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deca_node import identity
+from deca_node import keyring as keyring_module
 from deca_node.errors import PeerRefused, TrustError
 from deca_node.guard import Guard, Visitor
 from deca_node.identity import Authority
@@ -43,6 +45,22 @@ def test_a_certificate_says_whom_it_names(run):
     request = identity.new_request(identity.new_key())
     pairing = run.authority.issue_pairing(request, time.time(), 1)
     assert identity.read(pairing).holder is None
+
+
+@pytest.mark.parametrize("version", ["a003020103", "a003020101"])
+def test_a_certificate_of_another_version_is_one_line(run, version):
+    """X.509 knows 1 and 3, and the library raises errors of its own at any other."""
+    certificate = run.keyring("alice").node("alice").certificate
+    der = ssl.PEM_cert_to_DER_cert(certificate.decode())
+    third = bytes.fromhex("a003020102")
+    assert third in der
+    odd = ssl.DER_cert_to_PEM_cert(der.replace(third, bytes.fromhex(version), 1)).encode()
+    with pytest.raises(TrustError):
+        identity.read(odd)
+    hub = Guard(run.keyring("hub"), "hub")
+    for nothing in (odd, b""):
+        with pytest.raises(PeerRefused):
+            hub.renew_for(nothing, b"")
 
 
 @pytest.mark.parametrize("crash", range(1, 9))
@@ -87,6 +105,76 @@ def test_a_replacement_that_is_cut_off_leaves_a_pair(run, monkeypatch, crash, fi
     again.keep_node("alice", pair)
     assert again.node("alice") == pair
     assert {path.name for path in (again.folder / "nodes").iterdir()} == {"alice.key", "alice.pem"}
+
+
+def test_a_second_replacement_that_is_cut_off_leaves_a_pair_as_well(run, monkeypatch):
+    """The first had got as far as its certificate, whose key is then the only one that fits."""
+    keyring = run.keyring("alice")
+
+    def cut_at(number):
+        replace, done = Path.replace, []
+
+        def cut(path, target):
+            done.append(path)
+            if len(done) == number:
+                raise OSError(errno.EIO, "power cut")
+            return replace(path, target)
+
+        return cut
+
+    key = identity.new_key()
+    certificate = run.authority.issue(identity.new_request(key), "alice", time.time(), 2.0)
+    for number in (3, 3):  # of the second, the first replacement ends what is left of the first
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", cut_at(number))
+            with pytest.raises(TrustError):
+                keyring.keep_node("alice", Pair(key, certificate))
+        assert Keyring(keyring.folder).node_certificate("alice").ends
+    assert Keyring(keyring.folder).node("alice") == Pair(key, certificate)
+    fresh = identity.new_key()
+    other = run.authority.issue(identity.new_request(fresh), "alice", time.time(), 3.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", cut_at(3))
+        with pytest.raises(TrustError):
+            keyring.keep_node("alice", Pair(fresh, other))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", cut_at(2))
+        with pytest.raises(TrustError):
+            keyring.keep_node("alice", Pair(key, certificate))
+    assert Keyring(keyring.folder).node("alice") == Pair(fresh, other)
+
+
+def test_what_another_process_writes_while_a_revocation_is_kept_is_taken_up(run, monkeypatch):
+    """A certificate before it, another revocation right after it."""
+    keyring, other = run.keyring("alice"), Keyring(run.folder / "alice")
+    guard = Guard(keyring, "alice")
+    key = identity.new_key()
+    pair = Pair(key, run.authority.issue(identity.new_request(key), "alice", time.time(), 2.0))
+    other.keep_node("alice", pair)
+    keep = keyring.keep_revoked
+
+    def kept(revoked):
+        found = keep(revoked)
+        other.keep_revoked({"mallory": run.authority.revoke("mallory")})
+        return found
+
+    monkeypatch.setattr(keyring, "keep_revoked", kept)
+    mark = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    guard.learn(pb.Revocations(revoked=[mark]))
+    assert guard.refresh()
+    assert guard.revoked == {"eve", "mallory"}
+    assert guard.credentials().certificate == pair.certificate
+    assert not guard.refresh()
+
+
+def test_a_list_that_could_not_be_read_again_is_not_written(run, monkeypatch):
+    """What is there stays."""
+    monkeypatch.setattr(keyring_module, "MAX_REVOKED", 2)
+    keyring = run.head()
+    keyring.keep_revoked({name: run.authority.revoke(name) for name in ("eve", "mallory")})
+    with pytest.raises(TrustError, match="more than 2"):
+        keyring.keep_revoked({"trudy": run.authority.revoke("trudy")})
+    assert set(keyring.revoked()) == {"eve", "mallory"}
 
 
 def test_revocations_of_several_processes_are_all_kept(run):

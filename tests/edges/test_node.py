@@ -246,3 +246,31 @@ async def test_plain_text_on_the_network_is_said_in_log_and_status(tmp_path):
             if open_to_all
             else "plain text, on this machine only"
         )
+
+
+async def test_a_defect_in_what_is_done_each_second_ends_none_of_it():
+    """The other things are done in the same second, and all again in the next."""
+    looked, rounds = [], asyncio.Event()
+
+    def boom():
+        raise RuntimeError("swept too far")
+
+    async def comes(_):
+        if len(looked) >= 2:
+            rounds.set()
+            await asyncio.Event().wait()
+
+    class Ticking:
+        _log = structlog.get_logger()
+        _changed = SimpleNamespace(comes=comes)
+        _sweep = staticmethod(boom)
+        _look_around = staticmethod(boom)
+        _look_at_trust = staticmethod(lambda: looked.append("trust"))
+        _show = staticmethod(lambda: None)
+
+    ticking = asyncio.create_task(Node._tick(Ticking()))
+    await asyncio.wait_for(rounds.wait(), 10)
+    assert looked == ["trust", "trust"]
+    assert not ticking.done()
+    ticking.cancel()
+    await asyncio.gather(ticking, return_exceptions=True)
