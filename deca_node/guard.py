@@ -1,6 +1,7 @@
 """Whom a running node believes, and what it shows itself (transport.Guard)."""
 
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -48,6 +49,7 @@ class Guard:
         self._revoked = keyring.revoked()
         self._unsaved = False
         self._issued: dict[str, float] = {}  # when to whom; names are those of certificates
+        self._issuing = threading.Lock()
         self._pair = keyring.node(node)
         self._credentials = self._shown()
         if wrong := objection(self._pair.says, keyring.run, self._revoked, (), clock()):
@@ -126,9 +128,10 @@ class Guard:
             raise PeerRefused("not_due", "a certificate is renewed in the last third of its time")
         node, days = shown.holder.node, lifetime_days(shown)
         # It is due until its holder shows the new one at another connection.
-        if abs(now - self._issued.get(node, -math.inf)) < RENEWAL_PAUSE_SECONDS:
-            raise PeerRefused("not_due", f"renewed within the last {RENEWAL_PAUSE_SECONDS:g} s")
-        self._issued[node] = now
+        with self._issuing:  # several calls may be at this at once
+            if abs(now - self._issued.get(node, -math.inf)) < RENEWAL_PAUSE_SECONDS:
+                raise PeerRefused("not_due", f"renewed within the last {RENEWAL_PAUSE_SECONDS:g} s")
+            self._issued[node] = now
         try:
             return self._keyring.issue(node, request, now, days)
         except TrustError as error:
@@ -233,10 +236,11 @@ class Visitor:
     """
 
     def __init__(self, keyring: Keyring) -> None:
-        pair = keyring.caller()
+        now = time.time()
+        pair = keyring.caller(now)
         self.keyring = keyring
         self._credentials = Credentials(pair.key, pair.certificate, keyring.authority, keyring.run)
-        if wrong := objection(pair.says, keyring.run, (), (), time.time()):
+        if wrong := objection(pair.says, keyring.run, (), (), now):
             raise TrustError(f"{keyring.folder}: {wrong.partition(': ')[2]}")
 
     def credentials(self) -> Credentials:

@@ -13,6 +13,7 @@ Keys have mode 0600 in folders of mode 0700. All files are replaced in one piece
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from deca_node.disk import is_full, sync
 from deca_node.errors import DiskFullError, TrustError
 from deca_node.identity import Authority
 from deca_node.limits import MAX_CERTIFICATE_BYTES, MAX_REVOKED, MAX_REVOKED_BYTES
-from deca_node.trust import Certificate, is_name
+from deca_node.trust import Certificate, is_name, objection
 
 AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
 OPERATOR = "operator"
@@ -35,8 +36,8 @@ _NODES = "nodes"
 _ISSUED = "issued"
 # A key whose certificate is about to be written.
 _KEY_BEFORE = ".key.new"
-# A process that changes the list of those who are out holds it for milliseconds.
-_LOCK_SECONDS = 10.0
+# A process that changes a pair or the list of those who are out holds it for milliseconds.
+_LOCK, _LOCK_SECONDS = ".lock", 10.0
 
 _FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
 # What helps where a file is damaged.
@@ -218,55 +219,75 @@ class Keyring:
         """Keep an operator's key and certificate."""
         self._keep(self.folder / f"{OPERATOR}.pem", pair)
 
-    def caller(self) -> Pair:
+    def caller(self, now: float) -> Pair:
         """What a person's questions to nodes are asked with: the operator's, else a node's.
 
+        Args:
+            now: seconds since 1970. A pair that nodes accept then goes before one that they refuse.
+
         Raises:
-            TrustError: there is neither.
+            TrustError: there is none, or what is there cannot be read.
         """
-        if self.has_operator:
-            return self.operator()
-        for name in self.nodes():
-            return self.node(name)
-        raise TrustError(
-            f"{self.folder} has no certificate to show to a node; join the run with `deca-node "
-            "swarm join TOKEN`, or copy operator.pem and operator.key here"
+        held = [self.operator] if self.has_operator else []
+        held += [functools.partial(self.node, name) for name in self.nodes()]
+        if not held:
+            raise TrustError(
+                f"{self.folder} has no certificate to show to a node; join the run with "
+                "`deca-node swarm join TOKEN`, or copy operator.pem and operator.key here"
+            )
+        pairs = [read() for read in held]
+        return next(
+            (one for one in pairs if not objection(one.says, self.run, (), (), now)), pairs[0]
         )
 
     def _pair(self, path: Path, remedy: str, damaged: str) -> Pair:
-        certificate = _read(path, remedy)
-        self._end_replacing(path, certificate)
-        pair = Pair(_read_key(path.with_suffix(".key"), remedy), certificate)
-        with _at(path.with_suffix(".key"), damaged):
-            identity.check_key(pair.key)
-        with _at(path, damaged):
-            identity.check_pair(pair.key, pair.certificate, self.authority)
+        before = _states(path, *_keys(path))
+        try:
+            certificate = _read(path, remedy)
+            key, new = _keys(path)
+            if _fits(new, certificate):  # a replacement was cut off
+                with contextlib.suppress(TrustError):  # a folder that cannot be written, say
+                    self._end_replacing(path)
+                key = new if _fits(new, certificate) else key
+            pair = Pair(_read_key(key, remedy), certificate)
+            with _at(key, damaged):
+                identity.check_key(pair.key)
+            with _at(path, damaged):
+                identity.check_pair(pair.key, pair.certificate, self.authority)
+        except TrustError:
+            if _states(path, *_keys(path)) == before:
+                raise
+            return self._pair(path, remedy, damaged)  # another process has replaced it meanwhile
         return pair
 
     def _keep(self, path: Path, pair: Pair) -> None:
         with _written(path):
             _make_folder(path.parent)
-            with contextlib.suppress(FileNotFoundError):  # what an earlier one left half done
-                self._end_replacing(path, path.read_bytes())
-            # Whenever this is cut off, the certificate's key is there: see _end_replacing.
-            _write(path.with_suffix(_KEY_BEFORE), pair.key)
-            _write(path, pair.certificate)
-            self._end_replacing(path, pair.certificate)
+            with self._alone():
+                _rename_key(path)  # what an earlier replacement left half done
+                # Whenever this is cut off, the certificate's key is there: see _pair.
+                _write(path.with_suffix(_KEY_BEFORE), pair.key)
+                _write(path, pair.certificate)
+                _rename_key(path)
 
-    def _end_replacing(self, path: Path, certificate: bytes) -> None:
-        """Where a new certificate is there already, its key takes the old one's place."""
-        new = path.with_suffix(_KEY_BEFORE)
+    def _end_replacing(self, path: Path) -> None:
+        with _written(path), self._alone():
+            _rename_key(path)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes this folder meanwhile.
+
+        Raises:
+            TrustError: another one holds it for too long.
+            OSError: the folder cannot be written.
+        """
+        lock = self.folder / _LOCK
         try:
-            if identity.fits(new.read_bytes(), certificate):
-                new.replace(path.with_suffix(".key"))
-                sync(path.parent)
-            # Else the certificate is the old one still, and so is the key beside it.
-        except FileNotFoundError:
-            return  # as nearly always, or another process was quicker
-        except TrustError:
-            return  # damaged: what is there is looked at as it is
-        except OSError as error:
-            raise TrustError(f"{new}: cannot be renamed: {error.strerror or error}") from None
+            with filelock.FileLock(lock, timeout=_LOCK_SECONDS, mode=0o600):
+                yield
+        except filelock.Timeout:
+            raise TrustError(f"{lock}: another process holds it") from None
 
     # --- who is out
 
@@ -302,23 +323,24 @@ class Keyring:
             TrustError: the list is damaged, or cannot be written.
             DiskFullError: there is no room for it.
         """
-        lock = self.folder / ".revoked.lock"
         with _written(self.folder):
             _make_folder(self.folder)
-            try:
-                with filelock.FileLock(lock, timeout=_LOCK_SECONDS, mode=0o600):
-                    now = {**self.revoked(), **revoked}
-                    if len(now) > MAX_REVOKED:  # a longer list would be refused when read again
-                        raise TrustError(f"more than {MAX_REVOKED} nodes are revoked")
-                    text = json.dumps({n: mark.hex() for n, mark in sorted(now.items())}, indent=1)
-                    _write(self.folder / REVOKED, text.encode())
-            except filelock.Timeout:
-                raise TrustError(f"{self.folder / REVOKED}: another process holds it") from None
+            with self._alone():
+                now = {**self.revoked(), **revoked}
+                if len(now) > MAX_REVOKED:  # a longer list would be refused when read again
+                    raise TrustError(f"more than {MAX_REVOKED} nodes are revoked")
+                text = json.dumps({n: mark.hex() for n, mark in sorted(now.items())}, indent=1)
+                _write(self.folder / REVOKED, text.encode())
         return now
 
     def readable_by_others(self) -> list[str]:
         """Keys that more than their owner can read, in words with a remedy each."""
-        keys = [*self.folder.glob("*.key"), *self.folder.glob("nodes/*.key")]
+        keys = [
+            path
+            for folder in (self.folder, self.folder / _NODES)
+            for ending in (".key", _KEY_BEFORE)
+            for path in folder.glob(f"*{ending}")
+        ]
         return [
             f"{path}: others can read this key; chmod 600 {path}"
             for path in sorted(keys)
@@ -327,13 +349,7 @@ class Keyring:
 
     def stamp(self, node: str) -> tuple[int, ...]:
         """Changes when another process has changed what a running node uses."""
-        found = []
-        for path in (self.folder / REVOKED, self.folder / _NODES / f"{node}.pem"):
-            with contextlib.suppress(OSError):
-                state = path.stat()
-                # Two replacements within a tick of the file system's clock differ in the file.
-                found += [state.st_mtime_ns, state.st_ino]
-        return tuple(found)
+        return _states(self.folder / REVOKED, self.folder / _NODES / f"{node}.pem")
 
     def issue(self, node: str, request: bytes, now: float, days: float) -> bytes:
         """A node's certificate from the authority here, noted as issued."""
@@ -365,6 +381,38 @@ def loose(path: Path) -> str:
     if mode & 0o037:  # a group may read it: that is how orchestrators hand secrets to a daemon
         return f"{path}: others can read or change this key; chmod 600 {path}"
     return ""
+
+
+def _keys(path: Path) -> tuple[Path, Path]:
+    """A certificate's key; where it is while the pair is being replaced."""
+    return path.with_suffix(".key"), path.with_suffix(_KEY_BEFORE)
+
+
+def _fits(key: Path, certificate: bytes) -> bool:
+    """Whether a key is there and is the certificate's."""
+    with contextlib.suppress(TrustError):
+        return identity.fits(_read(key, ""), certificate)
+    return False  # there is none, or a damaged one: the other key is looked at as it is
+
+
+def _rename_key(path: Path) -> None:
+    """Where a new certificate is there already, its key takes the old one's place."""
+    key, new = _keys(path)
+    # Else the certificate is the old one still, and so is the key beside it.
+    if path.exists() and _fits(new, _read(path, "")):
+        new.replace(key)
+        sync(path.parent)
+
+
+def _states(*paths: Path) -> tuple[int, ...]:
+    """Changes when a file is replaced."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            # Two replacements within a tick of the file system's clock differ in the file.
+            found += [state.st_mtime_ns, state.st_ino]
+    return tuple(found)
 
 
 def _names(folder: Path) -> list[str]:

@@ -144,6 +144,55 @@ def test_a_second_replacement_that_is_cut_off_leaves_a_pair_as_well(run, monkeyp
     assert Keyring(keyring.folder).node("alice") == Pair(fresh, other)
 
 
+def test_half_a_replacement_is_read_where_nothing_can_be_written(run, monkeypatch):
+    """A secret mounted read-only, say, of a machine that lost its power."""
+    keyring = run.keyring("alice")
+    folder = keyring.folder / "nodes"
+    key = identity.new_key()
+    pair = Pair(key, run.authority.issue(identity.new_request(key), "alice", time.time(), 2.0))
+    (folder / "alice.pem").write_bytes(pair.certificate)
+    new = folder / "alice.key.new"
+    new.write_bytes(pair.key)
+    new.chmod(0o644)
+    assert keyring.readable_by_others() == [f"{new}: others can read this key; chmod 600 {new}"]
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keyring_module.filelock, "FileLock", read_only)
+        with pytest.raises(TrustError, match="others can read"):
+            keyring.node("alice")
+        new.chmod(0o600)
+        assert keyring.node("alice") == pair
+        assert new.exists()
+    assert keyring.node("alice") == pair
+    assert not new.exists()
+
+
+def test_processes_that_replace_one_pair_leave_a_pair_at_every_moment(run):
+    """An operator renews by hand while the node does so itself, and others read."""
+    run.keyring("alice")
+    pairs = []
+    for _ in range(6):
+        key = identity.new_key()
+        request = identity.new_request(key)
+        pairs.append(Pair(key, run.authority.issue(request, "alice", time.time(), 2.0)))
+    with ThreadPoolExecutor(8) as pool:
+        writers = [
+            pool.submit(Keyring(run.folder / "alice").keep_node, "alice", pair)
+            for pair in pairs * 4
+        ]
+        reads = 0
+        while not all(writer.done() for writer in writers):
+            Keyring(run.folder / "alice").node("alice")
+            reads += 1
+        for writer in writers:
+            writer.result()
+    assert reads > 1
+    assert Keyring(run.folder / "alice").node("alice") in pairs
+
+
 def test_what_another_process_writes_while_a_revocation_is_kept_is_taken_up(run, monkeypatch):
     """A certificate before it, another revocation right after it."""
     keyring, other = run.keyring("alice"), Keyring(run.folder / "alice")
@@ -387,3 +436,17 @@ def test_a_visitor_shows_the_operators_certificate_or_a_nodes(run):
     assert Visitor(alice).credentials().certificate == alice.node("alice").certificate
     with pytest.raises(TrustError, match=r"operator\.pem"):
         Visitor(Keyring.made(run.folder / "empty", run.authority.certificate))
+
+
+def test_a_visitor_shows_what_is_still_valid(run):
+    """On a desk without the authority's key nobody renews the operator's certificate."""
+    keyring = run.keyring("alice")
+    key = identity.new_key()
+    request = identity.new_request(key)
+    over = run.authority.issue_operator(request, time.time() - 2 * 86400, 1.0)
+    keyring.keep_operator(Pair(key, over))
+    assert Visitor(keyring).credentials().certificate == keyring.node("alice").certificate
+    for path in (keyring.folder / "nodes").iterdir():
+        path.unlink()
+    with pytest.raises(TrustError, match="its time is over"):
+        Visitor(keyring)
