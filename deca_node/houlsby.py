@@ -76,14 +76,22 @@ class Houlsby:
         generator = torch.Generator().manual_seed(seed)
         self._stack, self._width = stack, width
         self._adapters: list[dict[str, Bottleneck]] = []
+        hooks: list[tuple[nn.Module, Bottleneck]] = []
         for index, layer in enumerate(module.get_submodule(stack)):
             pair = {}
             for name, part in _parts(layer, index).items():
                 adapter = Bottleneck(module.config.hidden_size, width, generator)
                 adapter.to(next(part.parameters()).device).requires_grad_(False)
-                part.register_forward_hook(_hook(adapter))
+                hooks.append((part, adapter))
                 pair[name] = adapter
             self._adapters.append(pair)
+        # Only now, so that a model that they do not fit stays as it was.
+        self._handles = [part.register_forward_hook(_hook(adapter)) for part, adapter in hooks]
+
+    def remove(self) -> None:
+        """Take the adapters off the model."""
+        for handle in self._handles:
+            handle.remove()
 
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """See Addition."""
@@ -124,8 +132,9 @@ def attach(module: Any, folder: Path) -> None:
         folder: what ``deca-node export`` or a finished run of dec-adapter has written.
 
     Raises:
-        ModelError: the folder has no such file, or one of another model.
+        ModelError: the folder has no such file, or one of another model; the model is as before.
     """
+    houlsby = None
     try:
         with safe_open(folder / FILE, framework="pt") as file:
             about = file.metadata()
@@ -143,6 +152,8 @@ def attach(module: Any, folder: Path) -> None:
         AttributeError,
         RuntimeError,
     ) as error:
+        if houlsby is not None:
+            houlsby.remove()
         raise ModelError(
             f"{folder / FILE}: not the adapters of this model ({error}); export them again"
         ) from None

@@ -423,8 +423,11 @@ def test_adapters_hang_behind_attention_and_feed_forward(tmp_path, family):
     wrong = AutoModelForCausalLM.from_pretrained(
         make_model(tmp_path / "other", family, layers=LAYERS + 1)
     )
+    wrong.eval()
+    before = wrong(ids).logits
     with pytest.raises(ModelError, match="not the adapters of this model"):
         houlsby.attach(wrong, tmp_path / "out")
+    assert torch.equal(wrong(ids).logits, before)
 
 
 def test_a_model_without_the_two_parts_is_refused():
