@@ -54,7 +54,7 @@ def socket_path() -> Path | None:
     """Where a node of this process can have its socket file; None where there is no place."""
     name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
     # The shortest path there is; _own refuses a folder that is not this user's alone.
-    short = Path("/tmp") / f"deca-node-{os.getuid()}"  # noqa: S108 # nosec B108
+    short = Path("/tmp") / f"deca-node-{os.getuid()}"  # noqa: S108
     for candidate in (_folder, lambda: _own(short)):
         try:
             path = candidate() / name
