@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deca_node import cli, doctor
+from deca_node import cli
 from deca_node.config import load
-from deca_node.doctor import Verdict, examine
+from deca_node.doctor import Verdict, examine, machine, network
 from deca_node.errors import CheckError
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.server import GrpcTransport
@@ -131,16 +131,16 @@ async def test_what_would_stop_the_node_fails_by_name(words, change, check, word
 async def test_too_little_memory_and_disk_fail_with_what_to_turn(words, monkeypatch):
     """The need is told beside what is free; just enough is a warning."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(doctor, "_free_memory", lambda: 1 << 20)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(9, 9, 1 << 20))
+    monkeypatch.setattr(machine, "_free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage(9, 9, 1 << 20))
     found = by_name(await look(words, "run.start_when=1"))
     for name, setting in (("memory", "data.batch_size"), ("disk", "node.output")):
         (one,) = found[name]
         assert one.verdict == Verdict.FAIL
         assert "of 1.0 MiB free" in one.found or "1.0 MiB free" in one.found
         assert setting in one.remedy
-    assert doctor._fits("memory", 90, 100, "").verdict == Verdict.WARN
-    assert doctor._fits("memory", 80, 100, "").verdict == Verdict.OK
+    assert machine._fits("memory", 90, 100, "").verdict == Verdict.WARN
+    assert machine._fits("memory", 80, 100, "").verdict == Verdict.OK
 
 
 async def test_another_runs_output_folder_is_told(words, tmp_path):
@@ -155,7 +155,7 @@ async def test_another_runs_output_folder_is_told(words, tmp_path):
 
 async def test_an_interface_that_does_not_hear_itself(words, monkeypatch):
     """It fails where multicast is the only way to others, and else is a warning."""
-    monkeypatch.setattr(doctor, "loops_back", lambda _: False)
+    monkeypatch.setattr(network, "loops_back", lambda _: False)
     on = ["network.zeroconf=true", 'network.interfaces=["127.0.0.1"]']
     checks = await look(words, "run.start_when=2", *on, patience=0.1)
     assert verdicts(checks, "multicast") == [Verdict.FAIL]
@@ -237,7 +237,7 @@ async def test_settings_that_differ_are_told_by_field_at_both_ends(words):
 
 async def test_weights_that_were_not_read_are_said_to_be_uncompared(words, monkeypatch):
     """The rest is compared all the same; --full reads them."""
-    monkeypatch.setattr(doctor, "QUICK_BYTES", 0)
+    monkeypatch.setattr(machine, "QUICK_BYTES", 0)
     own, _ = await both(words)
     (peer,) = by_name(own)["peer"]
     assert peer.verdict == Verdict.OK

@@ -10,6 +10,7 @@ import structlog
 from rich.console import Console
 
 from deca_node import doctor, logs, status, survey, watch
+from deca_node.doctor import network
 from deca_node.limits import MAX_MEMBERS
 from deca_node.panorama import Panorama
 from deca_node.pb import node_pb2 as pb
@@ -220,7 +221,7 @@ def test_nothing_that_a_node_says_is_obeyed_by_a_terminal(number: float, catchin
     told.phase = pb.PHASE_AGREEING
     _plain(status.render_line(told))
     _plain(status.render_swarm({_EVIL: told, f"{_EVIL}2": _EVIL}))
-    _plain(doctor.render(doctor._running(told)))
+    _plain(doctor.render(network.running(told)))
 
 
 @pytest.mark.parametrize("number", _ODD)

@@ -1,0 +1,281 @@
+"""Whether settings, model, data, memory, disk and certificates are fit for the run."""
+
+import contextlib
+import datetime as dt
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from deca_node import estimate, status
+from deca_node.config import is_loopback
+from deca_node.data import Example, examples, label_counts, label_token_ids, label_words, read_rows
+from deca_node.doctor.checks import Check, Facts, Verdict
+from deca_node.fingerprint import schedule_for
+from deca_node.guard import Guard
+from deca_node.keyring import Keyring
+from deca_node.methods.choose import added
+from deca_node.models import LanguageModel, outline, pick_device
+
+# Up to this size the weights are read for their digest without being asked for: some seconds.
+QUICK_BYTES = 2 << 30
+# Above this share of what is free a run is likely to meet another program's needs.
+TIGHT = 0.8
+
+
+def checks(*, full: bool) -> dict[str, Callable[[Facts], Iterable[Check]]]:
+    """What there is to look at, by name, in the order in which one builds on the other.
+
+    Args:
+        full: read the weights, however large.
+    """
+    return {
+        "device": _device,
+        "model": _model,
+        "data": _data,
+        "weights": _full_weights if full else _weights,
+        "memory": _memory,
+        "disk": _disk,
+        "trust": _trust,
+    }
+
+
+# Settings, model, data
+
+
+def settings(facts: Facts) -> Check:
+    """Whether the node could find others."""
+    run, network = facts.settings.run, facts.settings.network
+    found = (
+        f"node {facts.settings.node.name} of run {run.name}, {run.start_when} members wanted, "
+        f"preset {network.preset}"
+    )
+    named = network.static_peers or network.dns_peers
+    if run.start_when > 1 and not network.zeroconf and not named:
+        return Check(
+            "settings",
+            Verdict.WARN,
+            f"{found}; it knows no way to find others",
+            "set network.zeroconf = true, network.static_peers or network.dns_peers, unless others "
+            "name this node",
+        )
+    return Check("settings", Verdict.OK, found)
+
+
+def _device(facts: Facts) -> Iterable[Check]:
+    facts.device = device = pick_device(facts.settings.node.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    threads = facts.settings.node.threads or torch.get_num_threads()
+    about = name or f"{threads} threads of {psutil.cpu_count()} processors"
+    yield Check("device", Verdict.OK, f"{device}, {about}, weights in {facts.dtype}")
+
+
+def _model(facts: Facts) -> Iterable[Check]:
+    chosen = facts.settings
+    facts.model = found = outline(chosen.model)
+    layers, granularity = len(found.shape.layers), chosen.schedule.layers_per_block
+    schedule_for(chosen, layers)
+    facts.added = added(chosen, found)
+    how = f"in blocks of {granularity}" if chosen.run.method == "deca" else "at once"
+    if facts.added is not None:
+        how = f"with adapters of {facts.added / 1e6:,.2f} million"
+    yield Check(
+        "model",
+        Verdict.OK,
+        f"{found.architecture}, {found.shape.parameters / 1e6:,.0f} million parameters, "
+        f"{layers} layers {how}",
+    )
+
+
+def _data(facts: Facts) -> Iterable[Check]:
+    data = facts.settings.data
+    rows = read_rows(data.train)
+    if facts.model is None:
+        found = f"{len(rows):,} rows; whether they fit the task is not known without the model"
+        yield Check("data", Verdict.WARN, found)
+        return
+    tokenizer = facts.model.tokenizer
+    train = examples(rows, data, tokenizer, data.train)
+    facts.longest, facts.trained = _sizes(train)
+    words = label_words(train, data) if data.task == "classification" else {}
+    if words:
+        label_token_ids(words, data, tokenizer)
+    labels = ", ".join(f"{label} {count}" for label, count in label_counts(train).items())
+    found = f"{len(rows):,} rows, {len(train):,} examples of at most {facts.longest} tokens"
+    if data.test is not None:
+        test = examples(read_rows(data.test), data, tokenizer, data.test, words or None)
+        found += f", {len(test):,} to test"
+    yield Check("data", Verdict.OK, found + (f"; {labels}" if labels else ""))
+
+
+def _sizes(found: Sequence[Example]) -> tuple[int, int]:
+    return max(len(one.input_ids) for one in found), max(sum(one.completion) for one in found)
+
+
+def _weights(facts: Facts) -> Iterable[Check]:
+    model = facts.model
+    if model is None or model.to_convert or model.weight_bytes > QUICK_BYTES:
+        return  # what was not compared is told beside the peers
+    if _free_memory() > 2 * model.weight_bytes:
+        yield from _full_weights(facts)
+
+
+def _full_weights(facts: Facts) -> Iterable[Check]:
+    if facts.model is None or facts.dtype is None:
+        return
+    chosen = facts.settings.model.model_copy(update={"dtype": facts.dtype})
+    model = LanguageModel.load(chosen, torch.device("cpu"))
+    facts.weights = model.weights_digest()
+    facts.model = replace(facts.model, config_digest=model.config_digest(), to_convert=False)
+    yield Check("weights", Verdict.OK, f"readable, digest {facts.weights[:12]}… in {facts.dtype}")
+
+
+# Trust
+
+
+def _trust(facts: Facts) -> Iterable[Check]:
+    settings = facts.settings
+    if not settings.needs_trust():
+        if is_loopback(settings.node.host):
+            yield Check("trust", Verdict.OK, "plain text, on this machine only")
+        else:
+            found = "plain text on the network: whoever reaches the port can join the run"
+            yield Check("trust", Verdict.WARN, found, "make certificates (docs/securing.md)")
+        return
+    keyring = Keyring.of_run(settings.trust_folder(), settings.run.name)
+    facts.guard = guard = Guard(keyring, settings.node.name, settings.trust.allow)
+    ends = dt.datetime.fromtimestamp(guard.ends, dt.UTC).strftime("%Y-%m-%d")
+    found = f"{settings.node.name} is certified until {ends}, in {keyring.folder}"
+    if guard.revoked:
+        found += f"; revoked: {', '.join(sorted(guard.revoked))}"
+    if guard.is_renewal_due and not keyring.has_authority:
+        remedy = "run a node where the authority's key is, or have this one invited anew"
+        yield Check("trust", Verdict.WARN, found, remedy)
+    else:
+        yield Check("trust", Verdict.OK, found)
+    for line in keyring.readable_by_others():
+        yield Check("trust", Verdict.WARN, *line.split("; ", 1))
+
+
+# Memory and disk
+
+
+# Memory and disk
+
+
+def _memory(facts: Facts) -> Iterable[Check]:
+    sizes = facts.work()
+    if facts.running is not None or sizes is None or facts.device is None:
+        return
+    need = estimate.memory(*sizes)
+    parts = ", ".join(
+        f"{name} {status.size(count)}" for name, count in asdict(need).items() if count
+    )
+    host = need.hosting
+    if facts.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(facts.device)
+        yield _fits(f"memory of {facts.device}", need.computing, free, parts)
+        host += need.weights  # they pass through on their way to the device
+        parts = "process, snapshots, references and the weights while they are loaded"
+    else:
+        host += need.computing
+    yield _fits("memory", host, _free_memory(), parts)
+
+
+def _fits(name: str, need: int, free: int, parts: str) -> Check:
+    found = f"about {status.size(need)} needed of {status.size(free)} free ({parts})"
+    if need <= TIGHT * free:
+        return Check(name, Verdict.OK, found)
+    remedy = (
+        "lower data.batch_size or data.max_tokens, or set model.gradient_checkpointing = true; on "
+        'all nodes alike: schedule.layers_per_block, model.dtype = "bf16"'
+    )
+    return Check(name, Verdict.WARN if need <= free else Verdict.FAIL, found, remedy)
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its control group's if less."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no limit is the word max
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _disk(facts: Facts) -> Iterable[Check]:
+    output = facts.settings.node.output
+    yield from _belongs(output, facts)
+    sizes, schedule = facts.work(), facts.schedule
+    if sizes is None or schedule is None or facts.model is None:
+        return
+    need = estimate.disk(*sizes, schedule.total_steps)
+    there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    found = f"state {status.size(need.state)}, model {status.size(need.model)}"
+    wanted: dict[Path, tuple[int, str]] = {output: (max(0, need.total - there), found)}
+    if facts.model.to_convert:
+        size, cache = estimate.converted(facts.model.shape), facts.settings.model.cache
+        home, other = _existing(output), _existing(cache)
+        if home.stat().st_dev == other.stat().st_dev:
+            wanted[output] = (wanted[output][0] + size, f"{found}, converted {status.size(size)}")
+        else:
+            wanted[cache] = (size, f"converted {status.size(size)}")
+    for folder, (size, parts) in wanted.items():
+        yield _room(folder, size, parts)
+
+
+def _belongs(output: Path, facts: Facts) -> Iterable[Check]:
+    """Whether the output folder is this run's, or free."""
+    mark = output / "run.json"
+    try:
+        held = json.loads(mark.read_bytes())
+        own = {**facts.marks(), "node": facts.settings.node.name}
+        other = [name for name in own if held.get(name, own[name]) != own[name]]
+    except (FileNotFoundError, NotADirectoryError):
+        other = []
+    except (OSError, ValueError, AttributeError):
+        yield Check(
+            "output", Verdict.FAIL, f"{mark}: damaged", "move the folder away or restore it"
+        )
+        return
+    if other:
+        yield Check(
+            "output",
+            Verdict.FAIL,
+            f"{output} holds another run: {other[0]} is {held[other[0]]!r} there, "
+            f"{own[other[0]]!r} here",
+            "set node.output to a new folder",
+        )
+
+
+def _room(folder: Path, need: int, parts: str) -> Check:
+    place = _existing(folder)
+    if _obstacle(folder) is not None:
+        found = f"{_obstacle(folder)} is a file, not a folder"
+        return Check("disk", Verdict.FAIL, found, "set node.output elsewhere")
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Check("disk", Verdict.FAIL, f"{place} is not writable", "set node.output elsewhere")
+    free = shutil.disk_usage(place).free
+    found = f"{folder}: at most {status.size(need)} to write, {status.size(free)} free ({parts})"
+    if need <= TIGHT * free:
+        return Check("disk", Verdict.OK, found)
+    verdict = Verdict.WARN if need <= free else Verdict.FAIL
+    return Check("disk", verdict, found, "free some, or set node.output (or model.cache) elsewhere")
+
+
+def _existing(path: Path) -> Path:
+    """The folder that is there already, of those that lead to ``path``."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.is_dir())
+
+
+def _obstacle(path: Path) -> Path | None:
+    """What is in the way of a folder at ``path``."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if place.is_file()), None)
