@@ -544,6 +544,43 @@ def label_counts(examples: Iterable[Example]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+# All of it
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a node's data files hold.
+
+    Attributes:
+        rows: in the file to train on.
+        train: examples to train on, one a row or more.
+        test: examples to evaluate with; may be empty.
+        completions: tokens by label, where there are labels.
+    """
+
+    rows: int
+    train: list[Example]
+    test: list[Example]
+    completions: dict[str, list[int]]
+
+
+def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
+    """Read ``data.train`` and ``data.test``.
+
+    Raises:
+        DataError: a file cannot be read, or does not fit the task.
+        ConfigError: as ``label_token_ids``.
+    """
+    rows = read_rows(settings.train)
+    train = examples(rows, settings, tokenizer, settings.train)
+    words = label_words(train, settings) if settings.task == "classification" else {}
+    completions = label_token_ids(words, settings, tokenizer) if words else {}
+    test: list[Example] = []
+    if settings.test is not None:
+        test = examples(read_rows(settings.test), settings, tokenizer, settings.test, words or None)
+    return Corpus(len(rows), train, test, completions)
+
+
 # Examples -> batches
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from deca_node import __version__, health
 from deca_node.config import Settings
-from deca_node.discovery import Discovery
-from deca_node.dns import NamedPeers
 from deca_node.member import Member
+from deca_node.search import Search
 
 
 class Lookout:
@@ -35,19 +34,17 @@ class Lookout:
     def look(
         self,
         member: Member,
-        discovery: Discovery | None,
-        named: NamedPeers | None,
+        search: Search,
         neighbours: frozenset[str] | None,
     ) -> None:
         """Say once what is wrong, and once when it is mended.
 
         Args:
             member: of the run.
-            discovery: None where zeroconf is off, or failed.
-            named: who follows network.dns_peers.
+            search: for others.
             neighbours: those of the open visit; None before the first one.
         """
-        settings, swarm = self._settings, member.swarm
+        settings, swarm, discovery = self._settings, member.swarm, search.discovery
         name, chosen = settings.node.name, settings.topology
         self._most_members = max(self._most_members, len(swarm.members(member.visit)))
         now = asyncio.get_running_loop().time()
@@ -72,7 +69,7 @@ class Lookout:
                 heard_others=discovery is not None and discovery.heard_others,
                 static=settings.network.static_peers,
                 silent=swarm.never_answered(settings.network.static_peers),
-                unresolved=named.failing if named is not None else {},
+                unresolved=search.named.failing,
                 uncallable=swarm.uncallable(),
                 refusals=swarm.refusals.last,
             )

@@ -23,22 +23,12 @@ from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.control import Control
-from deca_node.data import (
-    BatchStream,
-    Example,
-    examples,
-    label_counts,
-    label_token_ids,
-    label_words,
-    read_rows,
-)
-from deca_node.discovery import Discovery, own_addresses
+from deca_node.data import BatchStream, Corpus, label_counts, read_corpus
 from deca_node.disk import translated
-from deca_node.dns import NamedPeers
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.events import Heard, Ring
-from deca_node.fingerprint import PROTOCOL_VERSION, agreement_marks, fingerprint, schedule_for
+from deca_node.fingerprint import agreement_marks, fingerprint, schedule_for
 from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
 from deca_node.keyring import Keyring
@@ -55,6 +45,7 @@ from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.reception import Reception
 from deca_node.record import History, read_summary, write_summary
 from deca_node.rounds import Start
+from deca_node.search import Search
 from deca_node.standing import Standing
 from deca_node.swarm import Identity
 from deca_node.tensorboard import Scalars
@@ -82,10 +73,8 @@ class _Loaded:
     Attributes:
         marks: the run's fingerprint.
         resumed: whether the folder holds this run's state.
-        n_examples: how many to train on.
-        batches: of those.
-        test: to evaluate with; may be empty.
-        completions: tokens by label, where there are labels.
+        corpus: what the data files hold.
+        batches: of the examples to train on.
     """
 
     model: LanguageModel
@@ -93,10 +82,8 @@ class _Loaded:
     marks: dict[str, str]
     checkpoint: Checkpoint
     resumed: bool
-    n_examples: int
+    corpus: Corpus
     batches: BatchStream
-    test: list[Example]
-    completions: dict[str, list[int]]
 
 
 class Node:
@@ -141,8 +128,7 @@ class Node:
         self._stopping = asyncio.Event()
         self._reception = Reception(self._standing, self._lookout, self._stopping)
         self._member: Member | None = None
-        self._discovery: Discovery | None = None
-        self._named: NamedPeers | None = None
+        self._search: Search | None = None
         self._left = False
         self._measurements = Measurements(self._status_elsewhere)
         self._met_before: dict[str, str] = {}
@@ -221,7 +207,7 @@ class Node:
             device=str(standing.device),
             blocks=len(loaded.schedule.blocks),
             steps=loaded.schedule.total_steps,
-            examples=loaded.n_examples,
+            examples=len(loaded.corpus.train),
             labels=standing.label_counts,
             visit=start.visit,
             step=start.step,
@@ -314,19 +300,17 @@ class Node:
         stack.callback(checkpoint.release)
         # The data first: what is wrong with it must not mark the folder as this run's.
         standing.waiting_for = "the data"
-        train, test, counts, completions = await self._compute(partial(self._read_data, model))
-        standing.label_counts = counts
+        corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
+        standing.label_counts = label_counts(corpus.train)
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
         self._met_before = checkpoint.state.peers
         batches = BatchStream(
-            train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
+            corpus.train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
         )
         batches.position = standing.progress.data_position
-        return _Loaded(
-            model, schedule, marks, checkpoint, resumed, len(train), batches, test, completions
-        )
+        return _Loaded(model, schedule, marks, checkpoint, resumed, corpus, batches)
 
     def _open_books(
         self, stack: contextlib.AsyncExitStack, schedule: Schedule, start: Start
@@ -346,7 +330,7 @@ class Node:
 
     async def _evaluate_before(self, loaded: _Loaded) -> None:
         standing = self._standing
-        if standing.progress.before is None and loaded.test:
+        if standing.progress.before is None and loaded.corpus.test:
             standing.waiting_for = "the evaluation before training"
             before = await self._evaluate(loaded)
             standing.progress = replace(standing.progress, before=before)
@@ -504,7 +488,7 @@ class Node:
         self._enter(Phase.SERVING)
         unserved = asyncio.create_task(exchange.drain())
         after = None
-        if loaded.test:
+        if loaded.corpus.test:
             standing.waiting_for = "the evaluation after training"
             after = await self._evaluate(loaded)
             self._log.info("after training", **after)
@@ -578,19 +562,6 @@ class Node:
 
     # --- parts of starting
 
-    def _read_data(
-        self, model: LanguageModel
-    ) -> tuple[list[Example], list[Example], dict[str, int], dict[str, list[int]]]:
-        """Examples to train on and to test with, how many of each label, and the labels' tokens."""
-        data = self.settings.data
-        train = examples(read_rows(data.train), data, model.tokenizer, data.train)
-        words = label_words(train, data) if data.task == "classification" else {}
-        completions = label_token_ids(words, data, model.tokenizer) if words else {}
-        test: list[Example] = []
-        if data.test is not None:
-            test = examples(read_rows(data.test), data, model.tokenizer, data.test, words or None)
-        return train, test, label_counts(train), completions
-
     def _judge(self, checkpoint: Checkpoint) -> None:
         """Say what of the state was damaged.
 
@@ -649,51 +620,25 @@ class Node:
         stack.push_async_callback(self._leave)
         self._lookout.begin()
         self._enter(Phase.WAITING)
-        for address in settings.network.static_peers:
-            member.swarm.propose(address, lasting=True)
+        self._search = Search(settings, self.timing, port, member.swarm)
         for address in self._met_before.values():
             member.swarm.propose(address, lasting=True)
-        self._named = NamedPeers(
-            settings.network.dns_peers, self.timing.browse, member.swarm.propose
-        )
-        if settings.network.zeroconf:
-            await self._discover(member, port)
-
-    async def _discover(self, member: Member, port: int) -> None:
-        settings = self.settings
-        advertised = settings.node.advertise
-        discovery = Discovery(
-            run=settings.run.name,
-            node=settings.node.name,
-            port=port,
-            protocol=PROTOCOL_VERSION,
-            addresses=await asyncio.to_thread(own_addresses, advertised or settings.node.host),
-            addresses_now=None if advertised else partial(own_addresses, settings.node.host),
-            interfaces=settings.network.interfaces,
-            browse_every=self.timing.browse,
-            sighted=member.swarm.sighted,
-        )
         try:
-            await discovery.start()
+            await self._search.start()
         except ListenError as error:
             if not settings.network.static_peers and not settings.network.dns_peers:
                 raise
             self._standing.warn(str(error))
-            return
-        self._discovery = discovery
 
     async def _leave(self) -> None:
         """Take leave of peers and discovery; does nothing the second time."""
-        member, discovery, named = self._member, self._discovery, self._named
-        self._discovery = self._named = None
+        member, search = self._member, self._search
         if member is None or self._left:
             return
         self._left = True
         ends = [member.leave(finished=self._standing.progress.finished)]
-        if discovery is not None:
-            ends.append(discovery.stop())
-        if named is not None:
-            ends.append(named.stop())
+        if search is not None:
+            ends.append(search.stop())
         await asyncio.gather(*ends, return_exceptions=True)
 
     async def _evaluate(self, loaded: _Loaded) -> dict[str, Any]:
@@ -701,8 +646,8 @@ class Node:
             partial(
                 evaluate,
                 loaded.model,
-                loaded.test,
-                loaded.completions,
+                loaded.corpus.test,
+                loaded.corpus.completions,
                 self.settings.data.batch_size,
                 self._stopping.is_set,
             )
@@ -748,10 +693,10 @@ class Node:
             self._member.swarm.sweep()
 
     def _look_around(self) -> None:
-        if self._member is not None and not self._left:
+        if self._member is not None and self._search is not None and not self._left:
             standing = self._standing
             met = frozenset(standing.edges.weights) if standing.visit is not None else None
-            self._lookout.look(self._member, self._discovery, self._named, met)
+            self._lookout.look(self._member, self._search, met)
 
     def _look_at_trust(self) -> None:
         if self._upkeep is not None and not self._left:

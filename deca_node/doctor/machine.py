@@ -14,7 +14,7 @@ import torch
 
 from deca_node import estimate, status
 from deca_node.config import is_loopback
-from deca_node.data import Example, examples, label_counts, label_token_ids, label_words, read_rows
+from deca_node.data import Example, label_counts, read_corpus, read_rows
 from deca_node.doctor.checks import Check, Facts, Verdict
 from deca_node.fingerprint import schedule_for
 from deca_node.guard import Guard
@@ -94,22 +94,19 @@ def _model(facts: Facts) -> Iterable[Check]:
 
 def _data(facts: Facts) -> Iterable[Check]:
     data = facts.settings.data
-    rows = read_rows(data.train)
     if facts.model is None:
-        found = f"{len(rows):,} rows; whether they fit the task is not known without the model"
+        rows = len(read_rows(data.train))
+        found = f"{rows:,} rows; whether they fit the task is not known without the model"
         yield Check("data", Verdict.WARN, found)
         return
-    tokenizer = facts.model.tokenizer
-    train = examples(rows, data, tokenizer, data.train)
-    facts.longest, facts.trained = _sizes(train)
-    words = label_words(train, data) if data.task == "classification" else {}
-    if words:
-        label_token_ids(words, data, tokenizer)
-    labels = ", ".join(f"{label} {count}" for label, count in label_counts(train).items())
-    found = f"{len(rows):,} rows, {len(train):,} examples of at most {facts.longest} tokens"
+    corpus = read_corpus(data, facts.model.tokenizer)
+    facts.longest, facts.trained = _sizes(corpus.train)
+    labels = ", ".join(f"{label} {count}" for label, count in label_counts(corpus.train).items())
+    found = (
+        f"{corpus.rows:,} rows, {len(corpus.train):,} examples of at most {facts.longest} tokens"
+    )
     if data.test is not None:
-        test = examples(read_rows(data.test), data, tokenizer, data.test, words or None)
-        found += f", {len(test):,} to test"
+        found += f", {len(corpus.test):,} to test"
     yield Check("data", Verdict.OK, found + (f"; {labels}" if labels else ""))
 
 

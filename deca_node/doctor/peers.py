@@ -12,14 +12,12 @@ from google.protobuf.message import Message
 
 from deca_node import __version__, access, health
 from deca_node.config import Settings, Timing
-from deca_node.discovery import Discovery, own_addresses
-from deca_node.dns import NamedPeers
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
 from deca_node.doctor.network import ASK_SECONDS, running
 from deca_node.errors import ListenError, PeerError, PeerRefused, TrustError, UnreachableError
-from deca_node.fingerprint import PROTOCOL_VERSION
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
+from deca_node.search import Search
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.transport.client import ask_status
 from deca_node.transport.server import GrpcTransport
@@ -110,21 +108,18 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
         changed.set,
         quiet,
     )
-    discovery = named = None
+    search = None
     checks = [
         Check("port", Verdict.OK, f"{settings.node.host}:{port} is free")
         if settings.node.port
         else Check("port", Verdict.OK, f"a free one is taken at each start, such as {port}")
     ]
     try:
-        for address in settings.network.static_peers:
-            swarm.propose(address, lasting=True)
-        named = NamedPeers(settings.network.dns_peers, timing.browse, swarm.propose)
-        if settings.network.zeroconf:
-            try:
-                discovery = await _discover(settings, port, timing, swarm)
-            except ListenError as error:
-                checks.append(failed("zeroconf", error))
+        search = Search(settings, timing, port, swarm)
+        try:
+            await search.start()
+        except ListenError as error:
+            checks.append(failed("zeroconf", error))
         limit = _call_back_seconds(settings.timing()) if patience is None else patience
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit):
@@ -139,34 +134,15 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
                 f"{name} has no address: {reason}",
                 "correct network.dns_peers, or mend the name server or the service of that name",
             )
-            for name, reason in sorted(named.failing.items())
+            for name, reason in sorted(search.named.failing.items())
         ]
         await swarm.goodbye(finished=False)
     finally:
-        if named is not None:
-            await named.stop()
-        if discovery is not None:
-            await discovery.stop()
+        if search is not None:
+            await search.stop()
         await swarm.close()
         await transport.close(CLOSE_GRACE_SECONDS)
     return checks
-
-
-async def _discover(settings: Settings, port: int, timing: Timing, swarm: Swarm) -> Discovery:
-    discovery = Discovery(
-        run=settings.run.name,
-        node=settings.node.name,
-        port=port,
-        protocol=PROTOCOL_VERSION,
-        addresses=await asyncio.to_thread(
-            own_addresses, settings.node.advertise or settings.node.host
-        ),
-        interfaces=settings.network.interfaces,
-        browse_every=timing.browse,
-        sighted=swarm.sighted,
-    )
-    await discovery.start()
-    return discovery
 
 
 def _call_back_seconds(timing: Timing) -> float:
