@@ -1,11 +1,9 @@
-"""What happens while a node trains and agrees: told, counted, kept.
+"""What happens while a node trains and agrees: told, counted, written down.
 
 It is the rounds.Observer and the agreement.Observer of a node.
 """
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,22 +11,16 @@ from deca_node import logs
 from deca_node.agreement import BlockAgreement
 from deca_node.blocks import Visit
 from deca_node.consensus import Plan
-from deca_node.control import Control
 from deca_node.data import BatchStream
-from deca_node.errors import DecaError
 from deca_node.kept import KeptBlocks
 from deca_node.member import Member
 from deca_node.membership import Edges
-from deca_node.methods import Method
 from deca_node.prometheus import Measurements
 from deca_node.record import History, history_line
 from deca_node.rounds import StepRecord
+from deca_node.saving import Saving, tried_to_save
 from deca_node.standing import Standing
 from deca_node.tensorboard import Scalars, scalars
-from deca_node.worker import TrainingThread
-
-# On a slow disk saving within visits costs at most this part of the time.
-SAVING_SHARE = 1 / 50
 
 
 @dataclass(frozen=True)
@@ -51,42 +43,30 @@ class Logbook:
 
     Args:
         standing: where the node stands; is moved on.
-        control: what its operator asks for.
         member: of the run.
-        kept: its blocks, on disk.
-        method: whose state an open visit has.
+        kept: its blocks.
+        saving: of those, and of an open visit.
         batches: how far the data are read.
         books: where steps are written down.
-        start: visit and step at which the node goes on, and which is on disk.
-        worker: on whose thread is saved, so that nothing changes meanwhile.
-        save_every: seconds between two saves of an open visit; 0 saves none.
         log: a structlog logger.
 
     Attributes:
-        kept_at: visit and step of what is on disk.
         sent_before: bytes that had been sent at the last step's end, in this process.
     """
 
     def __init__(
         self,
         standing: Standing,
-        control: Control,
         member: Member,
         kept: KeptBlocks,
-        method: Method,
+        saving: Saving,
         batches: BatchStream,
         books: Books,
-        start: tuple[int, int],
-        worker: TrainingThread,
-        save_every: float,
         log: Any,
     ) -> None:
-        self._standing, self._control, self._member, self._kept = standing, control, member, kept
-        self._method, self._batches, self._books, self._worker = method, batches, books, worker
-        self._save_every, self._log = save_every, log
-        self._saved_at = time.monotonic()
+        self._standing, self._member, self._kept, self._saving = standing, member, kept, saving
+        self._batches, self._books, self._log = batches, books, log
         self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
-        self.kept_at = start
         self.sent_before = 0
 
     # --- rounds.Observer
@@ -105,9 +85,8 @@ class Logbook:
     async def step_done(self, record: StepRecord) -> None:
         """See Observer."""
         self._write_down(record)
-        late = time.monotonic() - self._saved_at >= self._save_every > 0
-        if self._control.is_save_due or late:
-            await self._keep_open_visit()
+        if self._saving.is_due:
+            await self._saving.within_visit()
 
     def _write_down(self, record: StepRecord) -> None:
         logs.bind(step=record.step)
@@ -139,14 +118,14 @@ class Logbook:
     async def paused(self, *, within: bool) -> None:
         """See Observer."""
         if within:
-            await self._keep_open_visit()
+            await self._saving.within_visit()
         self._log.info("paused: serves what it has; deca-node resume lets it go on")
 
     async def visit_closed(self, visit: Visit) -> None:
         """See Observer."""
         self._standing.at(visit.index + 1, 0, self._batches.position)
         self._kept.changed(visit)
-        await self._keep(self._kept.save)
+        await self._saving.between_visits()
 
     # --- agreement.Observer
 
@@ -165,36 +144,5 @@ class Logbook:
     async def block_agreed(self, result: BlockAgreement) -> None:
         """See Observer."""
         self._kept.agreed(result.block)
-        await self._keep(self._kept.save)
+        await self._saving.between_visits()
         self._member.moved(self._kept.schedule.visits + result.block + 1)
-
-    # --- on disk
-
-    async def _keep_open_visit(self) -> None:
-        await self._keep(lambda: self._kept.save(self._method.state(), within=True))
-
-    async def _keep(self, save: Callable[[], None]) -> None:
-        begin = time.monotonic()
-        saved = await self._worker(lambda: tried_to_save(self._standing, save))
-        at = self._standing.progress
-        if saved:
-            self.kept_at = at.visit, at.step
-        self._control.saved(done=saved)
-        end = time.monotonic()
-        if saved:
-            self._log.debug("saved", visit=at.visit, step=at.step)
-        self._saved_at = end + max(0.0, (end - begin) / SAVING_SHARE - self._save_every)
-
-
-def tried_to_save(standing: Standing, write: Callable[[], None]) -> bool:
-    """Write; trouble with the disk is said and costs what was to be written, not the run.
-
-    Returns:
-        Whether it is written.
-    """
-    try:
-        write()
-    except DecaError as error:
-        standing.warn(f"not saved: {error}")
-        return False
-    return True

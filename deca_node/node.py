@@ -33,7 +33,7 @@ from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
 from deca_node.keyring import Keyring
 from deca_node.limits import MAX_MEMBERS
-from deca_node.logbook import Books, Logbook, tried_to_save
+from deca_node.logbook import Books, Logbook
 from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
 from deca_node.membership import Phase, State
@@ -45,6 +45,7 @@ from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.reception import Reception
 from deca_node.record import History, read_summary, write_summary
 from deca_node.rounds import Start
+from deca_node.saving import Saving, tried_to_save
 from deca_node.search import Search
 from deca_node.standing import Standing
 from deca_node.swarm import Identity
@@ -215,20 +216,18 @@ class Node:
         await self._evaluate_before(loaded)
         member = await self._meet(stack, loaded, kept, port)
         method = build(settings, loaded.model, settings.node.name)
-        logbook = Logbook(
+        saving = Saving(
+            kept,
+            method.state,
             standing,
             self._control,
-            member,
-            kept,
-            method,
-            loaded.batches,
-            books,
-            (start.visit, start.step),
             self._worker,
             settings.node.save_every,
+            (start.visit, start.step),
             self._log,
         )
-        if not await self._train(start, member, method, kept, logbook, loaded.batches):
+        logbook = Logbook(standing, member, kept, saving, loaded.batches, books, self._log)
+        if not await self._train(start, member, method, kept, logbook, saving, loaded.batches):
             return False
         agreement = None
         if settings.consensus.tolerance > 0:
@@ -361,6 +360,7 @@ class Node:
         method: Method,
         kept: KeptBlocks,
         logbook: Logbook,
+        saving: Saving,
         batches: BatchStream,
     ) -> bool:
         """Go through the visits that are left; False when told to stop, the state saved."""
@@ -374,7 +374,7 @@ class Node:
             standing.at(end.visit, 0, batches.position)
             return True
         self._enter(Phase.STOPPING)
-        untouched = not is_open and (end.visit, end.step) == logbook.kept_at
+        untouched = not is_open and (end.visit, end.step) == saving.at
         standing.at(end.visit, end.step, batches.position)
         # A gradient that was abandoned may keep the training thread; outside of a visit that is at
         # most putting a fetched block in its place, which must come first.

@@ -74,7 +74,7 @@ class Looking(Node):
         super().__init__(settings, structlog.get_logger())
         self._look = look
 
-    async def _train(self, start, member, method, kept, logbook, batches):
+    async def _train(self, start, member, method, kept, logbook, *others):
         written = logbook._write_down
 
         def write_down(record):
@@ -82,7 +82,7 @@ class Looking(Node):
             self._look(self.status())
 
         logbook._write_down = write_down
-        return await super()._train(start, member, method, kept, logbook, batches)
+        return await super()._train(start, member, method, kept, logbook, *others)
 
 
 async def test_a_status_that_nobody_asks_for_is_not_made(tmp_path, monkeypatch):
