@@ -115,7 +115,7 @@ class Observer(Protocol):
         ...
 
     async def block_agreed(self, result: BlockAgreement) -> None:
-        """The block's values are final."""
+        """The block's values are final, agreed on or not."""
         ...
 
 

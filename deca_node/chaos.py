@@ -282,7 +282,7 @@ def _results(nodes: Sequence[Settings], seconds: float) -> dict[str, Any]:
     folders = [node.node.output for node in nodes]
     try:
         found = testbed.summarise(
-            [testbed.read_summary(folder) for folder in folders],
+            [testbed.measured(folder) for folder in folders],
             testbed.disagreement([folder / "model" for folder in folders]),
             seconds,
             {},
@@ -512,7 +512,7 @@ class _Arena:
         node.read_log_from = None
         self._check_kept(node)
         kind = node.fault.kind if node.fault else None
-        if kind == Kind.KILL:
+        if kind == Kind.KILL and code in (-signal.SIGKILL, 0):
             return  # started again when its time has come
         # A node that still imports, or has finished, has no handler of its own for the signal.
         asked = kind == Kind.RESTART and code == -signal.SIGTERM
@@ -521,7 +521,7 @@ class _Arena:
                 f"{node.name} failed (exit code {code}): {testbed.last_words(node.log)};"
                 f" see {node.log}"
             )
-        if testbed.read_finished(node.settings.node.output):
+        if testbed.has_finished(node.settings.node.output):
             node.finished = True
             self._say(now, f"{node.name} has finished")
         elif kind != Kind.RESTART:

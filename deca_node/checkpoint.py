@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deca_node.blocks import Schedule
-from deca_node.disk import sync, translated, write_atomically
+from deca_node.disk import OUTPUT_ELSEWHERE, sync, translated, write_atomically
 from deca_node.errors import OutputError, PayloadError
 
 FORMAT = 2
+MARK = "run.json"
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 # A daemon commits in seconds at least, and between two looks at all that it keeps more than this
 # many times only when it commits faster than the disk can be read.
@@ -157,7 +158,7 @@ class Incoming:
         self.path, self.block, self.xxh3 = path, block, xxh3
         self.size = 0
         self._digest = xxhash.xxh3_128()
-        with translated(path):
+        with translated(path, OUTPUT_ELSEWHERE):
             # Unbuffered: what a full disk did not take is not counted.
             self._file = path.open("ab+", buffering=0)
             self._file.seek(0)
@@ -177,7 +178,7 @@ class Incoming:
             DiskFullError, OutputError: a part of it may be there; ``size`` says how much.
         """
         left = memoryview(data)
-        with translated(self.path):
+        with translated(self.path, OUTPUT_ELSEWHERE):
             while left:
                 written = self._file.write(left)
                 self._digest.update(left[:written])
@@ -196,7 +197,7 @@ class Incoming:
         """
         self.verify()
         try:
-            with translated(self.path):
+            with translated(self.path, OUTPUT_ELSEWHERE):
                 if self.path.stat().st_size != self.size:
                     raise OutputError(f"{self.path}: changed by something else while it came in")
                 return self._parsed()
@@ -235,7 +236,7 @@ class Incoming:
         Raises:
             DiskFullError, OutputError: it is where it was.
         """
-        with translated(self.path):
+        with translated(self.path, OUTPUT_ELSEWHERE):
             sync(self.path)
             self.path.replace(path)
 
@@ -299,7 +300,7 @@ class Checkpoint:
             OutputError: it holds another run or strange files, another daemon uses it, it was
                 written in another format, or no manifest is usable.
         """
-        with translated(self.folder):
+        with translated(self.folder, OUTPUT_ELSEWHERE):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(blocking=False)
@@ -307,12 +308,8 @@ class Checkpoint:
                 raise OutputError(
                     f"{self.folder}: another deca-node is using this folder; set node.output"
                 ) from None
-            mark = self.folder / "run.json"
-            if mark.exists():
-                self._recognise(mark)
-            else:
-                self._refuse_strangers()
-                write_atomically(mark, _sealed(self._identity))
+            if not check_mark(self.folder, self._identity):
+                write_atomically(self.folder / MARK, _sealed(self._identity))
             if not self._state_folder.is_dir():
                 self._state_folder.mkdir()
                 sync(self.folder)
@@ -329,8 +326,8 @@ class Checkpoint:
         Raises:
             OutputError: the folder holds no run, another one, or no usable state.
         """
-        with translated(self.folder):
-            self._recognise(self.folder / "run.json")
+        with translated(self.folder, OUTPUT_ELSEWHERE):
+            _recognise(self.folder, self._identity)
             manifest = self._state_folder / MANIFEST
             for _ in range(MAX_LOOKS):
                 content, _ = _readable(manifest)
@@ -340,24 +337,6 @@ class Checkpoint:
                 if not self.warnings or _readable(manifest)[0] == content:
                     return self.state
         raise OutputError(f"{self.folder}: changes faster than it can be read; try again")
-
-    def _recognise(self, mark: Path) -> None:
-        found = read_mark(mark)
-        for name, value in self._identity.items():
-            if found.get(name) != value:
-                there = found.get(name, "absent")
-                raise OutputError(
-                    f"{self.folder}: holds another run ({name} is {there!r} there, {value!r} "
-                    "here); set node.output to a new folder"
-                )
-
-    def _refuse_strangers(self) -> None:
-        for name in ("history.jsonl", "summary.json", "model", "state"):
-            if (self.folder / name).exists():
-                raise OutputError(
-                    f"{self.folder / name}: exists but the folder is no run's output (no "
-                    "run.json); set node.output to a new folder"
-                )
 
     def _find_state(self) -> bool:
         """Choose the newest state that is whole, or else the one that costs least."""
@@ -420,7 +399,7 @@ class Checkpoint:
     def _candidate(self, name: str) -> tuple[_Candidate | None, str]:
         """A manifest with its files checked, or None and why not."""
         path = self._state_folder / name
-        with translated(path):
+        with translated(path, OUTPUT_ELSEWHERE):
             content, trouble = _readable(path)
             if content is None:
                 return None, trouble
@@ -437,7 +416,7 @@ class Checkpoint:
     def _trouble(self, saved: SavedFile) -> str:
         """What is wrong with a file; empty when nothing."""
         path = self._state_folder / saved.file
-        with translated(path):
+        with translated(path, OUTPUT_ELSEWHERE):
             try:
                 good = path.stat().st_size == saved.bytes and _digest(path) == saved.xxh3
             except FileNotFoundError:
@@ -560,7 +539,7 @@ class Checkpoint:
     def _save_tensors(self, stem: str, changed: Changed) -> SavedFile:
         temporary = self._state_folder / f"{stem}.tmp"
         tensors = {name: t.detach().cpu().contiguous() for name, t in changed.tensors.items()}
-        with translated(temporary):
+        with translated(temporary, OUTPUT_ELSEWHERE):
             try:
                 save_file(tensors, temporary)
                 sync(temporary)
@@ -591,7 +570,7 @@ class Checkpoint:
         manifest = self._state_folder / MANIFEST
         content = _sealed(asdict(state))
         self._parsed(manifest, content)  # better now than at the next start
-        with translated(manifest):
+        with translated(manifest, OUTPUT_ELSEWHERE):
             # Either syncs the folder: the new files last before a manifest names them.
             if self._content is None:
                 sync(self._state_folder)
@@ -683,7 +662,7 @@ class Checkpoint:
             OutputError: it is gone.
         """
         path = self._state_folder / saved.file
-        with translated(path):
+        with translated(path, OUTPUT_ELSEWHERE):
             return path.open("rb")
 
     def load(self, saved: SavedFile) -> dict[str, Tensor]:
@@ -693,8 +672,41 @@ class Checkpoint:
             OutputError: it cannot be read; the message names it.
         """
         path = self._state_folder / saved.file
-        with translated(path):
+        with translated(path, OUTPUT_ELSEWHERE):
             return load_file(path)
+
+
+def check_mark(folder: Path, identity: Mapping[str, str]) -> bool:
+    """Whether a folder is this run's; one that may become it is not, yet.
+
+    Args:
+        folder: node.output; need not be there.
+        identity: what makes this run this run, as far as it is known.
+
+    Raises:
+        OutputError: it holds another run, or strange files.
+    """
+    if (folder / MARK).exists():
+        _recognise(folder, identity)
+        return True
+    for name in ("history.jsonl", "summary.json", "model", "state"):
+        if (folder / name).exists():
+            raise OutputError(
+                f"{folder / name}: exists but the folder is no run's output (no {MARK}); set "
+                "node.output to a new folder"
+            )
+    return False
+
+
+def _recognise(folder: Path, identity: Mapping[str, str]) -> None:
+    found = read_mark(folder / MARK)
+    for name, value in identity.items():
+        if found.get(name) != value:
+            there = found.get(name, "absent")
+            raise OutputError(
+                f"{folder}: holds another run ({name} is {there!r} there, {value!r} here); set "
+                "node.output to a new folder"
+            )
 
 
 def read_mark(mark: Path) -> dict[str, Any]:
@@ -703,7 +715,7 @@ def read_mark(mark: Path) -> dict[str, Any]:
     Raises:
         OutputError: it is missing, unreadable, damaged, or of another format.
     """
-    with translated(mark):
+    with translated(mark, OUTPUT_ELSEWHERE):
         try:
             return _unsealed(mark, mark.read_bytes())
         except FileNotFoundError:

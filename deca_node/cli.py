@@ -125,13 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except DecaError as error:
         if "--traceback" in arguments:
             raise
-        print(f"deca-node: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+        _complain(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # noqa: BLE001 - the one place where a defect becomes an exit code
         structlog.get_logger().exception("this is a defect of deca-node; please report it")
         sys.exit(1)
+
+
+def _complain(error: DecaError) -> None:
+    print(f"deca-node: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
 
 
 def _one_line(error: DecaError) -> str:
@@ -194,6 +198,7 @@ def start(
     human = sys.stderr.isatty()
     logs.configure(human=human, verbose=verbose)
     log = structlog.get_logger()
+    node = None
     try:
         given = [*(settings or ()), *(["trust.insecure=true"] if insecure else ())]
         chosen = load(config, given)
@@ -203,18 +208,29 @@ def start(
             node = Node(chosen, log, report)
             finished = asyncio.run(node.run())
     except DecaError as error:
-        if human or context.find_root().params["traceback"]:
+        if context.find_root().params["traceback"]:
             raise
-        # The log is JSON to its end.
-        log.error(_one_line(error), exit_code=error.exit_code)  # noqa: TRY400 - no defect
+        if human:
+            _complain(error)
+        else:  # the log is JSON to its end
+            log.error(_one_line(error), exit_code=error.exit_code)  # noqa: TRY400 - no defect
+        if node is not None and node.is_computing:
+            _leave_now(error.exit_code)
         raise typer.Exit(error.exit_code) from None
     if not finished:
         log.info("ended before the run was finished; the same command resumes it")
-        # Python takes seconds to wind up torch and gRPC, and cannot do so under a thread that is
-        # still inside torch; whoever sent the signal waits for us, and all is saved.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _leave_now(0)
+
+
+def _leave_now(code: int) -> NoReturn:
+    """End at once, when all is saved that will be.
+
+    Python takes seconds to wind up torch and gRPC, while whoever sent a signal waits; and under a
+    thread that is still inside torch it aborts, whatever the exit code was to be.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -120,6 +120,8 @@ def outside(settings: Settings, name: str) -> list[Path]:
         given.append(settings.model.cache)
     if settings.trust.folder is not None:
         given.append(settings.trust.folder)
+    if settings.tensorboard.folder is not None:
+        given.append(settings.tensorboard.folder)
     home = Path("/var/lib") / name
     return [path for path in given if path.is_absolute() and not path.is_relative_to(home)]
 

@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,9 +108,17 @@ def init(
     _certify(keyring, place.node, days)
     typer.echo(
         f"run {place.run}: authority, operator and node {place.node} in {place.folder}; let "
-        "another machine in with: deca-node swarm invite"
-        + ("" if place.run == "deca" and trust is None else f" --run {place.run}")
+        f"another machine in with: deca-node swarm invite{_again(config, place.run, trust)}"
     )
+
+
+def _again(config: Path | None, run: str, trust: Path | None) -> str:
+    """The options by which another verb finds the same folder."""
+    if trust is not None:
+        return f" --trust {shlex.quote(str(trust))}"
+    if config is not None:
+        return f" --config {shlex.quote(str(config))}"
+    return "" if run == "deca" else f" --run {run}"
 
 
 def _certify(keyring: Keyring, node: str, days: float) -> None:
@@ -209,7 +218,10 @@ def join(
         )
     folder = trust or place.folder
     joined = asyncio.run(_join(said, place.node, folder, at))
-    typer.echo(f"node {joined.node} of run {said.run}, in {folder}; now: deca-node start")
+    then = f"deca-node start --config {shlex.quote(str(config or 'FILE'))}"
+    if folder != place.folder:
+        then += f" --set trust.folder={shlex.quote(str(folder))}"
+    typer.echo(f"node {joined.node} of run {said.run}, in {folder}; now: {then}")
 
 
 async def _join(said: Invitation, node: str, folder: Path, at: str | None) -> pairing.Joined:

@@ -48,6 +48,7 @@ class Control:
         self._stop = stop
         self._stopping = stopping
         self._asked: set[asyncio.Future[bool]] = set()  # for a save
+        self._was_saved = True  # the last time
         self._exporting = False
         self.member: Member | None = None
 
@@ -70,7 +71,12 @@ class Control:
     async def checkpoint(self, request: pb.CheckpointRequest) -> pb.CheckpointReply:
         """See ControlHandler."""
         del request
-        if self._acting(_TRAINING, "saved").phase != Phase.PAUSED:  # that has saved it
+        if self._acting(_TRAINING, "saved").phase == Phase.PAUSED:  # that has saved it, or tried to
+            if not self._was_saved:
+                raise PeerRefused(
+                    "not_saved", "it could not be saved when it paused; resume it and try again"
+                )
+        else:
             saved = asyncio.get_running_loop().create_future()
             self._asked.add(saved)
             stop = asyncio.create_task(self._stopping.wait())
@@ -82,7 +88,7 @@ class Control:
             if not saved.done():
                 raise PeerRefused("stopping", "it saves its state as it ends")
             if not saved.result():
-                raise PeerRefused("not_saved", "the disk took it not; see the node's warnings")
+                raise PeerRefused("not_saved", "it could not be written; see the node's warnings")
         progress = self._standing.progress
         return pb.CheckpointReply(visit=progress.visit, step=progress.step)
 
@@ -156,6 +162,7 @@ class Control:
 
     def saved(self, *, done: bool) -> None:
         """The state was saved, or could not be."""
+        self._was_saved = done
         for waiting in self._asked:
             if not waiting.done():
                 waiting.set_result(done)

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 from safetensors import SafetensorError
 
 from deca_node.errors import DiskFullError, OutputError
+
+# What helps a node that has no room left.
+OUTPUT_ELSEWHERE = "set node.output elsewhere"
 
 _FULL = errno.ENOSPC, errno.EDQUOT
 
@@ -25,16 +29,41 @@ def is_full(error: Exception) -> bool:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn a full disk into DiskFullError and other trouble with files into OutputError."""
+def translated(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+    """Turn a full disk into DiskFullError and other trouble with files into OutputError.
+
+    Args:
+        path: what is read or written.
+        elsewhere: what helps where no room can be made.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         if is_full(error):
             raise DiskFullError(
-                f"{path}: no space left on the disk; free some or set node.output elsewhere"
+                f"{path}: no space left on the disk; free some or {elsewhere}"
             ) from None
         raise OutputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def alone(folder: Path, verb: str) -> Iterator[None]:
+    """Keep other processes of the same verb out of a folder, which is made if need be.
+
+    Raises:
+        OutputError: another one works there, or it cannot be made.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    with translated(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise OutputError(f"{folder}: another `deca-node {verb}` works there now") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(path: Path) -> None:

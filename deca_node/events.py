@@ -131,6 +131,11 @@ class Heard:
         self._note(True, event, values)
         self._log.error(event, **values)
 
+    def exception(self, event: str, **values: Any) -> None:
+        """See structlog."""
+        self._note(True, event, values)
+        self._log.exception(event, **values)
+
     def _note(self, warned: bool, event: str, values: Mapping[str, Any]) -> None:
         told = describe(warned, event, values)
         if told is not None:

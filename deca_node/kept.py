@@ -29,7 +29,7 @@ class KeptBlocks:
         checkpoint: the state on disk.
         model: whose blocks they are.
         schedule: the run's.
-        worker: the training thread, the only one that touches the model.
+        worker: the training thread, the only one that changes the model.
         progress: where the run is now.
         addresses: by name, where peers were last met, to be found again after a restart.
 
@@ -73,8 +73,13 @@ class KeptBlocks:
         """The nodes have agreed on a block after the last visit."""
         self._unsaved[block] = self.schedule.visits
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the disk has all visits that have ended."""
+        return not self._unsaved
+
     def save(self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False) -> None:
-        """Keep what changed, and the progress; to be called on the training thread.
+        """Keep what changed, and the progress; nothing may change the model meanwhile.
 
         Args:
             open_visit: x, m and v of the visit under way, with ``within``.

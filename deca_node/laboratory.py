@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import xxhash
 from rich.console import Console
@@ -37,7 +36,7 @@ from deca_node.data import (
     read_rows,
     text_of,
 )
-from deca_node.disk import translated, write_atomically
+from deca_node.disk import alone, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.experiment import Cell, Experiment, read
@@ -73,7 +72,7 @@ def run(path: Path, out: Path | None = None) -> Path:
     folder = out or Path("out") / experiment.world.experiment.name
     experiment = read(path, folder.absolute())
     claim_checked(folder)
-    with _locked(folder):
+    with alone(folder, "simulate"):
         laboratory = Laboratory(experiment, folder)
         # By seed, so that a split is made once, and half a comparison is one of all methods.
         order = experiment.world.experiment.seeds.index
@@ -104,20 +103,6 @@ def claim_checked(folder: Path) -> None:
                     f"{folder}: holds something else ({strange[0]}); choose another --out"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    with translated(folder):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise OutputError(f"{folder}: another `deca-node simulate` works there now") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Laboratory:

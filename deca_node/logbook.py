@@ -79,7 +79,9 @@ class Logbook:
         if self._member.is_stopping:
             return
         if missing := sorted(wanted - set(edges.weights)):
-            self._standing.warn(f"visit {visit.index} without neighbours {', '.join(missing)}")
+            self._standing.warn(
+                f"visit {visit.index} without neighbours {', '.join(missing)}", "neighbours"
+            )
         self._log.info("visit", visit=visit.index, layers=str(visit.layers)[5:], weights=weights)
 
     async def step_done(self, record: StepRecord) -> None:
@@ -105,7 +107,7 @@ class Logbook:
             passed_over=self._caught_up_before[1] + gain.visits,
         )
         if not math.isfinite(record.local.gradient_norm):
-            standing.warn(f"gradient not finite at step {record.step}: counted as zero")
+            standing.warn(f"gradient not finite at step {record.step}: counted as zero", "gradient")
         row, books = history_line(record, sent), self._books
         tried_to_save(standing, lambda: books.history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})

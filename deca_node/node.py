@@ -24,7 +24,7 @@ from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.control import Control
 from deca_node.data import BatchStream, Corpus, label_counts, read_corpus
-from deca_node.disk import translated
+from deca_node.disk import OUTPUT_ELSEWHERE, translated
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.events import Heard, Ring
@@ -131,6 +131,7 @@ class Node:
         self._member: Member | None = None
         self._search: Search | None = None
         self._left = False
+        self._worker: TrainingThread
         self._measurements = Measurements(self._status_elsewhere)
         self._met_before: dict[str, str] = {}
 
@@ -166,6 +167,11 @@ class Node:
             finally:
                 ended = self._standing.phase in (Phase.SERVING, Phase.DONE)
                 self._enter(Phase.DONE if ended else Phase.STOPPING)
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether its thread is inside torch, as an abandoned gradient may be after the end."""
+        return self._worker.is_busy
 
     def stop(self) -> None:
         """End the run soon, its state saved (SIGTERM, SIGINT)."""
@@ -487,6 +493,8 @@ class Node:
         exchange, standing, model = member.exchange, self._standing, loaded.model
         self._enter(Phase.SERVING)
         unserved = asyncio.create_task(exchange.drain())
+        if not kept.is_saved:  # the disk was full when the last visits ended
+            await self._until_there_is_room(kept.save)
         after = None
         if loaded.corpus.test:
             standing.waiting_for = "the evaluation after training"
@@ -725,11 +733,11 @@ class Node:
 def _replace(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder; one of before an agreement, or of a run killed at its end, gives way."""
     newer = folder.with_name(folder.name + ".new")
-    with translated(newer):
+    with translated(newer, OUTPUT_ELSEWHERE):
         if newer.exists():
             shutil.rmtree(newer)
     write(newer)
-    with translated(folder):
+    with translated(folder, OUTPUT_ELSEWHERE):
         if folder.exists():
             shutil.rmtree(folder)
         newer.replace(folder)

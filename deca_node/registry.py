@@ -1,7 +1,7 @@
 """Which nodes run on this machine: one small file per daemon in a folder of this user.
 
-It lets ``deca-node status`` find them without an address. Nothing else depends on it, so a machine
-where the folder cannot be used loses that convenience and no more.
+It lets the verbs of this machine's user find them without an address, and a testbed its nodes. A
+daemon does not need it: where the folder cannot be used, addresses must be named.
 """
 
 import contextlib

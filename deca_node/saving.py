@@ -65,7 +65,12 @@ class Saving:
 
     async def _save(self, save: Callable[[], None]) -> None:
         begin = time.monotonic()
-        saved = await self._worker(lambda: tried_to_save(self._standing, save))
+        saved = True
+        try:
+            await self._worker(save)
+        except DecaError as error:
+            _tell(self._standing, error)
+            saved = False
         at = self._standing.progress
         if saved:
             self.at = at.visit, at.step
@@ -85,6 +90,10 @@ def tried_to_save(standing: Standing, write: Callable[[], None]) -> bool:
     try:
         write()
     except DecaError as error:
-        standing.warn(f"not saved: {error}")
+        _tell(standing, error)
         return False
     return True
+
+
+def _tell(standing: Standing, error: DecaError) -> None:
+    standing.warn(f"not saved: {error}")

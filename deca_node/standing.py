@@ -64,6 +64,7 @@ class Standing:
         self._disagreements: dict[int, float] = {}  # by block, at its last step
         self._started = time.monotonic()
         self._steps_here = 0
+        self._seconds_of_steps = 0.0  # of those; not of pauses and waits between visits
         self._seconds_before = 0.0
         self.phase = Phase.STARTING
         self.waiting_for = "the model"
@@ -76,7 +77,7 @@ class Standing:
         self.device = torch.device("cpu")
         self.model = settings.model.path.name
         self.began: float | None = None
-        self.warnings: list[str] = []
+        self._warnings: dict[str, str] = {}  # by what they are about, the newest last
         self.curve = Curve(MAX_HISTORY_POINTS)
         self.label_counts: Mapping[str, int] = {}
 
@@ -96,7 +97,7 @@ class Standing:
         )
 
     def seconds(self) -> float:
-        """Trained in all, in earlier processes as well."""
+        """Since the training began, in earlier processes as well; pauses and waits count."""
         here = time.monotonic() - self.began if self.began is not None else 0.0
         return self._seconds_before + here
 
@@ -105,16 +106,29 @@ class Standing:
         self.last = record
         self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
+        self._seconds_of_steps += record.seconds.step
 
     def wait_for(self, what: str) -> None:
         """For whom or what the node waits from now on, in words."""
         self.waiting_for = what
 
-    def warn(self, text: str) -> None:
-        """Log something that people should see, and keep it for the status."""
+    @property
+    def warnings(self) -> list[str]:
+        """What people should see, the newest last."""
+        return list(self._warnings.values())
+
+    def warn(self, text: str, about: str = "") -> None:
+        """Log something that people should see, and keep it for the status.
+
+        Args:
+            text: one line.
+            about: takes the place of what was said before of the same; of the very text if empty.
+        """
         self._log.warning(text)
-        if text not in self.warnings:
-            self.warnings = [*self.warnings[-MAX_WARNINGS + 1 :], text]
+        self._warnings.pop(about or text, None)
+        self._warnings[about or text] = text
+        while len(self._warnings) > MAX_WARNINGS:
+            del self._warnings[next(iter(self._warnings))]
 
     def status(self, member: Member | None, findings: Iterable[Finding]) -> pb.NodeStatus:
         """Everything there is to know about the node now; asked on its event loop.
@@ -165,7 +179,7 @@ class Standing:
         if self.device.type == "cuda":
             status.device_memory_bytes = torch.cuda.memory_allocated(self.device)
         if self.schedule is not None:
-            self._add_position(status, self.schedule, now)
+            self._add_position(status, self.schedule)
         if self.last is not None:
             status.loss = self.last.local.loss
             status.gradient_norm = self.last.local.gradient_norm
@@ -190,7 +204,7 @@ class Standing:
             return "plain text, on this machine only"
         return "PLAIN TEXT on the network (trust.insecure)"
 
-    def _add_position(self, status: pb.NodeStatus, schedule: Schedule, now: float) -> None:
+    def _add_position(self, status: pb.NodeStatus, schedule: Schedule) -> None:
         visit, step = self.progress.visit, self.progress.step
         done = min(schedule.serial(visit, step), schedule.total_steps)
         status.rounds, status.blocks = schedule.rounds, len(schedule.blocks)
@@ -204,8 +218,8 @@ class Standing:
             known.get(block, math.nan) for block in range(len(schedule.blocks))
         )
         status.steps_done = done
-        if self.began is not None and self._steps_here:
-            pace = (now - self.began) / self._steps_here
+        if self._steps_here:
+            pace = self._seconds_of_steps / self._steps_here
             status.eta_seconds = pace * (schedule.total_steps - done)
         status.degree = len(self.edges.weights)
         status.own_weight = self.edges.own_weight

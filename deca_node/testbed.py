@@ -34,10 +34,11 @@ from safetensors import safe_open
 from deca_node import registry, status, template
 from deca_node.config import ENV_PREFIX, Settings, load
 from deca_node.data import place, read_rows, text_of
-from deca_node.disk import translated, write_atomically
+from deca_node.disk import alone, translated, write_atomically
 from deca_node.errors import DataError, OutputError, SwarmError
 from deca_node.partition import write_shards
 from deca_node.pb import node_pb2 as pb
+from deca_node.record import read_summary
 from deca_node.transport.client import ask_all
 from deca_node.waiting import happens
 
@@ -110,6 +111,11 @@ def run(plan: Plan) -> None:
     console = status.make_console()
     out = plan.out.absolute()
     base = base_settings(plan, out)
+    with alone(out, "testbed"):
+        _run(plan, base, out, console, began)
+
+
+def _run(plan: Plan, base: Settings, out: Path, console: Console, began: float) -> None:
     mark = _Mark.claim(out, _intent(plan, base))
     nodes = node_settings(plan, base, out)
     for settings in nodes:
@@ -122,7 +128,7 @@ def run(plan: Plan) -> None:
         console.print(f"stopped, state saved in {plan.out}; the same command resumes")
         raise KeyboardInterrupt
 
-    measures = [read_summary(settings.node.output) for settings in nodes]
+    measures = [measured(settings.node.output) for settings in nodes]
     models = [settings.node.output / "model" for settings in nodes]
     results = summarise(measures, disagreement(models), mark.seconds, mark.intent)
     picture = _draw(nodes, measures, out / "results.png", console)
@@ -145,9 +151,10 @@ def run(plan: Plan) -> None:
 def base_settings(plan: Plan, out: Path, preset: str = "local") -> Settings:
     """Settings that all nodes share; environment variables are read here and not by the nodes.
 
-    Ours, whatever was given: name, address and output of each node, its share of the data, how
-    many are waited for, how they meet (zeroconf on the loopback interface), and a run's name that
-    is no other's. ``preset`` and the threads are ours only where they were not given.
+    Ours, whatever was given: name, addresses and output of each node, its share of the data, how
+    many are waited for, how they meet (zeroconf on the loopback interface), that they end with the
+    run, and a run's name that is no other's. ``preset`` and the threads are ours only where they
+    were not given.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -161,6 +168,8 @@ def base_settings(plan: Plan, out: Path, preset: str = "local") -> Settings:
             "advertise": None,
             "advertise_port": None,
             "output": out,
+            "stay": False,
+            "health_port": None,
         },
         "run": {"name": own_name(settings.run.name, out), "start_when": plan.nodes},
         "network": {
@@ -169,6 +178,7 @@ def base_settings(plan: Plan, out: Path, preset: str = "local") -> Settings:
             "static_peers": (),
             "dns_peers": (),
         },
+        "metrics": {"port": None},
         "model": {
             "path": settings.model.path.absolute(),
             "cache": settings.model.cache.absolute(),
@@ -399,7 +409,7 @@ async def supervise(
         finally:
             await asyncio.gather(*(asyncio.to_thread(end, one) for one in children.values()))
     for settings in nodes:
-        if not read_finished(settings.node.output):
+        if not has_finished(settings.node.output):
             raise SwarmError(f"{settings.node.name} was stopped; run the same command to resume")
     return True
 
@@ -510,15 +520,15 @@ def _phrase(now: pb.NodeStatus) -> str:
 # Results
 
 
-def read_summary(folder: Path) -> Measure:
+def measured(folder: Path) -> Measure:
     """A finished node's results.
 
     Raises:
         OutputError: its summary is missing or damaged.
     """
     path = folder / "summary.json"
+    summary = read_summary(path)
     try:
-        summary = json.loads(path.read_bytes())
         return Measure(
             summary["node"],
             summary["label_counts"],
@@ -527,16 +537,17 @@ def read_summary(folder: Path) -> Measure:
             summary["bytes_sent"],
             summary["bytes_received"],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise OutputError(f"{path}: missing or damaged") from None
 
 
-def read_finished(folder: Path) -> bool:
-    """Whether a node's run is complete."""
-    try:
-        return bool(json.loads((folder / "summary.json").read_bytes())["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def has_finished(folder: Path) -> bool:
+    """Whether a node's run is complete.
+
+    Raises:
+        OutputError: its summary cannot be read.
+    """
+    return bool(read_summary(folder / "summary.json").get("finished"))
 
 
 def summarise(

@@ -35,9 +35,13 @@ class TrainingThread:
     """Runs one function after the other; a daemon, so that an abandoned one cannot hold the exit.
 
     An event loop must go on serving neighbours while torch computes.
+
+    Attributes:
+        is_busy: whether a function is running.
     """
 
     def __init__(self) -> None:
+        self.is_busy = False
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]]] = SimpleQueue()
         threading.Thread(target=self._serve, name="training", daemon=True).start()
@@ -51,10 +55,13 @@ class TrainingThread:
     def _serve(self) -> None:
         while True:
             future, work = self._jobs.get()
+            self.is_busy = True
             try:
                 result, error = work(), None
             except BaseException as raised:  # noqa: BLE001 - handed to whoever awaits it
                 result, error = None, raised
+            finally:
+                self.is_busy = False
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(_deliver, future, result, error)
 

@@ -58,6 +58,9 @@ def _guarded(name: str, look: Callable[[Facts], Iterable[Check]], facts: Facts) 
         return list(look(facts))
     except DecaError as error:
         return [failed(name, error)]
+    except OSError as error:  # of a file that nothing above looks after
+        found = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return [Check(name, Verdict.FAIL, found)]
 
 
 _STYLES: Mapping[Verdict, str] = {

@@ -2,9 +2,9 @@
 
 import contextlib
 import datetime as dt
-import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from deca_node import estimate, status
+from deca_node import checkpoint, estimate, status
 from deca_node.config import is_loopback
 from deca_node.data import Example, label_counts, read_corpus, read_rows
-from deca_node.doctor.checks import Check, Facts, Verdict
+from deca_node.doctor.checks import Check, Facts, Verdict, failed
+from deca_node.errors import OutputError
 from deca_node.fingerprint import schedule_for
 from deca_node.guard import Guard
 from deca_node.keyring import Keyring
@@ -202,7 +203,9 @@ def _free_memory() -> int:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
-        free = min(free, max(0, limit - used))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Files that were read count as used, but make way.
+        free = min(free, max(0, limit - used + int(counts.get("inactive_file", 0))))
     return free
 
 
@@ -213,7 +216,7 @@ def _disk(facts: Facts) -> Iterable[Check]:
     if sizes is None or schedule is None or facts.model is None:
         return
     need = estimate.disk(*sizes, schedule.total_steps)
-    there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    there = _size(output)
     found = f"state {status.size(need.state)}, model {status.size(need.model)}"
     wanted: dict[Path, tuple[int, str]] = {output: (max(0, need.total - there), found)}
     if facts.model.to_convert:
@@ -227,28 +230,23 @@ def _disk(facts: Facts) -> Iterable[Check]:
         yield _room(folder, size, parts)
 
 
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder, in which a running node may be replacing some."""
+    size = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            state = file.stat()
+            size += state.st_size if stat.S_ISREG(state.st_mode) else 0
+    return size
+
+
 def _belongs(output: Path, facts: Facts) -> Iterable[Check]:
     """Whether the output folder is this run's, or free."""
-    mark = output / "run.json"
+    own = {**facts.marks(), "node": facts.settings.node.name}
     try:
-        held = json.loads(mark.read_bytes())
-        own = {**facts.marks(), "node": facts.settings.node.name}
-        other = [name for name in own if held.get(name, own[name]) != own[name]]
-    except (FileNotFoundError, NotADirectoryError):
-        other = []
-    except (OSError, ValueError, AttributeError):
-        yield Check(
-            "output", Verdict.FAIL, f"{mark}: damaged", "move the folder away or restore it"
-        )
-        return
-    if other:
-        yield Check(
-            "output",
-            Verdict.FAIL,
-            f"{output} holds another run: {other[0]} is {held[other[0]]!r} there, "
-            f"{own[other[0]]!r} here",
-            "set node.output to a new folder",
-        )
+        checkpoint.check_mark(output, own)
+    except OutputError as error:
+        yield failed("output", error)
 
 
 def _room(folder: Path, need: int, parts: str) -> Check:

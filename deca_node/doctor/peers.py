@@ -11,6 +11,7 @@ import structlog
 from google.protobuf.message import Message
 
 from deca_node import __version__, access, health
+from deca_node.addresses import as_called_here, joined
 from deca_node.config import Settings, Timing
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
 from deca_node.doctor.network import ASK_SECONDS, running
@@ -165,8 +166,7 @@ def _complete(swarm: Swarm, callers: set[str], settings: Settings) -> bool:
 async def _occupied(settings: Settings, error: ListenError) -> list[Check]:
     """Who has the port?"""
     node = settings.node
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(node.host, node.host)  # noqa: S104
-    there = f"{host}:{node.port}"
+    there = joined(as_called_here(node.host), node.port)
     try:
         shown = await access.credentials([there])
         now = await ask_status(there, ASK_SECONDS, shown.get(there))

@@ -47,3 +47,4 @@ class Refusals:
     def forget(self, address: str) -> None:
         """A peer is there now."""
         self.last.pop(address, None)
+        self._said.pop(address, None)

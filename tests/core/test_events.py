@@ -87,4 +87,5 @@ def test_a_logger_between_passes_everything_on() -> None:
         ("joined", 7.0),
         ("warning", 7.0),
         ("warning", 7.0),
+        ("warning", 7.0),
     ]

@@ -1,6 +1,7 @@
 """`deca-node doctor`: real listeners on the loopback, one real daemon."""
 
 import asyncio
+import errno
 import json
 import socket
 import time
@@ -10,9 +11,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deca_node import cli
+from deca_node import checkpoint, cli
 from deca_node.config import load
 from deca_node.doctor import Verdict, examine, machine, network
+from deca_node.doctor.checks import Facts
 from deca_node.errors import CheckError
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.server import GrpcTransport
@@ -147,10 +149,43 @@ async def test_another_runs_output_folder_is_told(words, tmp_path):
     """Before the node itself would refuse it."""
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"format": 1, "run.seed": "5", "node": "a"}))
+    own = Facts(load(None, words("run.start_when=1", "node.name=a"))).marks()
+    mark = checkpoint._sealed({**own, "run.seed": "5", "node": "a"})
+    (folder / "run.json").write_bytes(mark)
     (bad,) = by_name(await look(words, "run.start_when=1", "node.name=a"))["output"]
     assert bad.verdict == Verdict.FAIL
     assert "run.seed is '5' there, '0' here" in bad.found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.json", '{"format": 1}', "format"),
+        ("run.json", "{", "damaged"),
+        ("history.jsonl", "", "no run's output"),
+    ],
+)
+async def test_a_folder_that_start_refuses_is_told(words, tmp_path, name, content, said):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    (bad,) = by_name(await look(words, "run.start_when=1"))["output"]
+    assert bad.verdict == Verdict.FAIL
+    assert said in bad.found
+
+
+async def test_a_file_that_cannot_be_looked_at_costs_its_own_check(words, monkeypatch):
+    """And no other one."""
+
+    def unreadable(_):
+        raise PermissionError(errno.EACCES, "Permission denied", "out/state")
+
+    monkeypatch.setattr(machine, "_size", unreadable)
+    found = by_name(await look(words, "run.start_when=1"))
+    assert [(one.verdict, one.found) for one in found["disk"]] == [
+        (Verdict.FAIL, "out/state: Permission denied")
+    ]
+    assert "port" in found
 
 
 async def test_an_interface_that_does_not_hear_itself(words, monkeypatch):

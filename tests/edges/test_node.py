@@ -16,7 +16,7 @@ from deca_node.errors import DiskFullError
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
 from deca_node.node import Node
-from deca_node.standing import Standing
+from deca_node.standing import MAX_WARNINGS, Standing
 from deca_node.waiting import Pulse
 from tests.tiny import make_model
 from tests.virtual_time import run
@@ -203,6 +203,43 @@ async def test_a_full_disk_at_the_end_is_waited_for(tmp_path, monkeypatch):
     assert await node.run()
     assert any("waiting for room" in warning for warning in node.status().warnings)
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+async def test_a_block_that_is_not_kept_at_the_end_is_waited_for(tmp_path, monkeypatch):
+    """Or else a signal during the last evaluation would end the run as if all were saved."""
+    monkeypatch.setattr("deca_node.node.ROOM_SECONDS", 0.01)
+    real, tries = checkpoint.Checkpoint.save_blocks, []
+
+    def save(self, blocks, progress, peers=None):
+        tries.append(progress.visit)
+        if progress.visit == 4 and tries.count(4) < 4:
+            if tries.count(4) == 3:
+                loop.call_soon_threadsafe(node.stop)
+            raise DiskFullError("disk: no space left")
+        real(self, blocks, progress, peers)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save_blocks", save)
+
+    loop = asyncio.get_running_loop()
+    node = Node(settings(tmp_path), structlog.get_logger())
+    with pytest.raises(DiskFullError):
+        await node.run()
+    assert tries.count(4) == 3
+    node = Node(settings(tmp_path), structlog.get_logger())
+    assert await node.run()
+
+
+async def test_what_is_said_again_and_again_pushes_nothing_out(tmp_path):
+    """A neighbour that is missing at each visit, in a run that began in plain text."""
+    standing = Node(settings(tmp_path), structlog.get_logger())._standing
+    standing.warn("plain text")
+    for visit in range(100):
+        standing.warn(f"visit {visit} without neighbours bob", "neighbours")
+    assert standing.warnings == ["plain text", "visit 99 without neighbours bob"]
+    for number in range(100):
+        standing.warn(f"another {number}")
+    assert len(standing.warnings) == MAX_WARNINGS
+    assert standing.warnings[-1] == "another 99"
 
 
 async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path):

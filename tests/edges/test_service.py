@@ -58,9 +58,12 @@ def test_what_must_be_mended_first_is_not_tried_again(config):
 def test_folders_elsewhere_are_opened_for_writing(config, tmp_path):
     """And named when they are not there: systemd would refuse to start."""
     with config.open("a") as file:
-        file.write('[node]\noutput = "my out"\n')
+        file.write('[node]\noutput = "my out"\n[tensorboard]\nfolder = "curves"\n')
     result = CliRunner().invoke(app, ["install-service", "--config", str(config)])
-    assert values(result.stdout, "ReadWritePaths") == [f'"{tmp_path}/my out"']
+    assert values(result.stdout, "ReadWritePaths") == [
+        f'"{tmp_path}/my out"',
+        f"{tmp_path}/curves",
+    ]
     assert f"install -d -o deca-node {tmp_path}/my out" in result.stderr
 
 

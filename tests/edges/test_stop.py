@@ -1,11 +1,15 @@
 """Told to stop while a gradient takes long: it is given up, and what has arrived is taken in."""
 
 import asyncio
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 from deca_node import rounds
 from deca_node.blocks import Schedule, partition_layers
+from deca_node.errors import DiskFullError
 from deca_node.exchange import Gathered
 from deca_node.membership import Edges
 from deca_node.methods import Local, Settled
@@ -107,3 +111,41 @@ async def test_what_travels_is_taken_in_beside_a_gradient_that_was_given_up(monk
     finally:
         method.release.set()
     assert method.called[-1] == "absorb"
+
+
+ABANDONED = """
+import threading
+import torch
+from deca_node import cli, node
+from deca_node.errors import DiskFullError
+from deca_node.worker import TrainingThread
+
+async def run(self):
+    self._worker = TrainingThread()
+    inside = threading.Event()
+    def gradient():
+        inside.set()
+        one = torch.ones(256, 256)
+        while True:
+            one = one @ one
+    self._worker(gradient)
+    inside.wait()
+    raise DiskFullError("out/state: no space left on the disk")
+
+node.Node.run = run
+cli.main(["start", "--set", "model.path=m", "--set", "data.train=d", "--insecure"])
+"""
+
+
+def test_a_gradient_that_was_given_up_does_not_change_the_exit_code():
+    """Python's end under a thread that is inside torch is an abort."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ABANDONED],
+        check=False,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == DiskFullError.exit_code, ended.stderr
+    assert "no space left" in ended.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deca_node import cli, config, testbed
+from deca_node import cli, config, disk, testbed
 from deca_node.errors import DataError, OutputError
 from deca_node.pb import node_pb2 as pb
 from deca_node.plots import draw, running_mean
@@ -60,6 +61,27 @@ def test_each_node_has_its_own_name_data_and_folder(
     assert (first.run.start_when, first.node.port, first.node.host) == (2, 0, "127.0.0.1")
     assert first.network.preset == "local"
     assert first.schedule == second.schedule == config.ScheduleSettings(steps=3)
+
+
+def test_what_only_one_daemon_of_a_machine_can_have_is_left_out(folder: Path) -> None:
+    """Ports that are taken by the first; a node that stays would keep the testbed from ending."""
+    plan = _plan(folder)
+    given = ["node.stay=true", "node.health_port=7431", "metrics.port=9464"]
+    plan = replace(plan, overrides=[*plan.overrides, *given])
+    for settings in _nodes(plan):
+        assert not settings.node.stay
+        assert settings.node.health_port is None
+        assert settings.metrics.port is None
+
+
+def test_two_testbeds_in_one_folder_are_one_too_many(folder: Path) -> None:
+    """The second would take away the data that the first's nodes are about to read."""
+    plan = _plan(folder)
+    with (
+        disk.alone(plan.out, "testbed"),
+        pytest.raises(OutputError, match="another `deca-node testbed` works there"),
+    ):
+        testbed.run(plan)
 
 
 def test_a_nodes_file_gives_its_settings(folder: Path) -> None:
@@ -210,8 +232,8 @@ def test_results_without_accuracy_say_so() -> None:
 
 def test_summaries_are_read_and_damaged_ones_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"summary\.json: missing or damaged"):
-        testbed.read_summary(tmp_path)
-    assert not testbed.read_finished(tmp_path)
+        testbed.measured(tmp_path)
+    assert not testbed.has_finished(tmp_path)
     summary = {
         "node": "x",
         "label_counts": {},
@@ -222,8 +244,8 @@ def test_summaries_are_read_and_damaged_ones_named(tmp_path: Path) -> None:
         "finished": True,
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert testbed.read_summary(tmp_path) == testbed.Measure("x", {}, {}, {"loss": 2.0}, 1, 2)
-    assert testbed.read_finished(tmp_path)
+    assert testbed.measured(tmp_path) == testbed.Measure("x", {}, {}, {"loss": 2.0}, 1, 2)
+    assert testbed.has_finished(tmp_path)
 
 
 def test_disagreement_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
