@@ -208,7 +208,7 @@ class Swarm:
         # Our own words first: what differs is then told as ours here and theirs there.
         refusal = (
             self._objection(
-                reply.sender, reply.protocol, reply.fingerprint, address, starting=reply.phase
+                reply.sender, reply.protocol, reply.fingerprint, address, phase=reply.phase
             )
             or reply.refusal
         )
@@ -285,7 +285,7 @@ class Swarm:
                 request.protocol,
                 request.fingerprint,
                 address,
-                starting=request.phase,
+                phase=request.phase,
             )
         if refusal:
             reply.refusal = refusal
@@ -328,12 +328,12 @@ class Swarm:
         fields: Sequence[pb.FingerprintField],
         address: str,
         *,
-        starting: int,
+        phase: int,
     ) -> str:
         """Why a caller cannot be a peer, as ``reason: text``; empty when it can.
 
-        Who is still starting (``starting`` is the caller's phase) may not know all of its
-        fingerprint yet: what either side leaves out is compared once it acts.
+        Who is still starting (``phase`` is the caller's) may not know all of its fingerprint yet:
+        what either side leaves out is compared once it acts.
         """
         own = self.identity
         if not _is_name(sender.node) or not _is_name(sender.run):
@@ -347,7 +347,7 @@ class Swarm:
         ):
             return "bad_fingerprint: too long"
         ours, theirs = dict(own.fingerprint), {f.name: f.value for f in fields}
-        if Phase.STARTING in (starting, self._position().phase):
+        if Phase.STARTING in (phase, self._position().phase):
             known_to_both = ours.keys() & theirs.keys()
             ours, theirs = ({k: d[k] for k in d if k in known_to_both} for d in (ours, theirs))
         if found := difference(ours, theirs):
@@ -361,22 +361,21 @@ class Swarm:
             and self._now() - known.last_seen < 2 * self._timing.heartbeat
         ):
             return f"name_taken: another node is called {sender.node!r}; set node.name"
-        if known is None and not self._room():
+        if known is None and not self._has_room():
             return f"full: {MAX_MEMBERS} peers are known here"
         return ""
 
-    def _room(self) -> bool:
-        """Make room in the table of peers: who cannot be exchanged with makes way, oldest first."""
-        if len(self.peers) < MAX_MEMBERS:
-            return True
-        out = (State.REFUSED, State.GONE, State.BEHIND, State.AHEAD)
-        spare = [peer for peer in self.peers.values() if peer.state in out]
-        if not spare:
-            return False
-        oldest = min(spare, key=lambda peer: peer.last_seen)
-        for table in (self.peers, self.traffic, self._links, self.told):
-            table.pop(oldest.name, None)
-        return True
+    def _has_room(self) -> bool:
+        """Whether the table of peers can take one more."""
+        return len(self.peers) < MAX_MEMBERS or any(map(_makes_way, self.peers.values()))
+
+    def _make_room(self) -> None:
+        """Of those who cannot be exchanged with, the one not heard of for longest makes way."""
+        spare = filter(_makes_way, self.peers.values())
+        oldest = min(spare, key=lambda peer: peer.last_seen, default=None)
+        if len(self.peers) >= MAX_MEMBERS and oldest is not None:
+            for table in (self.peers, self.traffic, self._links, self.told):
+                table.pop(oldest.name, None)
 
     def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
         word, _, text = printable(refusal).partition(": ")
@@ -390,7 +389,7 @@ class Swarm:
         )
         ours = sender.run == self.identity.run and name not in ("?", self.identity.node)
         if reason == "settings_differ" and ours and replaceable:
-            if known is None and not self._room():
+            if known is None and not self._has_room():
                 return
             phase, now = Phase.UNKNOWN, self._now()
             self._update(
@@ -651,6 +650,8 @@ class Swarm:
 
     def _update(self, peer: Peer) -> None:
         known = self.peers.get(peer.name)
+        if known is None:
+            self._make_room()
         self.peers[peer.name] = peer
         if known is not None and (known.phase, known.reached, known.entry) != (
             peer.phase,
@@ -688,6 +689,10 @@ class _Unmet:
 
     def __getattr__(self, name: str) -> Any:
         raise PeerError(UNMET, "not greeted back yet")
+
+
+def _makes_way(peer: Peer) -> bool:
+    return peer.state in (State.REFUSED, State.GONE, State.BEHIND, State.AHEAD)
 
 
 def _serves(peer: Peer) -> bool:

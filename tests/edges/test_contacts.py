@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import structlog
 
 from deca_node.config import Timing
 from deca_node.errors import PeerUnavailable
@@ -14,6 +15,7 @@ from deca_node.swarm.contacts import (
     Contacts,
     Origin,
 )
+from deca_node.swarm.refusals import Refusals
 from tests.virtual_time import run
 
 TIMING = Timing.lan()
@@ -323,3 +325,14 @@ def test_a_defect_costs_no_address(where):
         assert all(link.closed for link in greeter.made)
 
     run(main())
+
+
+def test_a_refusal_that_comes_back_is_said_again():
+    """A certificate that ends a second time is news; one that goes on being over is not."""
+    with structlog.testing.capture_logs() as logged:
+        refusals = Refusals(structlog.get_logger())
+        for now in (0.0, 1.0):
+            refusals.note("10.0.0.1:1", "bob", "expired", "its time is over", now)
+        refusals.forget("10.0.0.1:1")
+        refusals.note("10.0.0.1:1", "bob", "expired", "its time is over", 2.0)
+    assert [line["reason"] for line in logged] == ["expired", "expired"]

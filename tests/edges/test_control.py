@@ -1,14 +1,22 @@
 """Who can tell a node what to do, and where its socket file is."""
 
+import asyncio
 import os
 import stat
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from deca_node import registry
+from deca_node.checkpoint import Progress
+from deca_node.config import load
+from deca_node.control import Control
 from deca_node.errors import PeerRefused
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
+from deca_node.membership import Phase
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink
 from deca_node.transport.connection import CONTROL
@@ -144,3 +152,19 @@ def test_a_dead_nodes_socket_file_is_removed_with_its_entry(monkeypatch):
     with registry.announce("127.0.0.1:7", "run", "alice", "", str(socket)):
         assert registry.local_nodes() == []
     assert not socket.exists()
+
+
+async def test_a_pause_that_could_not_save_is_no_checkpoint(tmp_path):
+    """Or else an operator would switch the machine off and lose what is not on disk."""
+    chosen = load(None, ["model.path=m", "data.train=d", f"node.output={tmp_path}"])
+    paused = SimpleNamespace(
+        phase=Phase.PAUSED, progress=Progress(visit=2, step=1), position=lambda: paused
+    )
+    control = Control(chosen, paused, lambda: None, asyncio.Event())
+    control.member = paused
+    control.saved(done=False)
+    with pytest.raises(PeerRefused, match="could not be saved when it paused"):
+        await control.checkpoint(pb.CheckpointRequest())
+    control.saved(done=True)
+    reply = await control.checkpoint(pb.CheckpointRequest())
+    assert (reply.visit, reply.step) == (2, 1)
