@@ -48,13 +48,14 @@ class Entry:
 
 # The system's bound on a socket's path with its end: 108 bytes on Linux, 104 on macOS.
 MAX_SOCKET_PATH_BYTES = 103
+# A folder for which there is always room in it; _own refuses one that is not this user's alone.
+_SHORTEST = "/tmp"  # noqa: S108 # nosec B108
 
 
 def socket_path() -> Path | None:
     """Where a node of this process can have its socket file; None where there is no place."""
     name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
-    # The shortest path there is; _own refuses a folder that is not this user's alone.
-    short = Path("/tmp") / f"deca-node-{os.getuid()}"  # noqa: S108
+    short = Path(_SHORTEST) / f"deca-node-{os.getuid()}"
     for candidate in (_folder, lambda: _own(short)):
         try:
             path = candidate() / name
