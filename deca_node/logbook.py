@@ -67,6 +67,7 @@ class Logbook:
         self._standing, self._member, self._kept, self._saving = standing, member, kept, saving
         self._batches, self._books, self._log = batches, books, log
         self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
+        self._retries: dict[str, int] = {}  # by peer, at the last step
         self.sent_before = 0
 
     # --- rounds.Observer
@@ -108,7 +109,11 @@ class Logbook:
         )
         if not math.isfinite(record.local.gradient_norm):
             standing.warn(f"gradient not finite at step {record.step}: counted as zero", "gradient")
-        row, books = history_line(record, sent), self._books
+        traffic = self._member.swarm.traffic
+        retries = {peer: traffic.of(peer).retries for peer in record.gathered.edges}
+        again = {peer: count - self._retries.get(peer, 0) for peer, count in retries.items()}
+        self._retries |= retries
+        row, books = history_line(record, sent, again), self._books
         tried_to_save(standing, lambda: books.history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
         books.measurements.stepped(record)

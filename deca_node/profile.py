@@ -197,7 +197,12 @@ def depth(model: Path) -> int:
 def _settings(plan: Plan, method: str) -> Settings:
     if method not in METHODS:
         raise ConfigError(f"--method {method}: no such method; there are {', '.join(METHODS)}")
-    theirs = [one for one in plan.overrides if config.has(method, one.partition("=")[0].strip())]
+    keys = [override.partition("=")[0].strip() for override in plan.overrides]
+    for key in keys:
+        if not any(config.has(each, key) for each in plan.methods):
+            raise ConfigError(f"--set {key}: none of {', '.join(plan.methods)} has this setting")
+    both = zip(keys, plan.overrides, strict=True)
+    theirs = [override for key, override in both if config.has(method, key)]
     ours = {"run.method": method, "model.path": str(plan.model), "data.train": "none"}
     lines = (f"{key}={json.dumps(value)}" for key, value in ours.items())
     return config.load(None, [*lines, *theirs])
@@ -475,7 +480,8 @@ def _cells(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
             varies = "" if math.isnan(cost.spread) else f" ± {1e3 * cost.spread:,.1f}"
             row += [f"{1e3 * cost.step:,.1f}{varies}", f"{first.step / cost.step:.2f}"]
         row.append(f"{cost.sent / 1e6:,.2f}")
-        sizes = (cost.weights, cost.gradient_peak, cost.update_peak, cost.host)
+        peak = max(cost.gradient_peak, cost.update_peak)
+        sizes = (cost.weights, peak, cost.update_peak, cost.host)
         row += [f"{size / 1e9:,.3f}" for size in sizes]
         rows.append(row)
     return headings, rows

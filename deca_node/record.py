@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,8 +13,14 @@ from deca_node.errors import DecaError
 from deca_node.rounds import StepRecord
 
 
-def history_line(record: StepRecord, bytes_sent: int) -> dict[str, Any]:
-    """One step as a flat row. Seconds are wall time, bytes are those of this step."""
+def history_line(record: StepRecord, bytes_sent: int, retries: Mapping[str, int]) -> dict[str, Any]:
+    """One step as a flat row. Seconds are wall time, bytes are those of this step.
+
+    Args:
+        record: of the step.
+        bytes_sent: to all neighbours.
+        retries: calls that had to be made again since the step before, by peer.
+    """
     gathered, seconds = record.gathered, record.seconds
     return {
         "round": record.visit.round,
@@ -34,7 +41,12 @@ def history_line(record: StepRecord, bytes_sent: int) -> dict[str, Any]:
         "missing": gathered.missing,
         **({"clipped": dict(record.settled.clipped)} if record.settled.clipped else {}),
         "edges": {
-            peer: {"wait": round(edge.wait, 6), "received": edge.received, "sent": edge.sent}
+            peer: {
+                "wait": round(edge.wait, 6),
+                "received": edge.received,
+                "sent": edge.sent,
+                "retries": retries.get(peer, 0),
+            }
             for peer, edge in sorted(gathered.edges.items())
         },
         "seconds_gradient": round(seconds.gradient, 6),

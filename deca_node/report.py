@@ -104,6 +104,7 @@ def write(folder: Path, to: Path | None = None) -> list[Path]:
     pictures = []
     with translated(to):
         to.mkdir(parents=True, exist_ok=True)
+        _refuse_another(to, folder)
         pictures = _draw(groups, to, status.make_console())
         files["report.md"] += "".join(
             f"\n![{path.stem}]({path.name})\n" for path in pictures if path.suffix == ".png"
@@ -111,6 +112,13 @@ def write(folder: Path, to: Path | None = None) -> list[Path]:
         for name, text in files.items():
             write_atomically(to / name, text.encode())
     return [*(to / name for name in files), *pictures]
+
+
+def _refuse_another(to: Path, folder: Path) -> None:
+    """The report of an experiment stays in its folder."""
+    there = to / "experiment.json"
+    if there.exists() and not there.samefile(folder / "experiment.json"):
+        raise OutputError(f"{to}: holds another experiment's results; choose another --to")
 
 
 def load(folder: Path) -> tuple[Mapping[str, Any], list[Group]]:

@@ -389,9 +389,22 @@ class TopologySettings(Section):
     )
 
     @model_validator(mode="after")
-    def _edges_only_when_explicit(self) -> "TopologySettings":
+    def _edges_make_one_graph(self) -> "TopologySettings":
         if self.edges and self.kind != "explicit":
             raise ValueError('edges are used with kind = "explicit" only')
+        parts: list[set[str]] = []
+        for edge in self.edges:
+            if edge[0] == edge[1]:
+                raise ValueError(f"edges: {edge[0]!r} needs no edge to itself")
+            touched = [part for part in parts if part & set(edge)]
+            parts = [part for part in parts if part not in touched]
+            parts.append(set(edge).union(*touched))
+        if len(parts) > 1:  # it would train as so many runs that never hear of each other
+            one, other = (min(part) for part in parts[:2])
+            raise ValueError(
+                f"edges: the graph is not connected: no way from {one} to {other}; add an edge, or "
+                "give none at all to train alone"
+            )
         return self
 
 
@@ -567,7 +580,8 @@ class NetworkSettings(Section):
     wire_format: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
         description="How blocks travel. bf16 and int8 send the difference from the step before, "
-        "rounded, in a half or a quarter of fp32's bytes; what rounding leaves out is sent later. "
+        "rounded, in a half or a quarter of fp32's bytes, but for a visit's first one, which is "
+        "whole; what rounding leaves out is sent later. "
         "They cost computing and, on the host, memory: two blocks in fp32, and one more for each "
         "neighbour. An edge takes the smaller of its two ends' formats.",
     )

@@ -108,7 +108,17 @@ def test_static_peers_and_peer_exchange_take_the_place_of_multicast(make):
     assert [d.wait() for d in daemons] == [0, 0, 0], hub.log.read_text()[-3000:]
     for daemon in daemons:
         others = sorted({"hub", "a", "b"} - {daemon.name})
-        assert all(row["neighbours"] == others for row in daemon.history())
+        for row in daemon.history():
+            assert row["neighbours"] == others
+            assert set(row["edges"]) == set(others)
+            for edge in row["edges"].values():
+                assert edge["received"] > 0
+                assert 0 <= edge["wait"] < row["seconds_step"]
+                assert edge["retries"] >= 0
+            # The wait begins while the block is still being updated, and so is no further part.
+            assert 0 < row["seconds_gradient"] + row["seconds_update"] <= row["seconds_step"] + 1e-5
+            assert min(row["seconds_wait"], row["seconds_mix"], row["seconds_ahead"]) >= 0
+            assert 0 <= row["seconds_exposed"] <= row["seconds_step"]
 
 
 def test_different_settings_are_named_on_both_sides(make):

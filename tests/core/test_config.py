@@ -68,6 +68,12 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD, ["schedule.steps=1\nschedule.rounds=9"], "--set schedule.steps: one setting each"),
         (GOOD, ["run.name=Big_Name"], 'run.name = "Big_Name": use 1 to 48 characters of a-z'),
         (GOOD, ["node.device=gpu"], "use auto, cpu, cuda, cuda:N (as cuda:0) or mps"),
+        (
+            GOOD,
+            ["topology.kind=explicit", 'topology.edges=[["a","b"],["c","d"],["b","e"]]'],
+            "not connected: no way from c to a",
+        ),
+        (GOOD, ["topology.kind=explicit", 'topology.edges=[["a","a"]]'], "no edge to itself"),
         (GOOD, ['topology.edges=[["a"]]'], 'topology.edges: write it as a list, as in [["alice"'),
         (GOOD, ["network.static_peers=h:5"], 'write it as a list, as in ["host:7430"]'),
         (GOOD, ["network.static_peers=['h:99999']"], "'h:99999' is not HOST:PORT"),

@@ -152,6 +152,11 @@ def test_fewer_layers_are_said_to_be_extrapolated(small, capsys):
         (["--model-config", "SMALL", "--device", "cpu", "--dtype", "fp8"], 2, "--dtype fp8"),
         (["--model-config", "SMALL", "--device", "meta", "--set", "lora.rank=99"], 2, "lora.rank"),
         (["--model-config", "SMALL", "--device", "meta", "--set", "lora.rnk=9"], 2, "lora.rank"),
+        (
+            ["--model-config", "SMALL", "-m", "deca", "--device", "meta", "--set", "lora.rank=9"],
+            2,
+            "--set lora.rank: none of deca has this setting",
+        ),
         (["--model-config", "BROKEN", "--device", "meta"], 5, "no configuration"),
     ],
 )

@@ -495,6 +495,13 @@ def check_refusals(file, out, capsys):
     assert deca_node("simulate", file, "-o", strange) == 8
     assert [p.name for p in strange.iterdir()] == ["letter.txt"]
     assert deca_node("report", strange) == 8
+    other = out.parent / "other"
+    other.mkdir()
+    (other / "experiment.json").write_text("{}")
+    capsys.readouterr()
+    assert deca_node("report", out, "--to", other) == 8
+    assert "holds another experiment's results" in capsys.readouterr().err
+    assert [p.name for p in other.iterdir()] == ["experiment.json"]
 
 
 def test_a_damaged_cell_is_named_and_kept(tmp_path):
