@@ -11,7 +11,7 @@ import torch
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout, PeerUnavailable
-from deca_node.exchange import Exchange
+from deca_node.exchange import Exchange, send_rates
 from deca_node.limits import MAX_MEMBERS
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
@@ -20,6 +20,7 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import (
+    CHUNK_BYTES,
     CHUNK_ELEMENTS,
     Layout,
     TensorSpec,
@@ -102,6 +103,35 @@ def wanted(members, kind="ring"):
 
 async def together(coroutines):
     return await asyncio.gather(*coroutines)
+
+
+@pytest.mark.parametrize(
+    ("total", "per_peer"), [(None, None), (2e6, None), (None, 2e6), (6e6, 2e6), (1e6, 2e6)]
+)
+def test_a_cap_on_sending_holds(total, per_peer):
+    """In all, or to each of two neighbours; what a rest has saved up goes at once."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = [Member(network, index) for index in range(3)]
+        for member in members:
+            rates = send_rates(total, per_peer)
+            member.exchange = Exchange(member.swarm, TIMING, "run", member.stopping, rates)
+        await acquainted(members)
+        await together(m.open(w) for m, w in zip(members, wanted(members, "full"), strict=True))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        reports = await together(m.step(0) for m in members)
+        assert all(report.complete for report in reports)
+        (block,) = {member.exchange.bytes_sent / 2 for member in members}
+        return loop.time() - began, block
+
+    seconds, block = run(scenario())
+    in_all = (2 * block - CHUNK_BYTES) / total if total else 0.0
+    to_each = (block - CHUNK_BYTES) / per_peer if per_peer else 0.0
+    least = max(in_all, to_each)
+    assert least <= seconds + 1e-9
+    assert seconds < 1.3 * least + 0.01
 
 
 @pytest.mark.parametrize(("kind", "count"), [("ring", 4), ("full", 5), ("ring", 2)])
