@@ -585,6 +585,10 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the results; else out/NAME.")
     ] = None,
+    keep_models: Annotated[
+        bool,
+        typer.Option("--keep-models", help="Keep the first node's model of each cell that is run."),
+    ] = False,
 ) -> None:
     """Run an experiment: many nodes in this process, on a virtual clock, for a grid of settings.
 
@@ -593,7 +597,7 @@ def simulate(
     """
     from deca_node import laboratory  # noqa: PLC0415 - imports torch
 
-    typer.echo(f"results in {laboratory.run(experiment, out)}")
+    typer.echo(f"results in {laboratory.run(experiment, out, keep_models=keep_models)}")
 
 
 @app.command("report")

@@ -12,6 +12,7 @@ A cell's file is written in one piece when the cell is done. What was interrupte
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,12 +54,13 @@ SAY_SECONDS = 10.0
 _PLACES = ("model.path", "model.cache", "data.train", "data.test")
 
 
-def run(path: Path, out: Path | None = None) -> Path:
+def run(path: Path, out: Path | None = None, *, keep_models: bool = False) -> Path:
     """Run the cells of an experiment that are not done yet.
 
     Args:
         path: the experiment file.
         out: folder of the results; out/NAME when not given.
+        keep_models: write a model of each cell that is run, too, into models/CELL.
 
     Returns:
         The folder of the results.
@@ -85,7 +87,7 @@ def run(path: Path, out: Path | None = None) -> Path:
         with _progress(console, sum(steps)) as progress:
             for number, cell in enumerate(left, start=1):
                 progress.begin(f"cell {number} of {len(left)}: {cell.name}")
-                laboratory.run(cell, progress.step)
+                laboratory.run(cell, progress.step, keep_model=keep_models)
     return folder
 
 
@@ -188,8 +190,13 @@ class Laboratory:
         schedule = schedule_for(cell.settings, self._model.n_layers)
         return schedule.total_steps * cell.world.experiment.nodes
 
-    def run(self, cell: Cell, progress: Callable[[], None]) -> None:
-        """Run a cell and keep what it gives; ``progress`` is called after each node's step.
+    def run(self, cell: Cell, progress: Callable[[], None], *, keep_model: bool = False) -> None:
+        """Run a cell and keep what it gives.
+
+        Args:
+            cell: of the grid.
+            progress: called after each node's step.
+            keep_model: write the model of the first node that has finished, too.
 
         Raises:
             DataError: its data do not do.
@@ -209,6 +216,12 @@ class Laboratory:
         measures = simulation.measure()
         if self._model.weights_digest() != self._weights:
             raise RuntimeError("a node has written into weights that all nodes share")
+        if keep_model and (model := simulation.finished_model()) is not None:
+            folder = self._folder / "models" / cell.name
+            with translated(folder):
+                if folder.exists():  # of this cell, whose results were not written any more
+                    shutil.rmtree(folder)
+            model.export(folder)
         about = {
             "kind": "cell",
             "values": dict(cell.values),

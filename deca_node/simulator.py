@@ -169,6 +169,10 @@ class Simulation:
             square += spread.rms**2
         return math.sqrt(square)
 
+    def finished_model(self) -> LanguageModel | None:
+        """The model of the first honest node that has finished."""
+        return next((node.model for node in self.honest if node.finished), None)
+
     def measure(self, stop: Callable[[], bool] = lambda: False) -> list[Row]:
         """Test the models of the finished nodes, or of some of them."""
         chosen, test = self.cell.world.experiment.measured, self.material.test

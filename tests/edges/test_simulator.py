@@ -365,6 +365,24 @@ def deca_node(*words):
     return ended.value.code
 
 
+def test_a_cells_model_is_kept_where_that_is_wanted(tmp_path):
+    """A node's, as it is at the end, for what reads Hugging Face folders."""
+    from transformers import AutoModelForCausalLM
+
+    file, out = tmp_path / "toy.toml", tmp_path / "out"
+    file.write_text(TOY)
+    assert deca_node("simulate", file, "-o", out, "--keep-models") == 0
+    cells = {path.stem for path in (out / "cells").iterdir()}
+    assert {path.name for path in (out / "models").iterdir()} == cells
+    base = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    for name in cells:
+        model = AutoModelForCausalLM.from_pretrained(out / "models" / name).state_dict()
+        assert model.keys() == base.keys()
+        changed = {key for key in base if not torch.equal(base[key], model[key])}
+        assert changed
+        assert all(".layers." in key for key in changed)
+
+
 def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """A cell that is done is not done again, one that was under way is begun anew."""
     file, out = tmp_path / "toy.toml", tmp_path / "out"
@@ -372,11 +390,11 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, c
     run = Laboratory.run
     calls = []
 
-    def interrupted(self, cell, progress):
+    def interrupted(self, cell, progress, **options):
         calls.append(cell.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        run(self, cell, progress)
+        run(self, cell, progress, **options)
 
     monkeypatch.setattr(Laboratory, "run", interrupted)
     assert deca_node("simulate", file, "-o", out) == 130
