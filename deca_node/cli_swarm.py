@@ -108,17 +108,14 @@ def init(
     _certify(keyring, place.node, days)
     typer.echo(
         f"run {place.run}: authority, operator and node {place.node} in {place.folder}; let "
-        f"another machine in with: deca-node swarm invite{_again(config, place.run, trust)}"
+        f"another machine in with: deca-node swarm invite{_again(config, run, trust)}"
     )
 
 
-def _again(config: Path | None, run: str, trust: Path | None) -> str:
-    """The options by which another verb finds the same folder."""
-    if trust is not None:
-        return f" --trust {shlex.quote(str(trust))}"
-    if config is not None:
-        return f" --config {shlex.quote(str(config))}"
-    return "" if run == "deca" else f" --run {run}"
+def _again(config: Path | None, run: str | None, trust: Path | None) -> str:
+    """The options by which another verb finds the same run and folder."""
+    given = {"config": config, "run": run, "trust": trust}
+    return "".join(f" --{name} {shlex.quote(str(v))}" for name, v in given.items() if v is not None)
 
 
 def _certify(keyring: Keyring, node: str, days: float) -> None:
@@ -219,6 +216,8 @@ def join(
     folder = trust or place.folder
     joined = asyncio.run(_join(said, place.node, folder, at))
     then = f"deca-node start --config {shlex.quote(str(config or 'FILE'))}"
+    if node is not None:
+        then += f" --set node.name={node}"
     if folder != place.folder:
         then += f" --set trust.folder={shlex.quote(str(folder))}"
     typer.echo(f"node {joined.node} of run {said.run}, in {folder}; now: {then}")

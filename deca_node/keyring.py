@@ -230,15 +230,18 @@ class Keyring:
         """
         held = [self.operator] if self.has_operator else []
         held += [functools.partial(self.node, name) for name in self.nodes()]
-        if not held:
+        refused = None
+        for read in held:
+            pair = read()
+            if not objection(pair.says, self.run, (), (), now):
+                return pair
+            refused = refused or pair
+        if refused is None:
             raise TrustError(
                 f"{self.folder} has no certificate to show to a node; join the run with "
                 "`deca-node swarm join TOKEN`, or copy operator.pem and operator.key here"
             )
-        pairs = [read() for read in held]
-        return next(
-            (one for one in pairs if not objection(one.says, self.run, (), (), now)), pairs[0]
-        )
+        return refused
 
     def _pair(self, path: Path, remedy: str, damaged: str) -> Pair:
         before = _states(path, *_keys(path))
@@ -246,7 +249,8 @@ class Keyring:
             certificate = _read(path, remedy)
             key, new = _keys(path)
             if _fits(new, certificate):  # a replacement was cut off
-                with contextlib.suppress(TrustError):  # a folder that cannot be written, say
+                # Reading does without it, as where the folder cannot be written.
+                with contextlib.suppress(TrustError, DiskFullError):
                     self._end_replacing(path)
                 key = new if _fits(new, certificate) else key
             pair = Pair(_read_key(key, remedy), certificate)
@@ -264,7 +268,8 @@ class Keyring:
         with _written(path):
             _make_folder(path.parent)
             with self._alone():
-                _rename_key(path)  # what an earlier replacement left half done
+                with contextlib.suppress(TrustError):  # of a damaged certificate no key is kept
+                    _rename_key(path)  # what an earlier replacement left half done
                 # Whenever this is cut off, the certificate's key is there: see _pair.
                 _write(path.with_suffix(_KEY_BEFORE), pair.key)
                 _write(path, pair.certificate)

@@ -111,7 +111,8 @@ class Logbook:
             standing.warn(f"gradient not finite at step {record.step}: counted as zero", "gradient")
         traffic = self._member.swarm.traffic
         retries = {peer: traffic.of(peer).retries for peer in record.gathered.edges}
-        again = {peer: count - self._retries.get(peer, 0) for peer, count in retries.items()}
+        # A peer's count begins anew when it had to make way for others.
+        again = {peer: max(0, n - self._retries.get(peer, 0)) for peer, n in retries.items()}
         self._retries |= retries
         row, books = history_line(record, sent, again), self._books
         tried_to_save(standing, lambda: books.history.append(row))
@@ -124,6 +125,7 @@ class Logbook:
 
     async def paused(self, *, within: bool) -> None:
         """See Observer."""
+        self._standing.paused()
         if within:
             await self._saving.within_visit()
         self._log.info("paused: serves what it has; deca-node resume lets it go on")

@@ -170,7 +170,7 @@ class Node:
 
     @property
     def is_computing(self) -> bool:
-        """Whether its thread is inside torch, as an abandoned gradient may be after the end."""
+        """Whether its thread is at work, as on an abandoned gradient after the end."""
         return self._worker.is_busy
 
     def stop(self) -> None:
@@ -494,7 +494,10 @@ class Node:
         self._enter(Phase.SERVING)
         unserved = asyncio.create_task(exchange.drain())
         if not kept.is_saved:  # the disk was full when the last visits ended
-            await self._until_there_is_room(kept.save)
+            standing.waiting_for = "room for the last blocks"
+            # In other trouble neighbours shall have the last block first; saved is once more below.
+            with contextlib.suppress(OutputError):
+                await self._until_there_is_room(kept.save)
         after = None
         if loaded.corpus.test:
             standing.waiting_for = "the evaluation after training"
@@ -555,7 +558,8 @@ class Node:
         """Write what the run was for; a full disk is waited for, as nothing else is left to do.
 
         Raises:
-            Stopped: told to end meanwhile.
+            DiskFullError: told to end while it waited.
+            Stopped: told to end while it wrote.
             OutputError: it cannot be written for another reason.
         """
         while True:

@@ -19,7 +19,7 @@ def history_line(record: StepRecord, bytes_sent: int, retries: Mapping[str, int]
     Args:
         record: of the step.
         bytes_sent: to all neighbours.
-        retries: calls that had to be made again since the step before, by peer.
+        retries: calls that had to be made again since the last step with that peer, by peer.
     """
     gathered, seconds = record.gathered, record.seconds
     return {

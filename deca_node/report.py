@@ -115,7 +115,7 @@ def write(folder: Path, to: Path | None = None) -> list[Path]:
 
 
 def _refuse_another(to: Path, folder: Path) -> None:
-    """The report of an experiment stays in its folder."""
+    """No report is written over that of an experiment in its own folder."""
     there = to / "experiment.json"
     if there.exists() and not there.samefile(folder / "experiment.json"):
         raise OutputError(f"{to}: holds another experiment's results; choose another --to")

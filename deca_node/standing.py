@@ -64,7 +64,8 @@ class Standing:
         self._disagreements: dict[int, float] = {}  # by block, at its last step
         self._started = time.monotonic()
         self._steps_here = 0
-        self._seconds_of_steps = 0.0  # of those; not of pauses and waits between visits
+        self._seconds_of_steps = 0.0  # of those, and what is between them; not of pauses
+        self._stepped: float | None = None  # when, unless there was a pause since
         self._seconds_before = 0.0
         self.phase = Phase.STARTING
         self.waiting_for = "the model"
@@ -106,7 +107,13 @@ class Standing:
         self.last = record
         self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
-        self._seconds_of_steps += record.seconds.step
+        now = time.monotonic()
+        since = now - self._stepped if self._stepped is not None else record.seconds.step
+        self._seconds_of_steps, self._stepped = self._seconds_of_steps + since, now
+
+    def paused(self) -> None:
+        """What follows until the next step is no training."""
+        self._stepped = None
 
     def wait_for(self, what: str) -> None:
         """For whom or what the node waits from now on, in words."""

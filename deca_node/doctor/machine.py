@@ -163,9 +163,6 @@ def _trust(facts: Facts) -> Iterable[Check]:
 # Memory and disk
 
 
-# Memory and disk
-
-
 def _memory(facts: Facts) -> Iterable[Check]:
     sizes = facts.work()
     if facts.running is not None or sizes is None or facts.device is None:

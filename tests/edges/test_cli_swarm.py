@@ -119,8 +119,10 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
     assert Keyring(tmp_path / "keys").nodes() == ["dora"]
     assert said.rstrip().endswith("deca-node swarm invite --config node.toml")
     assert say("deca-node swarm show --config node.toml")[0] == 0
+    code, said = say("deca-node swarm init -c node.toml --run other")
+    assert said.rstrip().endswith("deca-node swarm invite --config node.toml --run other")
     code, said = say("deca-node swarm init --trust 'my keys' --run r --node a")
-    assert said.rstrip().endswith("deca-node swarm invite --trust 'my keys'")
+    assert said.rstrip().endswith("deca-node swarm invite --run r --trust 'my keys'")
     assert say("deca-node swarm show --trust 'my keys'")[0] == 0
 
 

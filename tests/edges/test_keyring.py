@@ -15,6 +15,7 @@ from deca_node.errors import PeerRefused, TrustError
 from deca_node.guard import Guard, Visitor
 from deca_node.identity import Authority
 from deca_node.keyring import Keyring, Pair
+from deca_node.limits import MAX_CERTIFICATE_BYTES
 from deca_node.pb import node_pb2 as pb
 from deca_node.trust import Holder
 from tests.trust import Run
@@ -450,3 +451,20 @@ def test_a_visitor_shows_what_is_still_valid(run):
         path.unlink()
     with pytest.raises(TrustError, match="its time is over"):
         Visitor(keyring)
+    good = run.head()
+    for name in ("alice.pem", "alice.key"):
+        (good.folder / "nodes").mkdir(exist_ok=True)
+        (good.folder / "nodes" / name).write_text("damaged")
+    assert Visitor(good).credentials().certificate == good.operator().certificate
+
+
+def test_a_damaged_certificate_is_replaced_by_a_new_one(run):
+    """As the line that names it says: join the run anew."""
+    keyring = run.keyring("alice")
+    pair = keyring.node("alice")
+    for damage in (b"x" * (MAX_CERTIFICATE_BYTES + 1), b"damaged"):
+        (keyring.folder / "nodes" / "alice.pem").write_bytes(damage)
+        with pytest.raises(TrustError):
+            keyring.node("alice")
+        keyring.keep_node("alice", pair)
+        assert keyring.node("alice") == pair
