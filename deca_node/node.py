@@ -495,9 +495,13 @@ class Node:
         unserved = asyncio.create_task(exchange.drain())
         if not kept.is_saved:  # the disk was full when the last visits ended
             standing.waiting_for = "room for the last blocks"
-            # In other trouble neighbours shall have the last block first; saved is once more below.
-            with contextlib.suppress(OutputError):
-                await self._until_there_is_room(kept.save)
+            try:
+                # In other trouble neighbours get the last block first; all is saved again below.
+                with contextlib.suppress(OutputError):
+                    await self._until_there_is_room(kept.save)
+            except Stopped:  # which is no success before all is saved
+                await self._worker(kept.save)
+                raise
         after = None
         if loaded.corpus.test:
             standing.waiting_for = "the evaluation after training"
