@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deca_node.blocks import Schedule
-from deca_node.disk import OUTPUT_ELSEWHERE, sync, translated, write_atomically
+from deca_node.disk import in_output, sync, write_atomically
 from deca_node.errors import OutputError, PayloadError
 
 FORMAT = 2
@@ -158,7 +158,7 @@ class Incoming:
         self.path, self.block, self.xxh3 = path, block, xxh3
         self.size = 0
         self._digest = xxhash.xxh3_128()
-        with translated(path, OUTPUT_ELSEWHERE):
+        with in_output(path):
             # Unbuffered: what a full disk did not take is not counted.
             self._file = path.open("ab+", buffering=0)
             self._file.seek(0)
@@ -178,7 +178,7 @@ class Incoming:
             DiskFullError, OutputError: a part of it may be there; ``size`` says how much.
         """
         left = memoryview(data)
-        with translated(self.path, OUTPUT_ELSEWHERE):
+        with in_output(self.path):
             while left:
                 written = self._file.write(left)
                 self._digest.update(left[:written])
@@ -197,7 +197,7 @@ class Incoming:
         """
         self.verify()
         try:
-            with translated(self.path, OUTPUT_ELSEWHERE):
+            with in_output(self.path):
                 if self.path.stat().st_size != self.size:
                     raise OutputError(f"{self.path}: changed by something else while it came in")
                 return self._parsed()
@@ -236,7 +236,7 @@ class Incoming:
         Raises:
             DiskFullError, OutputError: it is where it was.
         """
-        with translated(self.path, OUTPUT_ELSEWHERE):
+        with in_output(self.path):
             sync(self.path)
             self.path.replace(path)
 
@@ -300,7 +300,7 @@ class Checkpoint:
             OutputError: it holds another run or strange files, another daemon uses it, it was
                 written in another format, or no manifest is usable.
         """
-        with translated(self.folder, OUTPUT_ELSEWHERE):
+        with in_output(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(blocking=False)
@@ -326,7 +326,7 @@ class Checkpoint:
         Raises:
             OutputError: the folder holds no run, another one, or no usable state.
         """
-        with translated(self.folder, OUTPUT_ELSEWHERE):
+        with in_output(self.folder):
             _recognise(self.folder, self._identity)
             manifest = self._state_folder / MANIFEST
             for _ in range(MAX_LOOKS):
@@ -399,7 +399,7 @@ class Checkpoint:
     def _candidate(self, name: str) -> tuple[_Candidate | None, str]:
         """A manifest with its files checked, or None and why not."""
         path = self._state_folder / name
-        with translated(path, OUTPUT_ELSEWHERE):
+        with in_output(path):
             content, trouble = _readable(path)
             if content is None:
                 return None, trouble
@@ -416,7 +416,7 @@ class Checkpoint:
     def _trouble(self, saved: SavedFile) -> str:
         """What is wrong with a file; empty when nothing."""
         path = self._state_folder / saved.file
-        with translated(path, OUTPUT_ELSEWHERE):
+        with in_output(path):
             try:
                 good = path.stat().st_size == saved.bytes and _digest(path) == saved.xxh3
             except FileNotFoundError:
@@ -539,7 +539,7 @@ class Checkpoint:
     def _save_tensors(self, stem: str, changed: Changed) -> SavedFile:
         temporary = self._state_folder / f"{stem}.tmp"
         tensors = {name: t.detach().cpu().contiguous() for name, t in changed.tensors.items()}
-        with translated(temporary, OUTPUT_ELSEWHERE):
+        with in_output(temporary):
             try:
                 save_file(tensors, temporary)
                 sync(temporary)
@@ -570,7 +570,7 @@ class Checkpoint:
         manifest = self._state_folder / MANIFEST
         content = _sealed(asdict(state))
         self._parsed(manifest, content)  # better now than at the next start
-        with translated(manifest, OUTPUT_ELSEWHERE):
+        with in_output(manifest):
             # Either syncs the folder: the new files last before a manifest names them.
             if self._content is None:
                 sync(self._state_folder)
@@ -662,7 +662,7 @@ class Checkpoint:
             OutputError: it is gone.
         """
         path = self._state_folder / saved.file
-        with translated(path, OUTPUT_ELSEWHERE):
+        with in_output(path):
             return path.open("rb")
 
     def load(self, saved: SavedFile) -> dict[str, Tensor]:
@@ -672,7 +672,7 @@ class Checkpoint:
             OutputError: it cannot be read; the message names it.
         """
         path = self._state_folder / saved.file
-        with translated(path, OUTPUT_ELSEWHERE):
+        with in_output(path):
             return load_file(path)
 
 
@@ -715,7 +715,7 @@ def read_mark(mark: Path) -> dict[str, Any]:
     Raises:
         OutputError: it is missing, unreadable, damaged, or of another format.
     """
-    with translated(mark, OUTPUT_ELSEWHERE):
+    with in_output(mark):
         try:
             return _unsealed(mark, mark.read_bytes())
         except FileNotFoundError:

@@ -2,17 +2,15 @@
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import filelock
 from safetensors import SafetensorError
 
 from deca_node.errors import DiskFullError, OutputError
-
-# What helps a node that has no room left.
-OUTPUT_ELSEWHERE = "set node.output elsewhere"
 
 _FULL = errno.ENOSPC, errno.EDQUOT
 
@@ -46,6 +44,11 @@ def translated(path: Path, elsewhere: str = "choose another folder") -> Iterator
         raise OutputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def in_output(path: Path) -> AbstractContextManager[None]:
+    """As ``translated``, for what a node keeps in node.output."""
+    return translated(path, "set node.output elsewhere")
+
+
 @contextmanager
 def alone(folder: Path, verb: str) -> Iterator[None]:
     """Keep other processes of the same verb out of a folder, which is made if need be.
@@ -64,6 +67,19 @@ def alone(folder: Path, verb: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder; one of before, or of a process that was killed as it wrote, gives way."""
+    newer = folder.with_name(folder.name + ".new")
+    with translated(newer):
+        if newer.exists():
+            shutil.rmtree(newer)
+    write(newer)
+    with translated(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        newer.replace(folder)
 
 
 def sync(path: Path) -> None:

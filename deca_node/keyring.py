@@ -271,7 +271,7 @@ class Keyring:
                 with contextlib.suppress(TrustError):  # of a damaged certificate no key is kept
                     _rename_key(path)  # what an earlier replacement left half done
                 # Whenever this is cut off, the certificate's key is there: see _pair.
-                _write(path.with_suffix(_KEY_BEFORE), pair.key)
+                _write(_keys(path)[1], pair.key)
                 _write(path, pair.certificate)
                 _rename_key(path)
 

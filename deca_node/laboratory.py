@@ -12,7 +12,6 @@ A cell's file is written in one piece when the cell is done. What was interrupte
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from deca_node.data import (
     read_rows,
     text_of,
 )
-from deca_node.disk import alone, translated, write_atomically
+from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.experiment import Cell, Experiment, read
@@ -95,7 +94,7 @@ def claim_checked(folder: Path) -> None:
     """Refuse a folder that holds something else than an experiment's results.
 
     Raises:
-        OutputError: it does, or cannot be made.
+        OutputError: it does, or cannot be read.
     """
     with translated(folder):
         if folder.is_dir() and not (folder / "experiment.json").exists():
@@ -104,7 +103,6 @@ def claim_checked(folder: Path) -> None:
                 raise OutputError(
                     f"{folder}: holds something else ({strange[0]}); choose another --out"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 class Laboratory:
@@ -217,11 +215,7 @@ class Laboratory:
         if self._model.weights_digest() != self._weights:
             raise RuntimeError("a node has written into weights that all nodes share")
         if keep_model and (model := simulation.finished_model()) is not None:
-            folder = self._folder / "models" / cell.name
-            with translated(folder):
-                if folder.exists():  # of this cell, whose results were not written any more
-                    shutil.rmtree(folder)
-            model.export(folder)
+            replace_folder(self._folder / "models" / cell.name, model.export)
         about = {
             "kind": "cell",
             "values": dict(cell.values),

@@ -3,14 +3,12 @@
 import asyncio
 import contextlib
 import secrets
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +22,7 @@ from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.control import Control
 from deca_node.data import BatchStream, Corpus, label_counts, read_corpus
-from deca_node.disk import OUTPUT_ELSEWHERE, translated
+from deca_node.disk import replace_folder
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.events import Heard, Ring
@@ -518,7 +516,7 @@ class Node:
         standing.progress = replace(standing.progress, bytes_sent=sent)
         standing.waiting_for = "the model to be written"
         folder = self.settings.node.output / "model"
-        await self._until_there_is_room(partial(_replace, folder, model.export))
+        await self._until_there_is_room(partial(replace_folder, folder, model.export))
         progress = replace(standing.progress, finished=True, seconds=standing.seconds())
         summary = {
             "run": self.settings.run.name,
@@ -736,19 +734,6 @@ class Node:
         except TimeoutError:
             asked.cancel()
             return None
-
-
-def _replace(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder; one of before an agreement, or of a run killed at its end, gives way."""
-    newer = folder.with_name(folder.name + ".new")
-    with translated(newer, OUTPUT_ELSEWHERE):
-        if newer.exists():
-            shutil.rmtree(newer)
-    write(newer)
-    with translated(folder, OUTPUT_ELSEWHERE):
-        if folder.exists():
-            shutil.rmtree(folder)
-        newer.replace(folder)
 
 
 def _per_second(megabytes: float | None) -> float | None:

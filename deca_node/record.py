@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deca_node.curve import Curve, Point
-from deca_node.disk import OUTPUT_ELSEWHERE, translated, write_atomically
+from deca_node.disk import in_output, write_atomically
 from deca_node.errors import DecaError
 from deca_node.rounds import StepRecord
 
@@ -97,7 +97,7 @@ class History:
 
     def __init__(self, path: Path, first_serial: int, steps_per_visit: int, curve: Curve) -> None:
         self._path, self._steps, self._curve = path, steps_per_visit, curve
-        with translated(path, OUTPUT_ELSEWHERE):
+        with in_output(path):
             content, end = path.read_bytes() if path.exists() else b"", 0
             for line in io.BytesIO(content):
                 try:
@@ -119,14 +119,14 @@ class History:
             DecaError: it could not be written.
         """
         self._curve.add(_point(row, self._steps))
-        with translated(self._path, OUTPUT_ELSEWHERE):
+        with in_output(self._path):
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         """Close the file; what could not be written is lost and was reported."""
         try:
-            with translated(self._path, OUTPUT_ELSEWHERE):
+            with in_output(self._path):
                 self._file.close()
         except DecaError:
             return
@@ -134,7 +134,7 @@ class History:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """What summary.json says; empty when there is none, or a damaged one."""
-    with translated(path, OUTPUT_ELSEWHERE):
+    with in_output(path):
         try:
             tree = json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError):
@@ -144,5 +144,5 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write summary.json in one piece."""
-    with translated(path, OUTPUT_ELSEWHERE):
+    with in_output(path):
         write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())

@@ -107,15 +107,15 @@ def run(plan: Plan) -> None:
         KeyboardInterrupt: interrupted; all nodes have ended with their state saved.
         DecaError: settings or data cannot be used.
     """
-    began = time.monotonic()
-    console = status.make_console()
     out = plan.out.absolute()
     base = base_settings(plan, out)
     with alone(out, "testbed"):
-        _run(plan, base, out, console, began)
+        _run(plan, base, out)
 
 
-def _run(plan: Plan, base: Settings, out: Path, console: Console, began: float) -> None:
+def _run(plan: Plan, base: Settings, out: Path) -> None:
+    began = time.monotonic()
+    console = status.make_console()
     mark = _Mark.claim(out, _intent(plan, base))
     nodes = node_settings(plan, base, out)
     for settings in nodes:

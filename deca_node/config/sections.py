@@ -18,6 +18,7 @@ from pydantic import (
 
 from deca_node.addresses import checked_address, is_host
 from deca_node.errors import ConfigError
+from deca_node.topology import TopologySpec, component, graph
 
 DEFAULT_PORT = 7430  # unassigned by IANA
 
@@ -392,19 +393,19 @@ class TopologySettings(Section):
     def _edges_make_one_graph(self) -> "TopologySettings":
         if self.edges and self.kind != "explicit":
             raise ValueError('edges are used with kind = "explicit" only')
-        parts: list[set[str]] = []
-        for edge in self.edges:
-            if edge[0] == edge[1]:
-                raise ValueError(f"edges: {edge[0]!r} needs no edge to itself")
-            touched = [part for part in parts if part & set(edge)]
-            parts = [part for part in parts if part not in touched]
-            parts.append(set(edge).union(*touched))
-        if len(parts) > 1:  # it would train as so many runs that never hear of each other
-            one, other = (min(part) for part in parts[:2])
-            raise ValueError(
-                f"edges: the graph is not connected: no way from {one} to {other}; add an edge, or "
-                "give none at all to train alone"
-            )
+        for one, other in self.edges:
+            if one == other:
+                raise ValueError(f"edges: {one!r} needs no edge to itself")
+        if self.edges:
+            names = {name for edge in self.edges for name in edge}
+            drawn = graph(names, TopologySpec("explicit", edges=self.edges))
+            reached = component(drawn, self.edges[-1][0])
+            # Its parts would train as so many runs that never hear of each other.
+            if cut := names - reached:
+                raise ValueError(
+                    f"edges: the graph is not connected: no way from {min(cut)} to {min(reached)};"
+                    " add an edge, or give none at all to train alone"
+                )
         return self
 
 

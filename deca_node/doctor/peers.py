@@ -109,14 +109,13 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
         changed.set,
         quiet,
     )
-    search = None
+    search = Search(settings, timing, port, swarm)
     checks = [
         Check("port", Verdict.OK, f"{settings.node.host}:{port} is free")
         if settings.node.port
         else Check("port", Verdict.OK, f"a free one is taken at each start, such as {port}")
     ]
     try:
-        search = Search(settings, timing, port, swarm)
         try:
             await search.start()
         except ListenError as error:
@@ -139,8 +138,7 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
         ]
         await swarm.goodbye(finished=False)
     finally:
-        if search is not None:
-            await search.stop()
+        await search.stop()
         await swarm.close()
         await transport.close(CLOSE_GRACE_SECONDS)
     return checks

@@ -371,9 +371,10 @@ class Swarm:
 
     def _make_room(self) -> None:
         """Of those who cannot be exchanged with, the one not heard of for longest makes way."""
+        if len(self.peers) < MAX_MEMBERS:
+            return
         spare = filter(_makes_way, self.peers.values())
-        oldest = min(spare, key=lambda peer: peer.last_seen, default=None)
-        if len(self.peers) >= MAX_MEMBERS and oldest is not None:
+        if oldest := min(spare, key=lambda peer: peer.last_seen, default=None):
             for table in (self.peers, self.traffic, self._links, self.told):
                 table.pop(oldest.name, None)
 
