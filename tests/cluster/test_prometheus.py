@@ -43,20 +43,34 @@ class Prometheus:
                 [*command, f"--web.listen-address={self.address}"], stdout=log, stderr=log
             )
 
-    def ask(self, expression):
-        """The series that an expression has now; none before the server listens."""
-        query = urllib.parse.urlencode({"query": expression})
+    def until_ready(self):
+        """Returns when it answers queries; while it opens its database it says 503 to them."""
+        limit = time.monotonic() + DEADLINE
+        while not self._is_ready():
+            assert time.monotonic() < limit
+            assert self.process.poll() is None
+            time.sleep(0.2)  # between two questions to another process
+
+    def _is_ready(self):
         try:
-            with urllib.request.urlopen(
-                f"http://{self.address}/api/v1/query?{query}", timeout=60
-            ) as answer:
-                return json.load(answer)["data"]["result"]
-        except ConnectionRefusedError:
-            return []
+            with urllib.request.urlopen(f"http://{self.address}/-/ready", timeout=60):
+                return True
+        except urllib.error.HTTPError as error:
+            if error.code == 503:
+                return False
+            raise
         except urllib.error.URLError as error:
             if isinstance(error.reason, ConnectionRefusedError):
-                return []
+                return False
             raise
+
+    def ask(self, expression):
+        """The series that an expression has now."""
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(
+            f"http://{self.address}/api/v1/query?{query}", timeout=60
+        ) as answer:
+            return json.load(answer)["data"]["result"]
 
     def until(self, expression, reached):
         limit = time.monotonic() + DEADLINE
@@ -84,6 +98,7 @@ def test_every_panel_of_the_dashboard_has_data(pair, tmp_path):
     ]
     server = Prometheus(tmp_path, [urllib.parse.urlsplit(target).netloc for target in targets])
     try:
+        server.until_ready()
         server.until("rate(deca_steps_total[10s]) > 0", lambda found: len(found) == 2)
         empty = [
             (title, text)
