@@ -3,6 +3,7 @@
 It is the rounds.Observer and the agreement.Observer of a node.
 """
 
+import asyncio
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from deca_node.kept import KeptBlocks
 from deca_node.member import Member
 from deca_node.membership import Edges
 from deca_node.prometheus import Measurements
-from deca_node.record import History, history_line
+from deca_node.record import EdgeTraffic, History, history_line
 from deca_node.rounds import StepRecord
 from deca_node.saving import Saving, tried_to_save
 from deca_node.standing import Standing
@@ -109,12 +110,8 @@ class Logbook:
         )
         if not math.isfinite(record.local.gradient_norm):
             standing.warn(f"gradient not finite at step {record.step}: counted as zero", "gradient")
-        traffic = self._member.swarm.traffic
-        retries = {peer: traffic.of(peer).retries for peer in record.gathered.edges}
-        # A peer's count begins anew when it had to make way for others.
-        again = {peer: max(0, n - self._retries.get(peer, 0)) for peer, n in retries.items()}
-        self._retries |= retries
-        row, books = history_line(record, sent, again), self._books
+        traffic = {peer: self._traffic(peer) for peer in record.gathered.edges}
+        row, books = history_line(record, sent, traffic), self._books
         tried_to_save(standing, lambda: books.history.append(row))
         self._log.debug("step", **{key: row[key] for key in ("loss", "disagreement")})
         books.measurements.stepped(record)
@@ -122,6 +119,13 @@ class Logbook:
             serial = self._kept.schedule.serial(record.visit.index, record.step)
             values = scalars(row, record.edges.weights)
             tried_to_save(standing, lambda: curves.write(serial, values))
+
+    def _traffic(self, peer: str) -> EdgeTraffic:
+        now, known = asyncio.get_running_loop().time(), self._member.swarm.traffic.of(peer)
+        # A peer's count begins anew when it had to make way for others.
+        again = max(0, known.retries - self._retries.get(peer, 0))
+        self._retries[peer] = known.retries
+        return EdgeTraffic(again, known.send_meter.rate(now), known.receive_meter.rate(now))
 
     async def paused(self, *, within: bool) -> None:
         """See Observer."""

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from deca_node.curve import Curve, Point
 from deca_node.disk import in_output, write_atomically
@@ -13,13 +13,29 @@ from deca_node.errors import DecaError
 from deca_node.rounds import StepRecord
 
 
-def history_line(record: StepRecord, bytes_sent: int, retries: Mapping[str, int]) -> dict[str, Any]:
+class EdgeTraffic(NamedTuple):
+    """What is known of an edge beside a step's exchange.
+
+    Attributes:
+        retries: calls that had to be made again since the last step with that peer.
+        send_rate: bytes per second of blocks, a mean over the last seconds (swarm.traffic), and
+            ``receive_rate`` likewise.
+    """
+
+    retries: int
+    send_rate: float
+    receive_rate: float
+
+
+def history_line(
+    record: StepRecord, bytes_sent: int, traffic: Mapping[str, EdgeTraffic]
+) -> dict[str, Any]:
     """One step as a flat row. Seconds are wall time, bytes are those of this step.
 
     Args:
         record: of the step.
         bytes_sent: to all neighbours.
-        retries: calls that had to be made again since the last step with that peer, by peer.
+        traffic: by neighbour of the step.
     """
     gathered, seconds = record.gathered, record.seconds
     return {
@@ -45,7 +61,9 @@ def history_line(record: StepRecord, bytes_sent: int, retries: Mapping[str, int]
                 "wait": round(edge.wait, 6),
                 "received": edge.received,
                 "sent": edge.sent,
-                "retries": retries.get(peer, 0),
+                "retries": traffic[peer].retries,
+                "send_rate": round(traffic[peer].send_rate),
+                "receive_rate": round(traffic[peer].receive_rate),
             }
             for peer, edge in sorted(gathered.edges.items())
         },

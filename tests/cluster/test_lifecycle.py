@@ -108,6 +108,9 @@ def test_static_peers_and_peer_exchange_take_the_place_of_multicast(make):
     assert [d.wait() for d in daemons] == [0, 0, 0], hub.log.read_text()[-3000:]
     for daemon in daemons:
         others = sorted({"hub", "a", "b"} - {daemon.name})
+        received, sent = (
+            sum(row[f"bytes_{way}"] for row in daemon.history()) for way in ("received", "sent")
+        )
         for row in daemon.history():
             assert row["neighbours"] == others
             assert set(row["edges"]) == set(others)
@@ -115,6 +118,8 @@ def test_static_peers_and_peer_exchange_take_the_place_of_multicast(make):
                 assert edge["received"] > 0
                 assert 0 <= edge["wait"] < row["seconds_step"]
                 assert edge["retries"] >= 0
+                assert 0 < edge["receive_rate"] <= received
+                assert 0 <= edge["send_rate"] <= sent
             # The wait begins while the block is still being updated, and so is no further part.
             assert 0 < row["seconds_gradient"] + row["seconds_update"] <= row["seconds_step"] + 1e-5
             assert min(row["seconds_wait"], row["seconds_mix"], row["seconds_ahead"]) >= 0
