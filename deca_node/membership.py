@@ -246,8 +246,7 @@ class Verdict(IntEnum):
 
     ACCEPTED = 1
     PASSED = 2
-    STRANGER = 3
-    NOT_WANTED = 4
+    NOT_WANTED = 3
 
 
 @dataclass(frozen=True)

@@ -150,12 +150,10 @@ class VisitAnswer(_message.Message):
         VERDICT_UNSPECIFIED: _ClassVar[VisitAnswer.Verdict]
         VERDICT_ACCEPTED: _ClassVar[VisitAnswer.Verdict]
         VERDICT_PASSED: _ClassVar[VisitAnswer.Verdict]
-        VERDICT_STRANGER: _ClassVar[VisitAnswer.Verdict]
         VERDICT_NOT_WANTED: _ClassVar[VisitAnswer.Verdict]
     VERDICT_UNSPECIFIED: VisitAnswer.Verdict
     VERDICT_ACCEPTED: VisitAnswer.Verdict
     VERDICT_PASSED: VisitAnswer.Verdict
-    VERDICT_STRANGER: VisitAnswer.Verdict
     VERDICT_NOT_WANTED: VisitAnswer.Verdict
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
