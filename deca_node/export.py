@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from deca_node.blocks import Schedule
-from deca_node.checkpoint import Checkpoint, SavedFile, State, read_mark
+from deca_node.checkpoint import Checkpoint
+from deca_node.checkpoint.manifest import SavedFile, State
+from deca_node.checkpoint.mark import read_mark
 from deca_node.config import Settings
 from deca_node.disk import translated
 from deca_node.errors import OutputError

@@ -13,7 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from deca_node.blocks import Schedule, Visit
-from deca_node.checkpoint import Changed, Checkpoint, Incoming, Progress
+from deca_node.checkpoint import Changed, Checkpoint
+from deca_node.checkpoint.incoming import Incoming
+from deca_node.checkpoint.manifest import Progress
 from deca_node.errors import OutputError, PayloadError
 from deca_node.limits import MAX_HEADER_BYTES
 from deca_node.models import LanguageModel
@@ -95,10 +97,7 @@ class KeptBlocks:
             for block, visit in self._unsaved.items()
             if block != opened  # its values are those of no visit's end
         }
-        if within:
-            self._checkpoint.save_visit(open_visit, self._progress(), blocks, self._addresses())
-        else:
-            self._checkpoint.save_blocks(blocks, self._progress(), self._addresses())
+        self._checkpoint.save(blocks, self._progress(), open_visit, self._addresses())
         self._unsaved = {block: v for block, v in self._unsaved.items() if block not in blocks}
 
     # --- for others (catchup.Shelf)

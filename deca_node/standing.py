@@ -14,7 +14,7 @@ import torch
 from deca_node import __version__
 from deca_node.blocks import Schedule, Visit
 from deca_node.catchup import Gain
-from deca_node.checkpoint import Progress
+from deca_node.checkpoint.manifest import Progress
 from deca_node.config import Settings, is_loopback
 from deca_node.curve import Curve
 from deca_node.events import Ring

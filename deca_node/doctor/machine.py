@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from deca_node import checkpoint, estimate, status
+from deca_node import estimate, status
+from deca_node.checkpoint.mark import check_mark
 from deca_node.config import is_loopback
 from deca_node.data import Example, label_counts, read_corpus, read_rows
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
@@ -241,7 +242,7 @@ def _belongs(output: Path, facts: Facts) -> Iterable[Check]:
     """Whether the output folder is this run's, or free."""
     own = {**facts.marks(), "node": facts.settings.node.name}
     try:
-        checkpoint.check_mark(output, own)
+        check_mark(output, own)
     except OutputError as error:
         yield failed("output", error)
 

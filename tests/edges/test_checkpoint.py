@@ -18,7 +18,8 @@ from safetensors.torch import save
 
 from deca_node import checkpoint
 from deca_node.blocks import Schedule
-from deca_node.checkpoint import FORMAT, Changed, Checkpoint, Progress
+from deca_node.checkpoint import Changed, Checkpoint, sealing
+from deca_node.checkpoint.manifest import Progress
 from deca_node.curve import Curve
 from deca_node.disk import translated
 from deca_node.errors import DiskFullError, OutputError, PayloadError
@@ -38,7 +39,7 @@ def kept(tmp_path):
     """A folder with one saved block, let go of again."""
     store = Checkpoint(tmp_path / "out", IDENTITY, SCHEDULE)
     assert store.claim() is False
-    store.save_blocks({2: changed(2)}, Progress(visit=3, data_position=40), {"b": "10.0.0.2:7000"})
+    store.save({2: changed(2)}, Progress(visit=3, data_position=40), peers={"b": "10.0.0.2:7000"})
     store.release()
     return tmp_path / "out"
 
@@ -76,7 +77,7 @@ def test_what_was_saved_is_read_again(kept):
     loaded = store.load(store.state.blocks[2])
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
     before = {"loss": 1.5, "by label": {"a": None}}
-    store.save_visit({"x": torch.zeros(3)}, Progress(visit=3, step=2, before=before))
+    store.save({}, Progress(visit=3, step=2, before=before), {"x": torch.zeros(3)})
     store.release()
     again = reopened(kept)
     assert again.state.progress == Progress(visit=3, step=2, before=before)
@@ -89,18 +90,18 @@ def test_what_was_saved_is_read_again(kept):
 def test_a_visit_writes_its_block_and_the_manifests_only(kept):
     """Other blocks' files are not touched; what two manifests back was needed goes."""
     store = reopened(kept)
-    store.save_blocks({0: changed(4)}, Progress(visit=5))
+    store.save({0: changed(4)}, Progress(visit=5))
     untouched = kept / "state" / store.state.blocks[2].file
     before = untouched.stat()
-    store.save_visit({"x": torch.zeros(3)}, Progress(visit=5, step=1))
-    store.save_blocks({1: changed(5)}, Progress(visit=6))
+    store.save({}, Progress(visit=5, step=1), {"x": torch.zeros(3)})
+    store.save({1: changed(5)}, Progress(visit=6))
     assert untouched.stat() == before
-    store.save_blocks({2: changed(6)}, Progress(visit=7))
+    store.save({2: changed(6)}, Progress(visit=7))
     names = [saved.file for saved in store.state.blocks.values()]
     assert files(kept) == sorted(
         [*names, untouched.name, "manifest.json", "manifest.previous.json"]
     )
-    store.save_blocks({3: changed(7)}, Progress(visit=8))
+    store.save({3: changed(7)}, Progress(visit=8))
     assert untouched.name not in files(kept)
 
 
@@ -110,7 +111,7 @@ def test_a_file_being_served_stays_readable_when_superseded(kept):
     saved = store.state.blocks[2]
     file = store.open(saved)
     for visit in (6, 7, 8):
-        store.save_blocks({2: changed(visit, visit)}, Progress(visit=visit + 1))
+        store.save({2: changed(visit, visit)}, Progress(visit=visit + 1))
     assert xxhash.xxh3_128_hexdigest(file.read()) == saved.xxh3
     file.close()
     with pytest.raises(OutputError, match=saved.file):
@@ -128,7 +129,7 @@ def test_a_full_disk_leaves_the_previous_state(kept, monkeypatch, moment):
     before = files(kept)
     monkeypatch.setattr(checkpoint, moment, full)
     with pytest.raises(DiskFullError, match="no space left"):
-        store.save_blocks({1: changed(1), 2: changed(6, 6)}, Progress(visit=7))
+        store.save({1: changed(1), 2: changed(6, 6)}, Progress(visit=7))
     monkeypatch.undo()
     assert files(kept) == before  # what could not be used takes no room
     assert store.state.progress.visit == 3
@@ -137,7 +138,7 @@ def test_a_full_disk_leaves_the_previous_state(kept, monkeypatch, moment):
     again = reopened(kept)
     assert again.state.progress.visit == 3
     assert torch.equal(again.load(again.state.blocks[2])["w"], TENSORS["w"])
-    again.save_blocks({2: changed(6, 6)}, Progress(visit=7))
+    again.save({2: changed(6, 6)}, Progress(visit=7))
     again.release()
     assert reopened(kept).state.progress.visit == 7
 
@@ -159,7 +160,7 @@ def test_the_systems_own_full_disk_is_recognised(tmp_path):
 def test_a_damaged_file_brings_the_previous_state_back(kept):
     """A flipped byte in what only the newest state names: named, and the state before is used."""
     with opened(kept) as store:
-        store.save_blocks({2: changed(6, 6), 1: changed(5, 5)}, Progress(visit=7))
+        store.save({2: changed(6, 6), 1: changed(5, 5)}, Progress(visit=7))
         name = store.state.blocks[2].file
     flip(kept / "state" / name)
     for _ in range(2):  # looking changes nothing
@@ -171,7 +172,7 @@ def test_a_damaged_file_brings_the_previous_state_back(kept):
             assert warning.endswith(f"{name}: damaged; the state before is used (visit 3, step 0)")
     with opened(kept) as store:
         for visit in (3, 4):
-            store.save_blocks({visit % 4: changed(visit)}, Progress(visit=visit + 1))
+            store.save({visit % 4: changed(visit)}, Progress(visit=visit + 1))
         assert f"{name}.damaged" in files(kept)
     with opened(kept) as store:
         assert store.warnings == ()
@@ -181,7 +182,7 @@ def test_a_block_without_a_good_copy_is_lost_and_stays_so(kept):
     """The rest is used, and no later save or restart forgets that the block is missing."""
     with opened(kept) as store:
         name = store.state.blocks[2].file
-        store.save_blocks({3: changed(3)}, Progress(visit=4))
+        store.save({3: changed(3)}, Progress(visit=4))
     (kept / "state" / name).unlink()
     with opened(kept) as store:
         assert (store.lost, list(store.state.blocks)) == ((2,), [3])
@@ -190,10 +191,10 @@ def test_a_block_without_a_good_copy_is_lost_and_stays_so(kept):
         assert f"{name}: missing" in warning
         assert "block 2 is lost" in warning
         for visit in (4, 5):
-            store.save_blocks({visit % 4: changed(visit)}, Progress(visit=visit + 1))
+            store.save({visit % 4: changed(visit)}, Progress(visit=visit + 1))
     with opened(kept) as store:
         assert (store.lost, store.warnings) == ((2,), ())
-        store.save_blocks({2: changed(6)}, Progress(visit=7))
+        store.save({2: changed(6)}, Progress(visit=7))
         assert store.lost == ()
     with opened(kept) as store:
         assert store.lost == ()
@@ -202,7 +203,7 @@ def test_a_block_without_a_good_copy_is_lost_and_stays_so(kept):
 def test_a_damaged_open_visit_begins_anew(kept):
     """When no other state is better, only the steps of the visit are lost."""
     with opened(kept) as store:
-        store.save_visit({"x": torch.zeros(3)}, Progress(visit=3, step=2))
+        store.save({}, Progress(visit=3, step=2), {"x": torch.zeros(3)})
         name = store.state.active.file
         (kept / "state" / "manifest.previous.json").write_text("")
     flip(kept / "state" / name)
@@ -222,7 +223,7 @@ def test_a_file_that_the_disk_cannot_read_counts_as_damaged(kept, monkeypatch):
         return real(path)
 
     with opened(kept) as store:
-        store.save_blocks({3: changed(3)}, Progress(visit=4))
+        store.save({3: changed(3)}, Progress(visit=4))
     monkeypatch.setattr(checkpoint, "_digest", failing)
     with opened(kept) as store:
         assert store.state.progress.visit == 3
@@ -235,7 +236,7 @@ def test_a_file_that_the_disk_cannot_read_counts_as_damaged(kept, monkeypatch):
 def test_values_that_are_no_numbers_are_kept_too(kept):
     """An evaluation of a model that has diverged must not make the state unreadable."""
     with opened(kept) as store:
-        store.save_visit(None, Progress(visit=3, before={"loss": math.nan, "best": math.inf}))
+        store.save({}, Progress(visit=3, before={"loss": math.nan, "best": math.inf}))
     with opened(kept) as store:
         assert math.isnan(store.state.progress.before["loss"])
         assert store.state.progress.before["best"] == math.inf
@@ -246,7 +247,7 @@ def test_a_state_that_could_not_be_read_again_is_not_written(kept):
     with opened(kept) as store:
         before = files(kept)
         with pytest.raises(ValueError, match="outside the run"):
-            store.save_blocks({0: changed(0)}, Progress(visit=SCHEDULE.visits + 1))
+            store.save({0: changed(0)}, Progress(visit=SCHEDULE.visits + 1))
         assert files(kept) == before
         assert store.state.progress.visit == 3
 
@@ -255,11 +256,11 @@ def test_damaged_files_kept_aside_are_few(kept):
     """Nothing piles up, however often a disk fails."""
     for visit in range(3, 11):
         with opened(kept) as store:
-            store.save_blocks({visit % 4: changed(visit)}, Progress(visit=visit + 1))
+            store.save({visit % 4: changed(visit)}, Progress(visit=visit + 1))
         (kept / "state" / "manifest.json").write_text("{}")
         (kept / "state" / f"block-{visit}.safetensors.damaged").write_text("")
     with opened(kept) as store:
-        store.save_blocks({0: changed(8)}, Progress(visit=9))
+        store.save({0: changed(8)}, Progress(visit=9))
     aside = [name for name in files(kept) if name.endswith(".damaged")]
     assert len(aside) == checkpoint.MAX_DAMAGED
     assert "manifest.json.damaged" in aside
@@ -280,7 +281,7 @@ def test_a_damaged_manifest_is_named(kept, text):
 def test_a_damaged_manifest_gives_way_to_the_previous_one(kept, text):
     """Torn or gone: the warning names it and the place where the run goes on."""
     with opened(kept) as store:
-        store.save_blocks({3: changed(3)}, Progress(visit=4))
+        store.save({3: changed(3)}, Progress(visit=4))
     manifest = kept / "state" / "manifest.json"
     manifest.unlink() if text is None else manifest.write_text(text)
     what = "missing" if text is None else "damaged"
@@ -288,7 +289,7 @@ def test_a_damaged_manifest_gives_way_to_the_previous_one(kept, text):
         assert store.state.progress.visit == 3
         (warning,) = store.warnings
         assert f"manifest.json: {what}; the state before is used (visit 3, step 0)" in warning
-        store.save_blocks({3: changed(3)}, Progress(visit=4))
+        store.save({3: changed(3)}, Progress(visit=4))
     with opened(kept) as store:
         assert (store.state.progress.visit, store.warnings) == (4, ())
 
@@ -298,7 +299,7 @@ def resealed(path, change):
     tree = json.loads(path.read_text())
     del tree["xxh3"]
     change(tree)
-    path.write_text(json.dumps({"xxh3": checkpoint._seal(tree), **tree}))
+    path.write_text(json.dumps({"xxh3": sealing.seal(tree), **tree}))
 
 
 @pytest.mark.parametrize(
@@ -344,14 +345,14 @@ def test_an_edit_is_recognised(kept):
 def test_another_format_is_refused_with_both_versions(kept, name, version):
     """Neither read nor replaced by an older state: the version that wrote it can go on."""
     with opened(kept) as store:
-        store.save_blocks({3: changed(3)}, Progress(visit=4))
+        store.save({3: changed(3)}, Progress(visit=4))
     if version == 1:  # it had no digest
         tree = json.loads((kept / name).read_text())
         del tree["xxh3"]
         (kept / name).write_text(json.dumps({**tree, "format": 1}))
     else:
         resealed(kept / name, lambda tree: tree.update(format=version))
-    words = rf"{name}: written in format {version}, this deca-node reads format {FORMAT}"
+    words = rf"{name}: written in format {version}, this deca-node reads format {sealing.FORMAT}"
     with pytest.raises(OutputError, match=words):
         Checkpoint(kept, IDENTITY, SCHEDULE).claim()
 
@@ -362,11 +363,11 @@ def damageable():
     folder = Path(tempfile.mkdtemp()) / "out"
     store = Checkpoint(folder, IDENTITY, SCHEDULE)
     store.claim()
-    store.save_blocks({0: changed(0, 0)}, Progress(visit=1))
-    store.save_blocks({1: changed(1, 1), 2: changed(2, 2)}, Progress(visit=3))
+    store.save({0: changed(0, 0)}, Progress(visit=1))
+    store.save({1: changed(1, 1), 2: changed(2, 2)}, Progress(visit=3))
     older = store.state
-    store.save_visit(
-        {"x": torch.full((5,), 4.0)}, Progress(visit=4, step=2), {0: changed(4, 4)}, {"b": "b:1"}
+    store.save(
+        {0: changed(4, 4)}, Progress(visit=4, step=2), {"x": torch.full((5,), 4.0)}, {"b": "b:1"}
     )
     states = {state.progress.visit: state for state in (older, store.state)}
     store.release()
@@ -434,7 +435,7 @@ def test_a_transfer_goes_on_after_a_restart(kept):
     with opened(kept) as store:
         first = store.incoming(1, digests[0])
         first.write(contents[0][:30])
-        store.save_blocks({0: changed(4)}, Progress(visit=5))  # leaves it alone
+        store.save({0: changed(4)}, Progress(visit=5))  # leaves it alone
         first.close()
     with opened(kept) as store:
         assert store.begun() == {digests[0]}
@@ -540,13 +541,13 @@ def test_unfinished_transfers_do_not_pile_up(kept):
     parts = [name for name in files(kept) if name.endswith(".part")]
     assert [name[:13] for name in parts] == ["incoming-0001"] * 2 + ["incoming-0003"]
     running = store.incoming(1, transfer(9)[1])
-    store.save_blocks({1: changed(5)}, Progress(visit=6))
+    store.save({1: changed(5)}, Progress(visit=6))
     parts = [name for name in files(kept) if name.endswith(".part")]
     assert parts == sorted([running.path.name, f"incoming-0003-{transfer()[1]}.part"])
     with pytest.raises(ValueError, match="already under way"):
         store.incoming(1, transfer(9)[1])
     running.discard()
-    store.save_visit(None, Progress(visit=12, finished=True))
+    store.save({}, Progress(visit=12, finished=True))
     assert not any(name.endswith(".part") for name in files(kept))
 
 
@@ -580,7 +581,7 @@ def test_a_failed_adoption_can_be_tried_again(kept, monkeypatch):
         store.adopt({1: (part, 5)}, Progress(visit=6))
     monkeypatch.undo()
     assert files(kept) == before
-    store.save_blocks({0: changed(4)}, Progress(visit=5))
+    store.save({0: changed(4)}, Progress(visit=5))
     store.adopt({1: (part, 5)}, Progress(visit=6))
     store.release()
     again = reopened(kept)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from deca_node import registry
-from deca_node.checkpoint import Progress
+from deca_node.checkpoint.manifest import Progress
 from deca_node.config import load
 from deca_node.control import Control
 from deca_node.errors import PeerRefused

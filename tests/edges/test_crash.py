@@ -26,7 +26,8 @@ from safetensors.torch import save
 
 from deca_node import checkpoint, disk
 from deca_node.blocks import Schedule
-from deca_node.checkpoint import Changed, Checkpoint, Progress
+from deca_node.checkpoint import Changed, Checkpoint
+from deca_node.checkpoint.manifest import Progress
 from deca_node.errors import DiskFullError
 
 BLOCKS, STEPS = 3, 3
@@ -84,18 +85,18 @@ def check_whole(store, size=64):
 
 
 SAVES = (
-    lambda store: store.save_blocks({0: Changed(0, values(0))}, Progress(visit=1)),
-    lambda store: store.save_visit(values(1, 1), Progress(visit=1, step=1)),
-    lambda store: store.save_visit(values(1, 2), Progress(visit=1, step=2), peers={"b": "b:1"}),
-    lambda store: store.save_blocks({1: Changed(1, values(1))}, Progress(visit=2)),
+    lambda store: store.save({0: Changed(0, values(0))}, Progress(visit=1)),
+    lambda store: store.save({}, Progress(visit=1, step=1), values(1, 1)),
+    lambda store: store.save({}, Progress(visit=1, step=2), values(1, 2), peers={"b": "b:1"}),
+    lambda store: store.save({1: Changed(1, values(1))}, Progress(visit=2)),
     lambda store: store.adopt(dict(fetch(store, v) for v in (2, 3)), Progress(visit=4)),
-    lambda store: store.save_visit(
-        values(6, 1),
-        Progress(visit=6, step=1),
+    lambda store: store.save(
         {1: Changed(4, values(4)), 2: Changed(5, values(5))},
+        Progress(visit=6, step=1),
+        values(6, 1),
     ),
     lambda store: store.adopt(dict([fetch(store, 6)]), Progress(visit=7)),
-    lambda store: store.save_visit(None, Progress(visit=7, finished=True)),
+    lambda store: store.save({}, Progress(visit=7, finished=True)),
 )
 
 
@@ -301,11 +302,11 @@ def save_for_ever(folder, acknowledge):
         visit, step = progress.visit, progress.step
         if step < STEPS - 1:
             progress = Progress(visit, step + 1)
-            store.save_visit(values(visit, step + 1, SIZE), progress)
+            store.save({}, progress, values(visit, step + 1, SIZE))
         elif visit % 4 < 2:
             progress = Progress(visit + 1)
             changed = Changed(visit, values(visit, size=SIZE))
-            store.save_blocks({visit % BLOCKS: changed}, progress)
+            store.save({visit % BLOCKS: changed}, progress)
         else:
             progress = Progress(visit + 2)
             store.adopt(dict(fetch(store, v, SIZE) for v in (visit, visit + 1)), progress)
@@ -386,7 +387,7 @@ def full(folder):
     store = open_store(output)
     for visit in range(BLOCKS):
         changed = Changed(visit, values(visit, size=size))
-        store.save_blocks({visit % BLOCKS: changed}, Progress(visit + 1))
+        store.save({visit % BLOCKS: changed}, Progress(visit + 1))
     for room, kind in itertools.product(range(20), ("block", "visit", "adopt")):
         visit, before = store.state.progress.visit, store.state
         block = {visit % BLOCKS: Changed(visit, values(visit, size=size))}
@@ -394,11 +395,9 @@ def full(folder):
         filler.write_bytes(b"\0" * max(0, system.f_bavail - room) * system.f_bsize)
 
         attempt = {
-            "block": partial(store.save_blocks, block, Progress(visit + 1)),
+            "block": partial(store.save, block, Progress(visit + 1)),
             "adopt": partial(fetch_and_adopt, store, visit, size),
-            "visit": partial(
-                store.save_visit, values(visit + 1, 1, size), Progress(visit + 1, 1), block
-            ),
+            "visit": partial(store.save, block, Progress(visit + 1, 1), values(visit + 1, 1, size)),
         }[kind]
         try:
             attempt()

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deca_node import checkpoint, cli
+from deca_node import cli
+from deca_node.checkpoint import sealing
 from deca_node.config import load
 from deca_node.doctor import Verdict, examine, machine, network
 from deca_node.doctor.checks import Facts
@@ -150,7 +151,7 @@ async def test_another_runs_output_folder_is_told(words, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     own = Facts(load(None, words("run.start_when=1", "node.name=a"))).marks()
-    mark = checkpoint._sealed({**own, "run.seed": "5", "node": "a"})
+    mark = sealing.sealed({**own, "run.seed": "5", "node": "a"})
     (folder / "run.json").write_bytes(mark)
     (bad,) = by_name(await look(words, "run.start_when=1", "node.name=a"))["output"]
     assert bad.verdict == Verdict.FAIL

@@ -103,7 +103,7 @@ def test_a_block_replaced_meanwhile_is_read_again(copy, tmp_path, monkeypatch):
     def load(self, asked):
         if len(calls) == 1:  # the daemon ends a visit between two reads, and then another one
             for progress in (daemon.state.progress, replace(daemon.state.progress, seconds=9.0)):
-                daemon.save_blocks({1: Changed(4, newer)}, progress)
+                daemon.save({1: Changed(4, newer)}, progress)
             assert not (copy / "out" / "state" / saved.file).exists()
         calls.append(asked.file)
         return real(self, asked)
@@ -127,7 +127,7 @@ def test_files_replaced_while_they_are_checked_are_no_damage(copy, tmp_path, mon
     def trouble(self, saved):
         if self is not daemon and (seconds := next(commits, None)):
             progress = replace(daemon.state.progress, seconds=seconds)
-            daemon.save_blocks({3: Changed(4, newer)}, progress)
+            daemon.save({3: Changed(4, newer)}, progress)
         return real(self, saved)
 
     monkeypatch.setattr(Checkpoint, "_trouble", trouble)
@@ -151,7 +151,7 @@ def test_the_state_before_a_damaged_one_is_written_with_a_warning(copy, tmp_path
     daemon = store_of(copy)
     before = daemon.load(daemon.state.blocks[2])
     newer = {name: tensor + 1 for name, tensor in before.items()}
-    daemon.save_blocks({2: Changed(4, newer)}, daemon.state.progress)
+    daemon.save({2: Changed(4, newer)}, daemon.state.progress)
     path = damage(copy / "out" / "state" / daemon.state.blocks[2].file)
     daemon.release()
     said = export(settings(copy), tmp_path / "new", consensus=False)

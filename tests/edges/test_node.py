@@ -48,14 +48,14 @@ def settings(folder, *more):
 async def test_a_block_that_could_not_be_kept_is_kept_with_the_next(tmp_path, monkeypatch):
     """A full disk at one visit's end must not make a later state forget that visit's block."""
     failures = iter([True])
-    real = checkpoint.Checkpoint.save_blocks
+    real = checkpoint.Checkpoint.save
 
-    def save(self, blocks, progress, peers=None):
+    def save(self, blocks, progress, *rest):
         if next(failures, False):
             raise DiskFullError("disk: no space left")
-        real(self, blocks, progress, peers)
+        real(self, blocks, progress, *rest)
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "save_blocks", save)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
     node = Node(settings(tmp_path), structlog.get_logger())
     assert await node.run()
     assert any("no space left" in warning for warning in node.status().warnings)
@@ -209,9 +209,9 @@ async def test_a_full_disk_at_the_end_is_waited_for(tmp_path, monkeypatch):
 async def test_a_block_that_is_not_kept_at_the_end_is_waited_for(tmp_path, monkeypatch, at_once):
     """Or else a signal would end the run as if all were saved: in the wait, or within a try."""
     monkeypatch.setattr("deca_node.node.ROOM_SECONDS", 0.01)
-    real, tries, full = checkpoint.Checkpoint.save_blocks, [], True
+    real, tries, full = checkpoint.Checkpoint.save, [], True
 
-    def save(self, blocks, progress, peers=None):
+    def save(self, blocks, progress, *rest):
         tries.append(progress.visit)
         if full and progress.visit == 4:
             if tries.count(4) == 3:
@@ -219,12 +219,12 @@ async def test_a_block_that_is_not_kept_at_the_end_is_waited_for(tmp_path, monke
                 if at_once:
                     stopped.result()
             raise DiskFullError("disk: no space left")
-        real(self, blocks, progress, peers)
+        real(self, blocks, progress, *rest)
 
     async def stop():
         node.stop()
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "save_blocks", save)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
     loop = asyncio.get_running_loop()
     node = Node(settings(tmp_path), structlog.get_logger())
     with pytest.raises(DiskFullError):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deca_node.blocks import Schedule, partition_layers
-from deca_node.checkpoint import Changed, Checkpoint, Progress
+from deca_node.checkpoint import Changed, Checkpoint
+from deca_node.checkpoint.manifest import Progress
 from deca_node.errors import OutputError
 from deca_node.trail import Holding, Trail, read_kept, resumed_at
 
@@ -99,11 +100,11 @@ def test_the_kept_state_is_the_manifests(tmp_path):
     checkpoint.claim()
     assert read_kept(tmp_path) == Holding()
     tensors = {"w": torch.zeros(2)}
-    checkpoint.save_blocks({0: Changed(2, tensors)}, Progress(visit=3, step=0))
+    checkpoint.save({0: Changed(2, tensors)}, Progress(visit=3, step=0))
     assert read_kept(tmp_path) == Holding((3, 0), {0: 2})
-    checkpoint.save_visit(tensors, Progress(visit=3, step=2))
+    checkpoint.save({}, Progress(visit=3, step=2), tensors)
     assert read_kept(tmp_path) == Holding((3, 2), {0: 2})
-    checkpoint.save_blocks({1: Changed(5, tensors)}, Progress(visit=6, finished=True))
+    checkpoint.save({1: Changed(5, tensors)}, Progress(visit=6, finished=True))
     assert read_kept(tmp_path) == Holding((6, 0), {0: 2, 1: 5})
     checkpoint.release()
     path = tmp_path / "state" / "manifest.json"

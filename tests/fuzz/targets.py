@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from safetensors.torch import save
 
 from deca_node.agreement import _Intake
-from deca_node.checkpoint import Incoming
+from deca_node.checkpoint.incoming import Incoming
 from deca_node.compression import Format
 from deca_node.config import Timing
 from deca_node.consensus import Note, Tally, plan

@@ -8,28 +8,36 @@ does a new manifest replace the old one.
 
 import contextlib
 import errno
-import json
+import hashlib
 import re
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import BinaryIO
 from weakref import WeakSet
 
 import xxhash
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deca_node.blocks import Schedule
+from deca_node.checkpoint.incoming import Incoming
+from deca_node.checkpoint.manifest import (
+    DIGEST,
+    MANIFEST,
+    PREVIOUS,
+    Progress,
+    SavedFile,
+    State,
+    parsed,
+)
+from deca_node.checkpoint.mark import MARK, check_mark, recognise
+from deca_node.checkpoint.sealing import sealed
 from deca_node.disk import in_output, sync, write_atomically
 from deca_node.errors import OutputError, PayloadError
 
-FORMAT = 2
-MARK = "run.json"
-MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 # A daemon commits in seconds at least, and between two looks at all that it keeps more than this
 # many times only when it commits faster than the disk can be read.
 MAX_LOOKS = 10
@@ -39,25 +47,7 @@ MAX_DAMAGED = 4
 # come back; older ones go.
 MAX_PARTS_PER_BLOCK = 2
 
-_READ_BYTES = 1 << 20
-_DIGEST = re.compile(r"[0-9a-f]{32}")
-_PART = re.compile(r"incoming-([0-9]{4,})-([0-9a-f]{32})\.part")
-_STRICT = ConfigDict(strict=True, extra="forbid")
-_Count = Annotated[int, Field(ge=0)]
-
-
-@with_config(_STRICT)
-@dataclass(frozen=True)
-class SavedFile:
-    """A file of the state folder: its plain name, the xxh3_128 of its bytes and their number.
-
-    ``visit`` is the index of the last visit that changed the block, or of the open visit.
-    """
-
-    file: Annotated[str, Field(pattern=r"^[a-z0-9-]+\.safetensors$")]
-    xxh3: Annotated[str, Field(pattern=rf"^{_DIGEST.pattern}$")]
-    bytes: _Count
-    visit: _Count
+_PART = re.compile(rf"incoming-([0-9]{{4,}})-({DIGEST.pattern})\.part")
 
 
 @dataclass(frozen=True)
@@ -66,53 +56,6 @@ class Changed:
 
     visit: int
     tensors: Mapping[str, Tensor]
-
-
-@with_config(_STRICT)
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is: everything but tensors.
-
-    ``visit`` and ``step`` come next; ``data_position`` counts examples consumed; ``bytes_sent``,
-    ``bytes_received``, ``incomplete`` and ``seconds`` are totals so far; ``caught_up`` counts the
-    bytes of blocks fetched to catch up, ``passed_over`` the visits that were skipped by it.
-    """
-
-    visit: _Count = 0
-    step: _Count = 0
-    data_position: _Count = 0
-    bytes_sent: _Count = 0
-    bytes_received: _Count = 0
-    incomplete: _Count = 0
-    caught_up: _Count = 0
-    passed_over: _Count = 0
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    finished: bool = False
-    before: dict[str, Any] | None = None
-
-
-@with_config(_STRICT)
-@dataclass(frozen=True)
-class State:
-    """What a manifest holds.
-
-    ``blocks`` are those that the run has changed; ``active`` holds the open visit's tensors;
-    ``peers`` are the last known addresses (HOST:PORT) by name; ``lost`` are blocks that were
-    changed and whose values are not there any more.
-    """
-
-    progress: Progress = field(default_factory=Progress)
-    blocks: dict[int, SavedFile] = field(default_factory=dict)
-    active: SavedFile | None = None
-    peers: dict[str, str] = field(default_factory=dict)
-    lost: tuple[int, ...] = ()
-
-    def files(self) -> set[SavedFile]:
-        """All that it names."""
-        return {*self.blocks.values(), *([self.active] if self.active else [])}
-
-
-_STATE = TypeAdapter(State)
 
 
 @dataclass(frozen=True)
@@ -137,118 +80,6 @@ class _Candidate:
     def cost(self) -> tuple[int, bool]:
         """What is lost with it: a block weighs more than the steps of a visit."""
         return len(self.usable.lost), self.named.active in self.damaged
-
-
-class Incoming:
-    """A block on its way from a peer, in a file that a restart finds again.
-
-    Attributes:
-        block: the block's index.
-        xxh3: the digest that the whole file must have.
-        path: the part file.
-        size: bytes there.
-    """
-
-    def __init__(self, path: Path, block: int, xxh3: str) -> None:
-        """Open a part file or begin one; reads what is there to go on with its digest.
-
-        Raises:
-            DiskFullError, OutputError: it cannot be opened or read.
-        """
-        self.path, self.block, self.xxh3 = path, block, xxh3
-        self.size = 0
-        self._digest = xxhash.xxh3_128()
-        with in_output(path):
-            # Unbuffered: what a full disk did not take is not counted.
-            self._file = path.open("ab+", buffering=0)
-            self._file.seek(0)
-            while piece := self._file.read(_READ_BYTES):
-                self._digest.update(piece)
-                self.size += len(piece)
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing more can be written."""
-        return self._file.closed
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append. How much a peer may send is the caller's to bound.
-
-        Raises:
-            DiskFullError, OutputError: a part of it may be there; ``size`` says how much.
-        """
-        left = memoryview(data)
-        with in_output(self.path):
-            while left:
-                written = self._file.write(left)
-                self._digest.update(left[:written])
-                self.size += written
-                left = left[written:]
-
-    def read(self) -> dict[str, Tensor]:
-        """The block's tensors by name; call it when all bytes are there.
-
-        That names, shapes, dtypes and values are right is the caller's to check.
-
-        Raises:
-            PayloadError: the digest differs (``digest``), or it is not a safetensors file
-                (``malformed``); the part is removed then.
-            OutputError: it cannot be read.
-        """
-        self.verify()
-        try:
-            with in_output(self.path):
-                if self.path.stat().st_size != self.size:
-                    raise OutputError(f"{self.path}: changed by something else while it came in")
-                return self._parsed()
-        except PayloadError:
-            self.discard()
-            raise
-
-    def _parsed(self) -> dict[str, Tensor]:
-        try:
-            return load_file(self.path)
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a hostile header gets far: into torch's own
-            raise PayloadError(
-                "malformed", f"block {self.block}: not a safetensors file ({error})"
-            ) from None
-
-    def verify(self) -> None:
-        """Check the digest of all bytes.
-
-        Raises:
-            PayloadError: it differs; the part is removed.
-        """
-        found = self._digest.hexdigest()
-        if found != self.xxh3:
-            self.discard()
-            raise PayloadError(
-                "digest",
-                f"block {self.block}: {self.size} bytes with digest {found} arrived, announced "
-                f"was {self.xxh3}",
-            )
-
-    def keep(self, path: Path) -> None:
-        """Sync it and give it its place among the kept files.
-
-        Raises:
-            DiskFullError, OutputError: it is where it was.
-        """
-        with in_output(self.path):
-            sync(self.path)
-            self.path.replace(path)
-
-    def close(self) -> None:
-        """Let go of the file; a part stays and can be opened again."""
-        self._file.close()
-
-    def discard(self) -> None:
-        """Remove it."""
-        self._file.close()
-        with contextlib.suppress(OSError):  # it only takes room, and the clean-up tries again
-            self.path.unlink(missing_ok=True)
 
 
 class Checkpoint:
@@ -309,7 +140,7 @@ class Checkpoint:
                     f"{self.folder}: another deca-node is using this folder; set node.output"
                 ) from None
             if not check_mark(self.folder, self._identity):
-                write_atomically(self.folder / MARK, _sealed(self._identity))
+                write_atomically(self.folder / MARK, sealed(self._identity))
             if not self._state_folder.is_dir():
                 self._state_folder.mkdir()
                 sync(self.folder)
@@ -327,7 +158,7 @@ class Checkpoint:
             OutputError: the folder holds no run, another one, or no usable state.
         """
         with in_output(self.folder):
-            _recognise(self.folder, self._identity)
+            recognise(self.folder, self._identity)
             manifest = self._state_folder / MANIFEST
             for _ in range(MAX_LOOKS):
                 content, _ = _readable(manifest)
@@ -404,7 +235,7 @@ class Checkpoint:
             if content is None:
                 return None, trouble
             try:
-                state = self._parsed(path, content)
+                state = parsed(path, content, self._schedule)
             except ValueError:
                 return None, "damaged"
         damaged = {}
@@ -427,70 +258,41 @@ class Checkpoint:
                 return "cannot be read"
         return "" if good else "damaged"
 
-    def _parsed(self, path: Path, content: bytes) -> State:
-        """Check and read a manifest.
-
-        Raises:
-            ValueError: it is torn, edited, or holds what this run cannot have.
-            OutputError: it is of another format.
-        """
-        state = _STATE.validate_json(_canonical(_unsealed(path, content)))
-        schedule, progress = self._schedule, state.progress
-        if progress.visit > schedule.visits or progress.step > schedule.steps:
-            raise ValueError("a place outside the run")
-        # Blocks of the whole run's end carry the number of visits.
-        if any(saved.visit > schedule.visits for saved in state.files()):
-            raise ValueError("a visit outside the run")
-        if any(not 0 <= block < len(schedule.blocks) for block in {*state.blocks, *state.lost}):
-            raise ValueError("a block that the model does not have")
-        if state.active is not None and state.active.visit != progress.visit:
-            raise ValueError("tensors of another visit than the open one")
-        return state
-
     def release(self) -> None:
         """Let another daemon use the folder."""
         self._lock.release()
 
     # --- writing
 
-    def save_blocks(
+    def save(
         self,
         blocks: Mapping[int, Changed],
         progress: Progress,
+        open_visit: Mapping[str, Tensor] | None = None,
         peers: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep blocks' values at the end of a visit, and forget the open visit's.
+        """Keep blocks' values, the progress, and the open visit's tensors.
 
-        ``peers`` replaces the known addresses; None leaves them.
+        Args:
+            blocks: those that changed; the others stay as they were kept.
+            progress: where the run is.
+            open_visit: x, m and v of the visit under way; None, as at its end, forgets them.
+            peers: the last known addresses; None leaves those that are kept.
 
         Raises:
             DiskFullError, OutputError: the state in use is the previous one, and so is that on
                 disk, unless all was written and only syncing the folder failed.
-        """
-        self.save_visit(None, progress, blocks, peers)
-
-    def save_visit(
-        self,
-        tensors: Mapping[str, Tensor] | None,
-        progress: Progress,
-        blocks: Mapping[int, Changed] | None = None,
-        peers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Keep the progress, within a visit its x, m and v, and blocks not kept before.
-
-        Raises:
-            DiskFullError, OutputError: see ``save_blocks``.
         """
         with self._writing:
             done: Iterable[int] = ()
             try:
                 saved = {
                     block: self._save_tensors(f"block-{block:04}", changed)
-                    for block, changed in (blocks or {}).items()
+                    for block, changed in blocks.items()
                 }
                 active = None
-                if tensors is not None:
-                    active = self._save_tensors("visit", Changed(progress.visit, tensors))
+                if open_visit is not None:
+                    active = self._save_tensors("visit", Changed(progress.visit, open_visit))
                 self._commit(progress, saved, active, peers)
                 done = saved
             finally:
@@ -507,11 +309,11 @@ class Checkpoint:
         Args:
             incoming: each block's whole file and the last visit that changed it.
             progress: where the run goes on.
-            peers: as in ``save_blocks``.
+            peers: as in ``save``.
 
         Raises:
             PayloadError: a file's digest is not the announced one; that part is removed.
-            DiskFullError, OutputError: see ``save_blocks``; all parts are as they were, and open.
+            DiskFullError, OutputError: see ``save``; all parts are as they were, and open.
         """
         with self._writing:
             moved: list[tuple[Incoming, Path]] = []
@@ -568,8 +370,8 @@ class Checkpoint:
             tuple(block for block in old.lost if block not in saved),
         )
         manifest = self._state_folder / MANIFEST
-        content = _sealed(asdict(state))
-        self._parsed(manifest, content)  # better now than at the next start
+        content = sealed(asdict(state))
+        parsed(manifest, content, self._schedule)  # better now than at the next start
         with in_output(manifest):
             # Either syncs the folder: the new files last before a manifest names them.
             if self._content is None:
@@ -589,7 +391,8 @@ class Checkpoint:
         for name in (MANIFEST, PREVIOUS):
             path = self._state_folder / name
             with contextlib.suppress(OSError, ValueError, OutputError):
-                named |= {saved.file for saved in self._parsed(path, path.read_bytes()).files()}
+                state = parsed(path, path.read_bytes(), self._schedule)
+                named |= {saved.file for saved in state.files()}
         return named
 
     def _clean_up(self, changed: Iterable[int]) -> None:
@@ -635,7 +438,7 @@ class Checkpoint:
             DiskFullError, OutputError: the file cannot be opened.
             ValueError: this transfer is already under way.
         """
-        if not _DIGEST.fullmatch(xxh3) or not 0 <= block < len(self._schedule.blocks):
+        if not DIGEST.fullmatch(xxh3) or not 0 <= block < len(self._schedule.blocks):
             raise PayloadError("malformed", f"block {block} with digest {xxh3[:40]!r}")
         path = self._state_folder / f"incoming-{block:04}-{xxh3}.part"
         running = self._running()
@@ -676,100 +479,9 @@ class Checkpoint:
             return load_file(path)
 
 
-def check_mark(folder: Path, identity: Mapping[str, str]) -> bool:
-    """Whether a folder is this run's; one that may become it is not, yet.
-
-    Args:
-        folder: node.output; need not be there.
-        identity: what makes this run this run, as far as it is known.
-
-    Raises:
-        OutputError: it holds another run, or strange files.
-    """
-    if (folder / MARK).exists():
-        _recognise(folder, identity)
-        return True
-    for name in ("history.jsonl", "summary.json", "model", "state"):
-        if (folder / name).exists():
-            raise OutputError(
-                f"{folder / name}: exists but the folder is no run's output (no {MARK}); set "
-                "node.output to a new folder"
-            )
-    return False
-
-
-def _recognise(folder: Path, identity: Mapping[str, str]) -> None:
-    found = read_mark(folder / MARK)
-    for name, value in identity.items():
-        if found.get(name) != value:
-            there = found.get(name, "absent")
-            raise OutputError(
-                f"{folder}: holds another run ({name} is {there!r} there, {value!r} here); set "
-                "node.output to a new folder"
-            )
-
-
-def read_mark(mark: Path) -> dict[str, Any]:
-    """What ``run.json`` says of the run that a folder holds.
-
-    Raises:
-        OutputError: it is missing, unreadable, damaged, or of another format.
-    """
-    with in_output(mark):
-        try:
-            return _unsealed(mark, mark.read_bytes())
-        except FileNotFoundError:
-            raise OutputError(
-                f"{mark.parent}: holds no run; set node.output to the folder of one"
-            ) from None
-        except ValueError:
-            raise OutputError(f"{mark}: damaged; move the folder away or restore it") from None
-
-
 def _file_name(stem: str, visit: int, digest: str) -> str:
     """With the digest in it, no file is ever written over by another content."""
     return f"{stem}-{visit}-{digest}.safetensors"
-
-
-def _canonical(tree: Mapping[str, Any]) -> str:
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
-
-
-def _seal(tree: Mapping[str, Any]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(_canonical(tree).encode()))
-
-
-def _sealed(values: Mapping[str, Any]) -> bytes:
-    """JSON for people to read, with the format's number and its own digest."""
-    tree = json.loads(json.dumps({"format": FORMAT, **values}))  # keys as they will be read
-    return json.dumps({"xxh3": _seal(tree), **tree}, indent=1).encode()
-
-
-def _unsealed(path: Path, content: bytes) -> dict[str, Any]:
-    """Undo ``_sealed``.
-
-    Raises:
-        ValueError: it is not what was written.
-        OutputError: it was written in another format.
-    """
-    try:
-        tree = json.loads(content)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    if not isinstance(tree, dict):
-        raise ValueError("no JSON object")  # noqa: TRY004 - damage, whatever its kind
-    seal, written = tree.pop("xxh3", None), tree.get("format")
-    good = seal == _seal(tree)
-    # Format 1 had no digest.
-    if isinstance(written, int) and written != FORMAT and (good or seal is None):
-        raise OutputError(
-            f"{path}: written in format {written}, this deca-node reads format {FORMAT}; go on "
-            "with the version that wrote it, or set node.output to a new folder"
-        )
-    if not good:
-        raise ValueError("its digest is another")
-    del tree["format"]
-    return tree
 
 
 def _readable(path: Path) -> tuple[bytes | None, str]:
@@ -792,8 +504,5 @@ def _remove_oldest(paths: Iterable[Path], kept: int) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return str(digest.hexdigest())
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
