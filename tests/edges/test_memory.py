@@ -48,6 +48,11 @@ class OneTensor:
     def activate(self, layers):
         return ActiveBlock(self._parameters, torch.device("cpu"))
 
+    def backward(self):
+        """A gradient, as large as the block."""
+        [parameter] = self._parameters.values()
+        parameter.grad = torch.ones(BLOCK_BYTES // 4)
+
     def release(self):
         pass
 
@@ -127,57 +132,75 @@ async def neighbours(pipe, count):
     await asyncio.gather(*(side.exchange.drain() for side in sides))
 
 
-async def node(pipe, count):
-    """A node's exchanges, as rounds.py has them; tells how far its memory went up."""
+async def node(pipe, count, early):
+    """A node's updates and exchanges, as rounds.py has them; tells how far its memory went up.
+
+    ``early``: the block is on its way while it is still being updated.
+    """
     side = Side("n0")
     address = await side.listen()
     addresses = await asyncio.to_thread(pipe.recv)
     pipe.send(address)
     await side.meet(addresses, {f"n{1 + index}" for index in range(count)})
-    method = Deca(OneTensor(), Rule(1e-4), "run", "n0")
+    model = OneTensor()
+    method = Deca(model, Rule(1e-4), "run", "n0")
     method.open(Visit(0, 0, 0, 0, range(1)), None)
     method.settle(0)  # all of x, m and v has been touched
+    model.backward()
     forget_peak()
     before = resident("VmRSS")
     for step in range(STEPS):
-        await side.exchange.make_room()
-        made = await asyncio.to_thread(functools.partial(method.outgoing, step))
+        model.backward()
+        update = functools.partial(method.advance, step)
+        if early:
+            assert side.exchange.early
+            made = method.promise(step)
+            await side.exchange.make_room()
+        else:
+            await asyncio.to_thread(update)
+            await side.exchange.make_room()
+            made = await asyncio.to_thread(functools.partial(method.outgoing, step))
         side.exchange.publish(made)
         del made
-        report = await side.exchange.gather(step, method.layout, intake=method.intake)
+        busy = asyncio.ensure_future(asyncio.to_thread(update)) if early else None
+        report = await side.exchange.gather(step, method.layout, intake=method.intake, busy=busy)
         assert report.complete
         method.settle(step)
     await side.exchange.drain()
     return resident("VmHWM") - before
 
 
-def run_part(part, other, result, count):
+def run_part(part, other, result, *arguments):
     memory.tune()
     torch.set_num_threads(1)
-    result.send(asyncio.run(part(other, count)))
+    result.send(asyncio.run(part(other, *arguments)))
     os._exit(0)
+
+
+def growth(count, early):
+    """Bytes by which a node's memory goes up over some steps with so many neighbours."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    ends = []
+    for part, other, *arguments in ((node, ours, count, early), (neighbours, theirs, count)):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=run_part, args=(part, other, writer, *arguments))
+        process.start()
+        writer.close()
+        ends.append((process, reader))
+    try:
+        return ends[0][1].recv()
+    finally:
+        for process, _ in ends:
+            process.kill()
+            process.join()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_exchange_takes_one_copy_of_the_block_whatever_the_number_of_neighbours():
     """In bytes of the process; each further neighbour adds no more than its window."""
-    context = multiprocessing.get_context("spawn")
-    grown = {}
-    for count in (1, 2, 4):
-        ours, theirs = context.Pipe()
-        ends = []
-        for part, other in ((node, ours), (neighbours, theirs)):
-            reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=run_part, args=(part, other, writer, count))
-            process.start()
-            writer.close()
-            ends.append((process, reader))
-        try:
-            grown[count] = ends[0][1].recv()
-        finally:
-            for process, _ in ends:
-                process.kill()
-                process.join()
-    for count, growth in grown.items():
-        assert BLOCK_BYTES < growth < BLOCK_BYTES + count * NEIGHBOUR_BYTES + LITTLE, grown
+    cases = [(1, False), (2, False), (4, False), (4, True)]
+    grown = {case: growth(*case) for case in cases}
+    for (count, _), more in grown.items():
+        assert BLOCK_BYTES < more < BLOCK_BYTES + count * NEIGHBOUR_BYTES + LITTLE, grown
