@@ -75,10 +75,6 @@ AddressArgument = Annotated[
     str | None,
     typer.Argument(metavar="[HOST:PORT]", help="A node; else those of this machine."),
 ]
-TrustOption = Annotated[
-    Path | None,
-    typer.Option("--trust", help="Trust folder to ask with; else that of the node's run."),
-]
 JsonOption = Annotated[
     bool,
     typer.Option(
@@ -248,7 +244,7 @@ def show_status(
     address: AddressArgument = None,
     as_json: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until interrupted.")] = False,
-    trust: TrustOption = None,
+    trust: cli_watch.TrustOption = None,
 ) -> None:
     """Show what a node, or all nodes of this machine, are doing."""
     where = access.targets(address)
@@ -258,7 +254,9 @@ def show_status(
 
 @app.command()
 def peers(
-    address: AddressArgument = None, as_json: JsonOption = False, trust: TrustOption = None
+    address: AddressArgument = None,
+    as_json: JsonOption = False,
+    trust: cli_watch.TrustOption = None,
 ) -> None:
     """Show what a node, or each node of this machine, knows of its peers."""
     found = asyncio.run(_ask(access.targets(address), trust))
@@ -360,7 +358,7 @@ def export_model(
         bool,
         typer.Option("--consensus", help="Only a model that the nodes have agreed on at the end."),
     ] = False,
-    trust: TrustOption = None,
+    trust: cli_watch.TrustOption = None,
 ) -> None:
     """Write this node's model as far as it is trained, also while the node runs.
 
