@@ -162,6 +162,13 @@ _OURS = {
     "tensorboard.folder": "leave it out: `deca-node report` shows a simulation's curves",
 }
 _NODES_OWN = ("node.device", "node.threads")
+# Of what a daemon does and a simulated node does not, as simulate.md says.
+_NOT_SIMULATED = dict.fromkeys(
+    ("network.send_rate", "network.send_rate_per_peer", "network.catch_up_share"),
+    "in a simulation; links.bandwidth has",
+) | dict.fromkeys(
+    ("network.overlap", "trust.folder", "trust.insecure"), "in a simulation; leave it out"
+)
 # What is read once for all cells.
 _SHARED = ("model.", "rehearsal.", "data.train", "data.test", "partition.shards", "node.")
 _NOT_IN_GRID = ("experiment.name", "experiment.seeds")
@@ -213,12 +220,31 @@ class Cell:
         digest = xxhash.xxh3_64_hexdigest(text.encode())[:8]
         return f"{words[:60]}{'-' if words else ''}seed{self.seed}-{digest}"
 
+    @property
+    def _idle(self) -> dict[str, str]:
+        """Settings that change nothing in this cell: where that is so, and the remedy."""
+        kind, bma, apart = self.settings.topology.kind, self.settings.optimizer.bma, "; make it a"
+        apart += " [[grid]] of its own without it"
+        found = dict(_NOT_SIMULATED)
+        if kind != "erdos_renyi":
+            found["topology.p"] = f'where topology.kind is "{kind}"{apart}'
+        if bma != "on":
+            share = f'where optimizer.bma is "{bma}"{apart}'
+            found |= {"optimizer.bma_beta1": share, "optimizer.bma_beta2": share}
+            if bma == "off":
+                found["optimizer.discrepancy"] = share
+        return found
+
     def check(self, path: Path) -> None:
         """What can be told before anything is loaded.
 
         Raises:
             ConfigError: one line.
         """
+        idle = self._idle
+        for key in self.values:
+            if key in idle:
+                raise ConfigError(f"{path}: grid: {key} has no effect {idle[key]}")
         names, chosen = self.nodes, self.settings.topology
         stranger = {name: "topology.edges" for edge in chosen.edges for name in edge}
         stranger |= dict.fromkeys(self.world.compute.nodes, "compute.nodes")

@@ -149,6 +149,24 @@ def test_what_has_no_effect_beside_ready_shards_is_refused(tmp_path):
         experiment.read(path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ('topology.kind = ["ring", "erdos_renyi"]\ntopology.p = [0.3]', "topology.p .*ring"),
+        ('optimizer.bma = ["off"]\noptimizer.discrepancy = ["lr"]', "optimizer.discrepancy .*off"),
+        ('optimizer.bma = ["trivial"]\noptimizer.bma_beta1 = [0.1]', "bma_beta1 .*trivial"),
+        ("network.send_rate = [1.0]", r"network.send_rate .*links\.bandwidth"),
+        ("network.overlap = [false]", "network.overlap .*leave it out"),
+    ],
+)
+def test_a_grid_over_what_changes_nothing_is_refused(tmp_path, grid, words):
+    """Its cells would be the same run under several names."""
+    path = tmp_path / "experiment.toml"
+    path.write_text(f"rehearsal.rows = 9\n[grid]\n{grid}\n")
+    with pytest.raises(ConfigError, match=words.replace(" ", " has no effect ", 1)):
+        experiment.read(path, tmp_path)
+
+
 def test_more_than_the_bound_of_members_cannot_all_greet(tmp_path):
     """The bound is the daemons'."""
     base = BASE.replace("nodes = 4", 'nodes = 300\ngreetings = "everybody"')
