@@ -35,13 +35,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from deca_node import faults, registry, rehearsal, status, template, testbed
+from deca_node import faults, registry, rehearsal, status, template
 from deca_node.config import Settings
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import ConfigError, OutputError, SwarmError
 from deca_node.faults import Fault, Kind, Standing
 from deca_node.pb import node_pb2 as pb
 from deca_node.relay import Cables, Relay
+from deca_node.testbed import layout, processes, results
 from deca_node.trail import Holding, Position, Trail, place, read_kept, resumed_at
 from deca_node.waiting import happens
 
@@ -76,7 +77,7 @@ class Plan:
         config, overrides: settings of all nodes.
         train: labelled data to split among nodes and joiners; None rehearses with a small random
             model and made-up data.
-        test, test_per_label, concentration, label_field: see testbed.Plan.
+        test, test_per_label, concentration, label_field: see testbed.layout.Plan.
         out: folder for everything.
     """
 
@@ -110,12 +111,12 @@ def run(plan: Plan) -> None:
             raise OutputError(f"{out}: is not empty; choose another --out or move it away")
         out.mkdir(parents=True, exist_ok=True)
     bed = _testbed_plan(plan, out)
-    base = testbed.base_settings(bed, out, preset="lan")
+    base = layout.base_settings(bed, out, preset="lan")
     if base.data.task != "classification":
         raise ConfigError(
             f"data.task = {base.data.task!r}: chaos compares accuracies; use classification"
         )
-    nodes = testbed.node_settings(bed, base, out)
+    nodes = layout.node_settings(bed, base, out)
     if nodes[0].data.test is None:
         raise ConfigError("chaos compares accuracies: give --test FILE or --test-per-label N")
     report: dict[str, Any] = {
@@ -147,7 +148,7 @@ def _judge(
 ) -> None:
     """The three runs, filling the report on the way."""
     rounds, calm = _rounds(plan, nodes, out / "pace", console)
-    nodes = [testbed.updated(node, {"schedule": {"rounds": rounds}}) for node in nodes]
+    nodes = [layout.updated(node, {"schedule": {"rounds": rounds}}) for node in nodes]
     report |= {"rounds": rounds, "calm_rounds": calm}
     report |= {"settings": nodes[0].model_dump(mode="json", exclude={"node"})}
     console.print(f"undisturbed: {rounds} rounds, {len(nodes)} nodes", highlight=False)
@@ -181,7 +182,7 @@ def _judge(
 # Settings and measures
 
 
-def _testbed_plan(plan: Plan, out: Path) -> testbed.Plan:
+def _testbed_plan(plan: Plan, out: Path) -> layout.Plan:
     train, test_per_label, overrides = plan.train, plan.test_per_label, plan.overrides
     if train is None:
         folder = out / "rehearsal"
@@ -192,7 +193,7 @@ def _testbed_plan(plan: Plan, out: Path) -> testbed.Plan:
         chosen = {"model.path": str(folder / "model"), **rehearsal.SETTINGS}
         ours = (f"{key}={template.value(value)}" for key, value in chosen.items())
         overrides = (*ours, *overrides)
-    return testbed.Plan(
+    return layout.Plan(
         nodes=plan.nodes + plan.joiners,
         config=plan.config,
         overrides=overrides,
@@ -211,11 +212,11 @@ def _testbed_plan(plan: Plan, out: Path) -> testbed.Plan:
 def _placed(nodes: Sequence[Settings], folder: Path) -> list[Settings]:
     """The nodes with folders of their own, and a run that no other meets."""
     return [
-        testbed.updated(
+        layout.updated(
             node,
             {
                 "node": {"output": folder / node.node.name},
-                "run": {"name": testbed.own_name(node.run.name, folder)},
+                "run": {"name": layout.own_name(node.run.name, folder)},
             },
         )
         for node in nodes
@@ -228,8 +229,8 @@ def _supervise(
     enough: Callable[[Mapping[str, pb.NodeStatus | str]], bool] | None = None,
 ) -> None:
     for settings in nodes:
-        testbed.write_settings(settings)
-    if not asyncio.run(testbed.supervise(nodes, console, enough)):
+        layout.write_settings(settings)
+    if not asyncio.run(processes.supervise(nodes, console, enough)):
         raise KeyboardInterrupt
 
 
@@ -241,7 +242,7 @@ def _rounds(
     At the pace of a short trial the others take a little longer than the faults.
     """
     pace = _Pace()
-    trial = [testbed.updated(node, {"schedule": {"rounds": MANY_ROUNDS}}) for node in nodes]
+    trial = [layout.updated(node, {"schedule": {"rounds": MANY_ROUNDS}}) for node in nodes]
     console.print(f"pace: some steps of {len(nodes)} nodes", highlight=False)
     _supervise(_placed(trial, folder), console, pace)
     with translated(folder):
@@ -281,9 +282,9 @@ def _results(nodes: Sequence[Settings], seconds: float) -> dict[str, Any]:
     """
     folders = [node.node.output for node in nodes]
     try:
-        found = testbed.summarise(
-            [testbed.measured(folder) for folder in folders],
-            testbed.disagreement([folder / "model" for folder in folders]),
+        found = results.summarise(
+            [results.measured(folder) for folder in folders],
+            results.disagreement([folder / "model" for folder in folders]),
             seconds,
             {},
         )
@@ -408,10 +409,10 @@ class _Arena:
         Raises:
             SwarmError: what went wrong.
         """
-        interrupted = testbed.interruption()
+        interrupted = processes.interruption()
         self._began = time.monotonic()
         with ExitStack() as stack:
-            show = stack.enter_context(testbed.display(self._console))
+            show = stack.enter_context(processes.display(self._console))
             watching = asyncio.create_task(self._watch(show))
             try:
                 await self._begin()
@@ -428,14 +429,14 @@ class _Arena:
 
     async def _begin(self) -> None:
         for node in self.nodes.values():
-            node.settings = testbed.updated(
+            node.settings = layout.updated(
                 node.settings,
                 {
                     "node": {"advertise_port": await node.relay.listen()},
                     "run": {"start_when": self._plan.nodes},
                 },
             )
-            testbed.write_settings(node.settings)
+            layout.write_settings(node.settings)
             if node.name not in self._absent:
                 self._start(node, self._began)
 
@@ -447,7 +448,7 @@ class _Arena:
                 for node in self.nodes.values()
                 if node.process is not None and not (node.fault and node.fault.kind == Kind.FREEZE)
             }
-            answers = await testbed.poll(children)
+            answers = await processes.poll(children)
             for name, node in self.nodes.items():
                 state = answers.get(name)
                 if isinstance(state, pb.NodeStatus):
@@ -463,13 +464,13 @@ class _Arena:
                 elif node.quiet_since is None:
                     self._known[name] = "starting"
             show(self._known)
-            await asyncio.sleep(testbed.POLL_SECONDS)
+            await asyncio.sleep(processes.POLL_SECONDS)
 
     async def _end(self) -> None:
         children = [node.process for node in self.nodes.values() if node.process is not None]
         for child in children:
             child.send_signal(signal.SIGCONT)
-        await asyncio.gather(*(asyncio.to_thread(testbed.end, child) for child in children))
+        await asyncio.gather(*(asyncio.to_thread(processes.end, child) for child in children))
         for node in self.nodes.values():
             await node.relay.close()
 
@@ -518,10 +519,10 @@ class _Arena:
         asked = kind == Kind.RESTART and code == -signal.SIGTERM
         if code and not asked:
             raise SwarmError(
-                f"{node.name} failed (exit code {code}): {testbed.last_words(node.log)};"
+                f"{node.name} failed (exit code {code}): {processes.last_words(node.log)};"
                 f" see {node.log}"
             )
-        if testbed.has_finished(node.settings.node.output):
+        if processes.has_finished(node.settings.node.output):
             node.finished = True
             self._say(now, f"{node.name} has finished")
         elif kind != Kind.RESTART:
@@ -557,7 +558,7 @@ class _Arena:
             node.restart.resumed = resumed
 
     def _judge_progress(self, now: float) -> None:
-        who = testbed.progress_line(self._known)
+        who = processes.progress_line(self._known)
         if self._last_step is None:
             if now - self._began > self._patience:
                 raise SwarmError(f"no first step within {self._patience:.0f} s: {who}")
@@ -638,7 +639,7 @@ class _Arena:
             self._cables.cut(fault.pairs)
         elif fault.kind == Kind.RESTART:
             node.process.terminate()
-            node.heal_at = now + testbed.STOP_SECONDS
+            node.heal_at = now + processes.STOP_SECONDS
         else:
             node.process.send_signal(_SIGNALS[fault.kind])
 
@@ -652,7 +653,7 @@ class _Arena:
         elif fault.kind == Kind.RESTART and node.process is not None:
             if due:
                 raise SwarmError(
-                    f"{node.name} did not end within {testbed.STOP_SECONDS:.0f} s of SIGTERM"
+                    f"{node.name} did not end within {processes.STOP_SECONDS:.0f} s of SIGTERM"
                 )
             return
         elif fault.kind in (Kind.KILL, Kind.RESTART):
@@ -673,7 +674,7 @@ class _Arena:
     def _start(self, node: _Node, now: float, after: str = "") -> None:
         with node.log.open("ab") as log:
             node.read_log_from = log.tell()
-            node.process = testbed.spawn(node.settings, log)
+            node.process = processes.spawn(node.settings, log)
         node.started_at = now
         if after:
             node.restart = Restart(self._at(now), node.name, after, node.kept.position)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from deca_node import chaos, cli, config, rehearsal, testbed
+from deca_node import chaos, cli, config, rehearsal
 from deca_node.data import read_rows
 from deca_node.errors import ConfigError, OutputError, SwarmError
 from deca_node.faults import Fault, Kind
 from deca_node.pb import node_pb2 as pb
+from deca_node.testbed import processes
 
 STEPS = 4
 
@@ -40,7 +41,7 @@ class Process:
 @pytest.fixture
 def arena(tmp_path, monkeypatch):
     """Two nodes that run and one that may join; nothing is a process."""
-    monkeypatch.setattr(testbed, "spawn", lambda settings, log: Process())
+    monkeypatch.setattr(processes, "spawn", lambda settings, log: Process())
     nodes = []
     for number in range(3):
         output = tmp_path / f"node-{number}"
