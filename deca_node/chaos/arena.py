@@ -206,10 +206,7 @@ class Arena:
         # A node that still imports, or has finished, has no handler of its own for the signal.
         asked = kind == Kind.RESTART and code == -signal.SIGTERM
         if code and not asked:
-            raise SwarmError(
-                f"{node.name} failed (exit code {code}): {processes.last_words(node.log)};"
-                f" see {node.log}"
-            )
+            raise processes.failure(node.settings, code)
         if processes.has_finished(node.settings.node.output):
             node.finished = True
             self._say(now, f"{node.name} has finished")

@@ -63,7 +63,7 @@ class Node:
     @property
     def log(self) -> Path:
         """Where its process writes."""
-        return self.settings.node.output / "log.jsonl"
+        return processes.log_of(self.settings)
 
     @property
     def steps_done(self) -> int:

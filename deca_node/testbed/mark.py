@@ -12,8 +12,8 @@ from deca_node.errors import OutputError
 class Mark:
     """What was asked for in a folder, and the seconds spent in it before now."""
 
-    def __init__(self, path: Path, intent: dict[str, Any], seconds: float) -> None:
-        self.path, self.intent, self.seconds = path, intent, seconds
+    def __init__(self, path: Path, intent: dict[str, Any]) -> None:
+        self.path, self.intent, self.seconds = path, intent, 0.0
 
     @classmethod
     def claim(cls, out: Path, intent: dict[str, Any]) -> "Mark":
@@ -25,6 +25,7 @@ class Mark:
             OutputError: it holds something else.
         """
         path = out / "testbed.json"
+        mark = cls(path, intent)
         elsewhere = "choose another --out or move it away"
         with translated(out):
             if (out / "results.json").exists():
@@ -33,7 +34,6 @@ class Mark:
                 if any(out.glob("node-*")) or (out / "data").exists():
                     raise OutputError(f"{out}: holds nodes of another run; {elsewhere}")
                 out.mkdir(parents=True, exist_ok=True)
-                mark = cls(path, intent, 0.0)
                 mark.add(0.0)
                 return mark
             try:
@@ -45,7 +45,6 @@ class Mark:
                 # No node has begun: what was asked for may be corrected, the data as well.
                 for shard in (*out.glob("data/node-*.jsonl"), out / "data/test.jsonl"):
                     shard.unlink(missing_ok=True)
-                mark = cls(path, intent, 0.0)
                 mark.add(0.0)
                 return mark
         old, new = _flat(held), _flat(json.loads(json.dumps(intent)))
@@ -55,7 +54,8 @@ class Mark:
                     f"{out}: holds another run ({name} is {old.get(name)!r} there,"
                     f" {new.get(name)!r} here); {elsewhere}"
                 )
-        return cls(path, intent, seconds)
+        mark.seconds = seconds
+        return mark
 
     def add(self, seconds: float) -> None:
         """Count time that was spent on the run."""

@@ -63,7 +63,7 @@ async def supervise(
         show = stack.enter_context(display(console))
         try:
             for settings in nodes:
-                log = stack.enter_context((settings.node.output / "log.jsonl").open("ab"))
+                log = stack.enter_context(log_of(settings).open("ab"))
                 children[settings.node.name] = spawn(settings, log)
             known: dict[str, pb.NodeStatus | str] = dict.fromkeys(children, "starting")
             while any(child.poll() is None for child in children.values()):
@@ -100,13 +100,23 @@ def spawn(settings: Settings, log: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
+def log_of(settings: Settings) -> Path:
+    """Where a node's process writes."""
+    return settings.node.output / "log.jsonl"
+
+
 def _check(nodes: Sequence[Settings], children: Mapping[str, subprocess.Popen[bytes]]) -> None:
     for settings in nodes:
         if code := children[settings.node.name].poll():
-            log = settings.node.output / "log.jsonl"
-            raise SwarmError(
-                f"{settings.node.name} failed (exit code {code}): {last_words(log)}; see {log}"
-            )
+            raise failure(settings, code)
+
+
+def failure(settings: Settings, code: int) -> SwarmError:
+    """That a node ended with an error, in its own words."""
+    log = log_of(settings)
+    return SwarmError(
+        f"{settings.node.name} failed (exit code {code}): {last_words(log)}; see {log}"
+    )
 
 
 def last_words(log: Path) -> str:
