@@ -458,9 +458,10 @@ def run_testbed(
     if test_per_label and (test is not None or train is None):
         raise ConfigError("--test-per-label needs --train, and no --test")
     from deca_node import testbed  # noqa: PLC0415 - imports torch
+    from deca_node.testbed.layout import Plan  # noqa: PLC0415 - imports torch
 
     testbed.run(
-        testbed.Plan(
+        Plan(
             nodes=nodes,
             config=config,
             overrides=tuple(settings or ()),

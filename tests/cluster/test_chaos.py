@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from deca_node.chaos import HANG_SECONDS, MAX_LOSS
+from deca_node.chaos import MAX_LOSS
+from deca_node.chaos.arena import HANG_SECONDS
 
 MINUTES = 0.75
 # Three starts of five nodes, the pace, and twice the minutes and what is left of the run when

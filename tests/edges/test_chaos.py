@@ -9,11 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from deca_node import chaos, cli, config, rehearsal, testbed
+from deca_node import chaos, cli, config, rehearsal
+from deca_node.chaos.arena import Arena
 from deca_node.data import read_rows
 from deca_node.errors import ConfigError, OutputError, SwarmError
 from deca_node.faults import Fault, Kind
 from deca_node.pb import node_pb2 as pb
+from deca_node.testbed import processes
 
 STEPS = 4
 
@@ -40,7 +42,7 @@ class Process:
 @pytest.fixture
 def arena(tmp_path, monkeypatch):
     """Two nodes that run and one that may join; nothing is a process."""
-    monkeypatch.setattr(testbed, "spawn", lambda settings, log: Process())
+    monkeypatch.setattr(processes, "spawn", lambda settings, log: Process())
     nodes = []
     for number in range(3):
         output = tmp_path / f"node-{number}"
@@ -58,8 +60,8 @@ def arena(tmp_path, monkeypatch):
                 ],
             )
         )
-    plan = chaos.Plan(1.0, 0, 2, 1, None, (), None, None, 0, 1.0, None, tmp_path)
-    made = chaos._Arena(plan, nodes, Console(file=io.StringIO()), patience=10.0, calm=1)
+    console = Console(file=io.StringIO())
+    made = Arena(nodes, console, beginners=2, minutes=1.0, seed=0, patience=10.0, calm=1)
     made._began = 0.0
     for name in ("node-0", "node-1"):
         made._start(made.nodes[name], 0.0)

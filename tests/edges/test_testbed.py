@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deca_node import cli, config, disk, testbed
+from deca_node import cli, config, disk, template, testbed
 from deca_node.errors import DataError, OutputError
 from deca_node.pb import node_pb2 as pb
 from deca_node.plots import draw, running_mean
+from deca_node.testbed import layout, processes, results
+from deca_node.testbed.mark import Mark
 
 
-def _plan(folder: Path, **changes: Any) -> testbed.Plan:
+def _plan(folder: Path, **changes: Any) -> layout.Plan:
     settings = {
         "nodes": 2,
         "config": None,
@@ -31,7 +33,7 @@ def _plan(folder: Path, **changes: Any) -> testbed.Plan:
         "out": folder / "out",
         "isolated": False,
     }
-    return testbed.Plan(**{**settings, **changes})
+    return layout.Plan(**{**settings, **changes})
 
 
 @pytest.fixture
@@ -41,9 +43,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _nodes(plan: testbed.Plan) -> list[config.Settings]:
-    base = testbed.base_settings(plan, plan.out)
-    return testbed.node_settings(plan, base, plan.out)
+def _nodes(plan: layout.Plan) -> list[config.Settings]:
+    base = layout.base_settings(plan, plan.out)
+    return layout.node_settings(plan, base, plan.out)
 
 
 def test_each_node_has_its_own_name_data_and_folder(
@@ -88,7 +90,7 @@ def test_a_nodes_file_gives_its_settings(folder: Path) -> None:
     """What a process reads is what was meant for it."""
     settings = _nodes(_plan(folder))[1]
     path = folder / "node.toml"
-    path.write_text(testbed.template.document(settings))
+    path.write_text(template.document(settings))
     # As plain values: a copied model's fields are in another order.
     assert config.load(path).model_dump(mode="json") == settings.model_dump(mode="json")
 
@@ -98,7 +100,7 @@ def test_two_testbeds_do_not_meet(folder: Path) -> None:
     name = "x" * 48
     overrides = ("model.path=m", f"run.name={name}")
     here, again, there = (
-        testbed.base_settings(_plan(folder, overrides=overrides), out).run
+        layout.base_settings(_plan(folder, overrides=overrides), out).run
         for out in (folder / "a", folder / "a", folder / "b")
     )
     assert here == again
@@ -133,10 +135,8 @@ def test_given_labels_are_kept(folder: Path) -> None:
 def test_a_folder_is_resumed_by_the_same_plan_only(folder: Path) -> None:
     """Another plan is told what differs, a finished run is left alone, so is a foreign folder."""
 
-    def claim(plan: testbed.Plan) -> testbed._Mark:
-        return testbed._Mark.claim(
-            plan.out, testbed._intent(plan, testbed.base_settings(plan, plan.out))
-        )
+    def claim(plan: layout.Plan) -> Mark:
+        return Mark.claim(plan.out, testbed._intent(plan, layout.base_settings(plan, plan.out)))
 
     plan = _plan(folder)
     claim(plan).add(1.5)
@@ -159,10 +159,10 @@ def test_a_folder_is_resumed_by_the_same_plan_only(folder: Path) -> None:
 def test_a_failed_try_is_not_in_the_way(folder: Path) -> None:
     """Where no node has begun, settings and data can be corrected; others' files stay."""
 
-    def attempt(plan: testbed.Plan) -> list[config.Settings]:
-        base = testbed.base_settings(plan, plan.out)
-        testbed._Mark.claim(plan.out, testbed._intent(plan, base))
-        return testbed.node_settings(plan, base, plan.out)
+    def attempt(plan: layout.Plan) -> list[config.Settings]:
+        base = layout.base_settings(plan, plan.out)
+        Mark.claim(plan.out, testbed._intent(plan, base))
+        return layout.node_settings(plan, base, plan.out)
 
     with pytest.raises(DataError, match="no such file"):
         attempt(_plan(folder, train=folder / "absent.jsonl"))
@@ -199,13 +199,13 @@ def test_what_was_given_is_kept_and_the_rest_is_listed(
         assert key in shown
 
 
-def _measure(node: str, accuracy: float | None) -> testbed.Measure:
+def _measure(node: str, accuracy: float | None) -> results.Measure:
     scores = {"accuracy": accuracy, "macro_f1": accuracy, "loss": 1.0}
-    return testbed.Measure(node, {"a": 3}, {"accuracy": 0.25, "macro_f1": 0.1}, scores, 10, 20)
+    return results.Measure(node, {"a": 3}, {"accuracy": 0.25, "macro_f1": 0.1}, scores, 10, 20)
 
 
 def test_results_have_the_promised_keys() -> None:
-    results = testbed.summarise([_measure("x", 0.5), _measure("y", 0.75)], 0.125, 61.04, {"k": 1})
+    found = results.summarise([_measure("x", 0.5), _measure("y", 0.75)], 0.125, 61.04, {"k": 1})
     first = {
         "node": "x",
         "label_counts": {"a": 3},
@@ -214,8 +214,8 @@ def test_results_have_the_promised_keys() -> None:
         "bytes_sent": 10,
         "bytes_received": 20,
     }
-    assert results.pop("nodes")[0] == first
-    assert results == {
+    assert found.pop("nodes")[0] == first
+    assert found == {
         "mean_after_accuracy": 0.625,
         "min_after_accuracy": 0.5,
         "disagreement": 0.125,
@@ -225,15 +225,15 @@ def test_results_have_the_promised_keys() -> None:
 
 
 def test_results_without_accuracy_say_so() -> None:
-    results = testbed.summarise([_measure("x", None)], 0.0, 1.0, {})
-    assert results["mean_after_accuracy"] is None
-    assert results["nodes"][0]["after"] == {"accuracy": None, "macro_f1": None}
+    found = results.summarise([_measure("x", None)], 0.0, 1.0, {})
+    assert found["mean_after_accuracy"] is None
+    assert found["nodes"][0]["after"] == {"accuracy": None, "macro_f1": None}
 
 
 def test_summaries_are_read_and_damaged_ones_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"summary\.json: missing or damaged"):
-        testbed.measured(tmp_path)
-    assert not testbed.has_finished(tmp_path)
+        results.measured(tmp_path)
+    assert not processes.has_finished(tmp_path)
     summary = {
         "node": "x",
         "label_counts": {},
@@ -244,13 +244,13 @@ def test_summaries_are_read_and_damaged_ones_named(tmp_path: Path) -> None:
         "finished": True,
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert testbed.measured(tmp_path) == testbed.Measure("x", {}, {}, {"loss": 2.0}, 1, 2)
-    assert testbed.has_finished(tmp_path)
+    assert results.measured(tmp_path) == results.Measure("x", {}, {}, {"loss": 2.0}, 1, 2)
+    assert processes.has_finished(tmp_path)
 
 
 def test_disagreement_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes at distance 2·5 of each other are 5 from their mean, whatever the slices."""
-    monkeypatch.setattr(testbed, "SLICE", 4)
+    monkeypatch.setattr(results, "SLICE", 4)
     for number, sign in enumerate((1.0, -1.0)):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -260,10 +260,10 @@ def test_disagreement_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         scalar = torch.tensor(sign * 4, dtype=torch.bfloat16)
         save_file({"scalar": scalar}, folder / "b.safetensors")
     models = [tmp_path / "0", tmp_path / "1"]
-    assert testbed.disagreement(models) == pytest.approx(5.0)
-    assert testbed.disagreement([models[0]] * 3) == 0.0
+    assert results.disagreement(models) == pytest.approx(5.0)
+    assert results.disagreement([models[0]] * 3) == 0.0
     with pytest.raises(OutputError, match="holds no safetensors"):
-        testbed.disagreement([tmp_path])
+        results.disagreement([tmp_path])
 
 
 def test_three_nodes_disagreement_by_hand(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_three_nodes_disagreement_by_hand(tmp_path: Path) -> None:
     for number, value in enumerate((0.0, 0.0, 3.0)):
         (tmp_path / str(number)).mkdir()
         save_file({"x": torch.tensor([value])}, tmp_path / str(number) / "a.safetensors")
-    found = testbed.disagreement([tmp_path / str(number) for number in range(3)])
+    found = results.disagreement([tmp_path / str(number) for number in range(3)])
     assert found == pytest.approx(math.sqrt((1 + 1 + 4) / 3))
 
 
@@ -290,13 +290,13 @@ def test_three_nodes_disagreement_by_hand(tmp_path: Path) -> None:
 def test_a_nodes_last_words(log: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(log)
-    assert testbed.last_words(path) == words
+    assert processes.last_words(path) == words
 
 
 def test_progress_in_a_line() -> None:
     training = pb.NodeStatus(phase=pb.PHASE_TRAINING, steps_done=3, steps_total=9, loss=1.5)
     loading = pb.NodeStatus(phase=pb.PHASE_STARTING, waiting_for="the model")
-    line = testbed.progress_line({"a": loading, "b": training, "c": loading, "d": "ended"})
+    line = processes.progress_line({"a": loading, "b": training, "c": loading, "d": "ended"})
     assert line == "a, c: starting, the model; b: training 3/9, loss 1.500; d: ended"
 
 
