@@ -1,16 +1,18 @@
 """What working ahead hides of the exchange, on SmolLM2-135M: `make bench-overlap`.
 
-Two nodes on this machine exchange blocks over links of a set rate (network.send_rate). First one
-alone tells the seconds of a step; then the rate is set so that a block travels for a given part of
-a step, and both train a round with network.overlap off and on, in turns. Printed as JSON, and as a
-table: for the first, the middle and the last block, per step, the seconds of the gradient, those
-worked ahead, and the exposed wait, in which nothing was computed.
+Two nodes on this machine exchange blocks over a link of a set rate: a cable (veth, shaped by tc)
+between two network namespaces, or where these cannot be had each node's own cap
+(network.send_rate). First one alone tells the seconds of a step; then the rate is set so that a
+block travels for a given part of a step, and both train a round with network.overlap off and on, in
+turns. Printed as JSON, and as a table: for the first, the middle and the last block, per step, the
+seconds of the gradient, those worked ahead, and the exposed wait, in which nothing was computed.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,23 +27,103 @@ from bbc_demo import find_model, write_articles  # noqa: E402 - needs the path a
 
 LIMIT = 900.0
 LAYERS = 30
+# Root in the new namespaces, whoever makes them.
+UNSHARE = ("unshare", "--user", "--map-root-user", "--net")
+INSIDE = "OVERLAP_BENCH_INSIDE"
 
 
-def train(folder, name, nodes, settings):
+class Loopback:
+    """Both nodes on this machine's loopback, each capped by its own setting."""
+
+    kind = "network.send_rate on loopback"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def host(self, _):
+        """What a command begins with to run on a node's host, and the host's address."""
+        return (), "127.0.0.1"
+
+    def shape(self, rate):
+        """Settings of the nodes, for links of ``rate`` MB/s."""
+        return [f"network.send_rate={rate}"]
+
+
+class Cable:
+    """A network namespace for each node, and a shaped cable between them.
+
+    This process is in the first one already, a new one.
+    """
+
+    kind = "tc tbf on veth"
+    _addresses = ("10.77.0.1", "10.77.0.2")
+
+    def __enter__(self):
+        own = Path("/proc/self/ns/net").readlink()
+        self._holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+        while Path(f"/proc/{self._holder.pid}/ns/net").readlink() == own:
+            time.sleep(0.01)  # until the other namespace is there
+        peer = str(self._holder.pid)
+        self._do(0, "ip", "link", "add", "cable0", "type", "veth", "peer", "cable1", "netns", peer)
+        for node, address in enumerate(self._addresses):
+            self._do(node, "ip", "link", "set", "lo", "up")
+            self._do(node, "ip", "addr", "add", f"{address}/24", "dev", f"cable{node}")
+            self._do(node, "ip", "link", "set", f"cable{node}", "up")
+            self._do(node, "ip", "route", "add", "224.0.0.0/4", "dev", f"cable{node}")
+        return self
+
+    def __exit__(self, *_):
+        self._holder.kill()
+        self._holder.wait()
+
+    def _do(self, node, *command):
+        prefix, _ = self.host(node)
+        subprocess.run([*prefix, *command], check=True)
+
+    def host(self, node):
+        """See Loopback."""
+        inside = ("nsenter", f"--net=/proc/{self._holder.pid}/ns/net") if node else ()
+        return inside, self._addresses[node]
+
+    def shape(self, rate):
+        """See Loopback. A burst of 10 ms, and a queue of 50 ms as of a switch's port."""
+        bits, burst = f"{rate * 8e6:.0f}bit", f"{rate * 1e4:.0f}b"
+        for node in range(len(self._addresses)):
+            shaped = ("rate", bits, "burst", burst, "latency", "50ms")
+            self._do(node, "tc", "qdisc", "replace", "dev", f"cable{node}", "root", "tbf", *shaped)
+        return []
+
+
+def can_make_namespaces():
+    """Whether a shaped cable can be had here."""
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip", "tc"))):
+        return False
+    probe = "ip link add a0 type veth peer a1 && tc qdisc add dev a0 root tbf "
+    probe += "rate 8mbit burst 16kb latency 50ms"
+    command = [*UNSHARE, "sh", "-c", probe]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def train(folder, name, links, nodes, settings):
     """Train with so many nodes; their histories."""
     processes, outs = [], []
     for index in range(nodes):
         out = folder / name / f"node-{index}"
-        command = [sys.executable, "-m", "deca_node", "start"]
+        prefix, address = links.host(index)
+        command = [*prefix, sys.executable, "-m", "deca_node", "start"]
         own = [
             f"run.name=overlap-{os.getpid()}-{name}",
             f"run.start_when={nodes}",
             f"node.name=node-{index}",
             f"node.output={out}",
-            "node.host=127.0.0.1",
+            f"node.host={address}",
             "node.port=0",
             "node.threads=1",
-            'network.interfaces=["127.0.0.1"]',
+            f'network.interfaces=["{address}"]',
+            "trust.insecure=true",
         ]
         for setting in own + settings:
             command += ["--set", setting]
@@ -76,7 +158,7 @@ def medians(histories, blocks):
     return found
 
 
-def run(folder, arguments):
+def run(folder, links, arguments):
     articles = folder / "articles.jsonl"
     write_articles(articles)
     blocks = LAYERS // arguments.layers
@@ -90,22 +172,24 @@ def run(folder, arguments):
         "optimizer.learning_rate=1e-4",
         *arguments.set,
     ]
-    [alone] = train(folder, "alone", 1, [*settings, "schedule.steps=4"])
+    [alone] = train(folder, "alone", links, 1, [*settings, "schedule.steps=4"])
     step = statistics.median(row["seconds_step"] for row in alone)
     kept = next((folder / "alone" / "node-0" / "state").glob("block-*.safetensors"))
     megabytes = kept.stat().st_size / 1e6
     rate = megabytes / (arguments.share * step)
+    shaped = links.shape(rate)
     results = {"off": [], "on": []}
     for repeat in range(arguments.repeats):
         for overlap in results:
             histories = train(
                 folder,
                 f"{overlap}-{repeat}",
+                links,
                 2,
                 [
                     *settings,
+                    *shaped,
                     f"schedule.steps={arguments.steps}",
-                    f"network.send_rate={rate}",
                     f"network.overlap={'true' if overlap == 'on' else 'false'}",
                 ],
             )
@@ -113,6 +197,7 @@ def run(folder, arguments):
     off, on = (medians(results[name], blocks) for name in ("off", "on"))
     return {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "link": links.kind,
         "step_alone_seconds": step,
         "block_megabytes": megabytes,
         "rate_megabytes_per_second": rate,
@@ -147,8 +232,14 @@ def main():
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    with tempfile.TemporaryDirectory() as folder:
-        results = run(Path(folder), parser.parse_args())
+    parser.add_argument("--loopback", action="store_true", help="cap the nodes, shape no link")
+    arguments = parser.parse_args()
+    inside = INSIDE in os.environ
+    if not (inside or arguments.loopback) and can_make_namespaces():
+        os.environ[INSIDE] = "1"
+        os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv])
+    with tempfile.TemporaryDirectory() as folder, Cable() if inside else Loopback() as links:
+        results = run(Path(folder), links, arguments)
     print(json.dumps(results, indent=2))
     print(table(results))
 
