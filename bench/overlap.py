@@ -62,10 +62,10 @@ class Cable:
     _addresses = ("10.77.0.1", "10.77.0.2")
 
     def __enter__(self):
-        own = Path("/proc/self/ns/net").readlink()
-        self._holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
-        while Path(f"/proc/{self._holder.pid}/ns/net").readlink() == own:
-            time.sleep(0.01)  # until the other namespace is there
+        # It ends with this process, whatever becomes of that.
+        keeper = ["unshare", "--net", "sh", "-c", "echo; read forever"]
+        self._holder = subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._holder.stdout.readline()  # the other namespace is there
         peer = str(self._holder.pid)
         self._do(0, "ip", "link", "add", "cable0", "type", "veth", "peer", "cable1", "netns", peer)
         for node, address in enumerate(self._addresses):
@@ -76,8 +76,7 @@ class Cable:
         return self
 
     def __exit__(self, *_):
-        self._holder.kill()
-        self._holder.wait()
+        self._holder.communicate()
 
     def _do(self, node, *command):
         prefix, _ = self.host(node)
@@ -102,7 +101,7 @@ def can_make_namespaces():
     if not all(map(shutil.which, ("unshare", "nsenter", "ip", "tc"))):
         return False
     probe = "ip link add a0 type veth peer a1 && tc qdisc add dev a0 root tbf "
-    probe += "rate 8mbit burst 16kb latency 50ms"
+    probe += "rate 8mbit burst 16kb latency 50ms && unshare --net true"
     command = [*UNSHARE, "sh", "-c", probe]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
@@ -235,9 +234,11 @@ def main():
     parser.add_argument("--loopback", action="store_true", help="cap the nodes, shape no link")
     arguments = parser.parse_args()
     inside = INSIDE in os.environ
-    if not (inside or arguments.loopback) and can_make_namespaces():
-        os.environ[INSIDE] = "1"
-        os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv])
+    if not (inside or arguments.loopback):
+        if can_make_namespaces():
+            os.environ[INSIDE] = "1"
+            os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv])
+        print(f"no shaped cable to be had here: {Loopback.kind}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, Cable() if inside else Loopback() as links:
         results = run(Path(folder), links, arguments)
     print(json.dumps(results, indent=2))

@@ -162,13 +162,22 @@ _OURS = {
     "tensorboard.folder": "leave it out: `deca-node report` shows a simulation's curves",
 }
 _NODES_OWN = ("node.device", "node.threads")
-# Of what a daemon does and a simulated node does not, as simulate.md says.
-_NOT_SIMULATED = dict.fromkeys(
-    ("network.send_rate", "network.send_rate_per_peer", "network.catch_up_share"),
-    "in a simulation; links.bandwidth has",
-) | dict.fromkeys(
-    ("network.overlap", "trust.folder", "trust.insecure"), "in a simulation; leave it out"
-)
+# What daemons do and simulated nodes do not, and what to write instead.
+_NOT_SIMULATED = {
+    "network.send_rate": "give links.bandwidth",
+    "network.send_rate_per_peer": "give links.bandwidth",
+    "network.catch_up_share": "give links.bandwidth",
+    "network.overlap": "leave it out",
+    "metrics.host": "leave it out",
+    **dict.fromkeys((key for key in config.KEYS if key.startswith("trust.")), "leave it out"),
+}
+# Settings that have an effect only beside these values of another one.
+_NEEDS = {
+    "topology.p": ("topology.kind", ("erdos_renyi",)),
+    "optimizer.bma_beta1": ("optimizer.bma", ("on",)),
+    "optimizer.bma_beta2": ("optimizer.bma", ("on",)),
+    "optimizer.discrepancy": ("optimizer.bma", ("on", "trivial")),
+}
 # What is read once for all cells.
 _SHARED = ("model.", "rehearsal.", "data.train", "data.test", "partition.shards", "node.")
 _NOT_IN_GRID = ("experiment.name", "experiment.seeds")
@@ -220,20 +229,27 @@ class Cell:
         digest = xxhash.xxh3_64_hexdigest(text.encode())[:8]
         return f"{words[:60]}{'-' if words else ''}seed{self.seed}-{digest}"
 
-    @property
-    def _idle(self) -> dict[str, str]:
-        """Settings that change nothing in this cell: where that is so, and the remedy."""
-        kind, bma, apart = self.settings.topology.kind, self.settings.optimizer.bma, "; make it a"
-        apart += " [[grid]] of its own without it"
-        found = dict(_NOT_SIMULATED)
-        if kind != "erdos_renyi":
-            found["topology.p"] = f'where topology.kind is "{kind}"{apart}'
-        if bma != "on":
-            share = f'where optimizer.bma is "{bma}"{apart}'
-            found |= {"optimizer.bma_beta1": share, "optimizer.bma_beta2": share}
-            if bma == "off":
-                found["optimizer.discrepancy"] = share
-        return found
+    def _check_choices(self, path: Path) -> None:
+        """Refuse what the grid varies without effect: its cells would be the same run."""
+        for key in self.values:
+            if key in _NOT_SIMULATED:
+                raise ConfigError(
+                    f"{path}: grid: {key} has no effect in a simulation; {_NOT_SIMULATED[key]}"
+                )
+            if key not in _NEEDS:
+                continue
+            other, needed = _NEEDS[key]
+            section, name = other.split(".")
+            value = getattr(getattr(self.settings, section), name)
+            if value not in needed:
+                remedy = (
+                    f"vary it in a [[grid]] of its own, without that {other}"
+                    if other in self.values
+                    else f'leave it out, or set {other} = "{needed[0]}"'
+                )
+                raise ConfigError(
+                    f'{path}: grid: {key} has no effect where {other} is "{value}"; {remedy}'
+                )
 
     def check(self, path: Path) -> None:
         """What can be told before anything is loaded.
@@ -241,10 +257,7 @@ class Cell:
         Raises:
             ConfigError: one line.
         """
-        idle = self._idle
-        for key in self.values:
-            if key in idle:
-                raise ConfigError(f"{path}: grid: {key} has no effect {idle[key]}")
+        self._check_choices(path)
         names, chosen = self.nodes, self.settings.topology
         stranger = {name: "topology.edges" for edge in chosen.edges for name in edge}
         stranger |= dict.fromkeys(self.world.compute.nodes, "compute.nodes")

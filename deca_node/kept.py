@@ -80,18 +80,17 @@ class KeptBlocks:
         """Whether the disk has all visits that have ended."""
         return not self._unsaved
 
-    def save(self, open_visit: Mapping[str, Tensor] | None = None, *, within: bool = False) -> None:
+    def save(self, open_visit: Mapping[str, Tensor] | None = None) -> None:
         """Keep what changed, and the progress; nothing may change the model meanwhile.
 
         Args:
-            open_visit: x, m and v of the visit under way, with ``within``.
-            within: between two steps of a visit, else at its end.
+            open_visit: x, m and v of the visit under way; None between two visits.
 
         Raises:
             DiskFullError, OutputError: the state on disk is the previous one; what could not be
                 kept is kept with the next.
         """
-        opened = self.schedule.visit(self._progress().visit).block if within else None
+        opened = None if open_visit is None else self.schedule.visit(self._progress().visit).block
         blocks = {
             block: Changed(visit, self._model.block_tensors(self.schedule.blocks[block]))
             for block, visit in self._unsaved.items()

@@ -246,7 +246,7 @@ class Verdict(IntEnum):
 
     ACCEPTED = 1
     PASSED = 2
-    NOT_WANTED = 3
+    NOT_WANTED = 4
 
 
 @dataclass(frozen=True)

@@ -383,7 +383,7 @@ class Node:
         # A gradient that was abandoned may keep the training thread; outside of a visit that is at
         # most putting a fetched block in its place, which must come first.
         await self._leave_saved(
-            asyncio.to_thread(partial(kept.save, method.state(), within=True))
+            asyncio.to_thread(partial(kept.save, method.state()))
             if is_open
             else self._worker(_nothing if untouched else kept.save)
         )

@@ -57,7 +57,7 @@ class Saving:
 
     async def within_visit(self) -> None:
         """Save the open visit, and all that is not on disk yet."""
-        await self._save(lambda: self._kept.save(self._open_visit(), within=True))
+        await self._save(lambda: self._kept.save(self._open_visit()))
 
     async def between_visits(self) -> None:
         """Save all that is not on disk yet."""

@@ -108,22 +108,26 @@ def test_static_peers_and_peer_exchange_take_the_place_of_multicast(make):
     assert [d.wait() for d in daemons] == [0, 0, 0], hub.log.read_text()[-3000:]
     for daemon in daemons:
         others = sorted({"hub", "a", "b"} - {daemon.name})
-        received, sent = (
-            sum(row[f"bytes_{way}"] for row in daemon.history()) for way in ("received", "sent")
-        )
-        for row in daemon.history():
+        history = daemon.history()
+        for row in history:
             assert row["neighbours"] == others
             assert set(row["edges"]) == set(others)
             for edge in row["edges"].values():
                 assert edge["received"] > 0
                 assert 0 <= edge["wait"] < row["seconds_step"]
                 assert edge["retries"] >= 0
-                assert 0 < edge["receive_rate"] <= received
-                assert 0 <= edge["send_rate"] <= sent
             # The wait begins while the block is still being updated, and so is no further part.
             assert 0 < row["seconds_gradient"] + row["seconds_update"] <= row["seconds_step"] + 1e-5
             assert min(row["seconds_wait"], row["seconds_mix"], row["seconds_ahead"]) >= 0
             assert 0 <= row["seconds_exposed"] <= row["seconds_step"]
+        for peer in others:
+            edges = [row["edges"][peer] for row in history]
+            for way, rate in (("received", "receive_rate"), ("sent", "send_rate")):
+                # Means over ten seconds, rounded; a block may be fetched while a line is written.
+                carried = [edge[way] for edge in edges]
+                most = (sum(carried) + max(carried)) / 10 + 1
+                assert all(0 <= edge[rate] <= most for edge in edges)
+                assert edges[-1][rate] > 0
 
 
 def test_different_settings_are_named_on_both_sides(make):

@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from deca_node import checkpoint, disk
 from deca_node.blocks import Schedule
-from deca_node.checkpoint import Changed, Checkpoint
+from deca_node.checkpoint import Changed, Checkpoint, incoming
 from deca_node.checkpoint.manifest import Progress
 from deca_node.errors import DiskFullError
 
@@ -253,7 +253,7 @@ def test_a_power_cut_at_any_call_leaves_the_state_before_or_after(quick):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see what is synced")
-@pytest.mark.parametrize("module", [checkpoint, disk])
+@pytest.mark.parametrize("module", [checkpoint, incoming, disk])
 def test_the_simulated_power_cut_finds_a_sync_left_out(quick, monkeypatch, module):
     """Without syncing the block files, or the folder, the test above would fail."""
     monkeypatch.setattr(module, "sync", lambda path: None)
