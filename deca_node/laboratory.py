@@ -410,7 +410,7 @@ class _Shown:
     said: float = -math.inf
 
     def __post_init__(self) -> None:
-        self._began = time.monotonic()
+        self._first = 0.0  # when the first step was done: what came before it tells no pace
         self._task = self.bar.add_task("", total=self.total) if self.bar is not None else None
 
     def begin(self, what: str) -> None:
@@ -426,15 +426,15 @@ class _Shown:
             self.bar.advance(self._task)
             return
         now = time.monotonic()
+        if self.done == 1:
+            self._first = now
         if now - self.said >= SAY_SECONDS:
             self.said = now
-            spent = now - self._began
-            left = status.duration(spent / self.done * (self.total - self.done))
-            self.console.print(
-                f"{self.what}  {self.done}/{self.total} steps, {left} left",
-                soft_wrap=True,
-                highlight=False,
-            )
+            line = f"{self.what}  {self.done}/{self.total} steps"
+            if self.done > 1:
+                each = (now - self._first) / (self.done - 1)
+                line += f", {status.duration(each * (self.total - self.done))} left"
+            self.console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextmanager
