@@ -46,6 +46,9 @@ CALM_SECONDS = 30.0
 PACE_STEPS, PACE_SECONDS = 8, 20.0
 MANY_ROUNDS = 100_000
 REHEARSAL_ROWS, REHEARSAL_TEST_PER_LABEL = 8000, 100
+# By then its nodes have learned what there is. In a shorter run, as a slow machine would make it,
+# steps that were missed under faults cost accuracy however well their nodes came back.
+REHEARSAL_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,8 @@ def _rounds(
         shutil.rmtree(folder)
     calm = math.ceil(CALM_SECONDS / pace.round_seconds)
     disturbed = math.ceil(SLACK * plan.minutes * 60 / pace.round_seconds)
-    return min(MANY_ROUNDS, disturbed + calm), calm
+    least = REHEARSAL_ROUNDS if plan.train is None else 0
+    return min(MANY_ROUNDS, max(least, disturbed + calm)), calm
 
 
 class _Pace:
