@@ -90,6 +90,7 @@ class _Contact:
         tried: a greeting has come to its end.
         answered: somebody did answer once.
         failing: the last greeting or call was in vain.
+        stale: the next greeting takes a new link.
         met: a peer of the run is there, or was and may come back.
     """
 
@@ -104,6 +105,7 @@ class _Contact:
     tried: bool = False
     answered: bool = False
     failing: bool = False
+    stale: bool = False
     met: bool = False
 
     @property
@@ -250,13 +252,19 @@ class Contacts:
                     pause = self._timing.heartbeat * slow
                 await happens(woken, pause * self._jitter.uniform(0.75, 1.25))
         finally:
-            if contact.link is not None:
-                self._greeter.dropped(contact.link)
-                await contact.link.close()
+            await self._hang_up(contact)
+
+    async def _hang_up(self, contact: _Contact) -> None:
+        link, contact.link, contact.stale = contact.link, None, False
+        if link is not None:
+            self._greeter.dropped(link)
+            await link.close()
 
     async def _greet(self, contact: _Contact) -> Answer | None:
         """Greet once; None when it was in vain."""
         contact.failures += 1  # until there is an answer
+        if contact.stale:
+            await self._hang_up(contact)
         if contact.link is None:
             contact.link = self._transport.link(contact.address)
         try:
@@ -296,11 +304,15 @@ class Contacts:
             self._table[address].failing = True
 
     def welcome(self, address: str) -> None:
-        """Somebody calls from there again: do not wait for the next try to call back."""
+        """Somebody calls from there again: do not wait for the next try, or beat, to call back.
+
+        Nor for the link, which pauses for seconds after a connection that was refused.
+        """
         if address in self._vain:
             self._vain[address] = _now()  # before, there was nobody to answer
-        if self.is_failing(address):
-            self._table[address].waker.set()
+        if (contact := self._table.get(address)) is not None:
+            contact.stale |= contact.failing
+            contact.waker.set()
 
     def is_failing(self, address: str) -> bool:
         """Whether the last greeting or call to there was in vain."""

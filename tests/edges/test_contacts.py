@@ -144,9 +144,19 @@ def test_a_caller_from_a_failing_address_is_called_back_at_once():
         assert not contacts.is_unreached("10.0.0.1:7430")  # before, there was nobody to answer
         await asyncio.sleep(0.1)
         assert greeter.times[-1] - now < 0.1
+        # Over a new link: the old one may pause after a connection that was refused.
+        assert greeter.left_links == greeter.made[:1]
+        assert len(greeter.made) == 2
+        assert [link.closed for link in greeter.made] == [True, False]
         contacts.found("10.0.0.1:7430")
         assert not contacts.never_answered(["10.0.0.1:7430"])
         assert not contacts.is_failing("10.0.0.1:7430")
+        # Nor is a beat waited for, when somebody else answers there than the last time.
+        contacts.welcome("10.0.0.1:7430")
+        now = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.1)
+        assert 0 <= greeter.times[-1] - now < 0.1
+        assert len(greeter.made) == 2  # over a link that works
         await contacts.close()
 
     run(main())
