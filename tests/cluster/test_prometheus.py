@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,7 @@ class Prometheus:
 
     def until_ready(self):
         """Returns when it answers queries; while it opens its database it says 503 to them."""
-        limit = time.monotonic() + DEADLINE
-        while not self._is_ready():
-            assert time.monotonic() < limit
-            assert self.process.poll() is None
-            time.sleep(0.2)  # between two questions to another process
+        self._until(self._is_ready, bool, "not ready")
 
     def _is_ready(self):
         try:
@@ -73,9 +70,12 @@ class Prometheus:
             return json.load(answer)["data"]["result"]
 
     def until(self, expression, reached):
+        self._until(partial(self.ask, expression), reached, expression)
+
+    def _until(self, ask, reached, about):
         limit = time.monotonic() + DEADLINE
-        while not reached(found := self.ask(expression)):
-            assert time.monotonic() < limit, f"{expression}: {found}"
+        while not reached(found := ask()):
+            assert time.monotonic() < limit, f"{about}: {found}"
             assert self.process.poll() is None
             time.sleep(0.2)  # between two questions to another process
 
