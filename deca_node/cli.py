@@ -447,11 +447,12 @@ def run_testbed(
 
     The same command resumes a run that was interrupted.
 
-    It sets by itself, whatever --config and --set say: node.name, node.host, node.port,
-    node.advertise, node.advertise_port, node.output, node.stay, node.health_port, data.train,
-    run.start_when, network.zeroconf, network.interfaces, network.static_peers,
-    network.dns_peers, metrics.port. It makes run.name unique. Unless given, network.preset
-    is local and node.threads an equal share.
+    It sets by itself, whatever --config and --set say: node.name, node.host,
+    node.port, node.advertise, node.advertise_port, node.output, node.stay,
+    node.health_port, data.train, run.start_when, network.zeroconf,
+    network.interfaces, network.static_peers, network.dns_peers, metrics.port.
+    It makes run.name unique. Unless given, network.preset is local and
+    node.threads an equal share.
     """
     if (train is None) == (shards is None):
         raise ConfigError("give either --train FILE or --shards DIR")
