@@ -403,9 +403,12 @@ class CatchUp:
     async def _unless_stopped(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
         task = asyncio.create_task(work)
         stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-        ended = task.done()
-        await _end([stop] if ended else [stop, task])
+        ended = False
+        try:
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+            ended = task.done()
+        finally:
+            await _end([stop] if ended else [stop, task])
         return task.result() if ended else otherwise
 
     # --- asking

