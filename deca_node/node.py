@@ -150,8 +150,8 @@ class Node:
         self._worker = TrainingThread()
         loop = self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(signal.SIGTERM, self.stop)
+            loop.add_signal_handler(signal.SIGINT, self._interrupted)
         logs.bind(node=self.settings.node.name, run=self.settings.run.name)
         async with contextlib.AsyncExitStack() as stack:
             ticker = asyncio.create_task(self._tick())
@@ -179,6 +179,13 @@ class Node:
             if self._member is not None:
                 self._member.wake()
             self._changed.beat()
+
+    def _interrupted(self) -> None:
+        """Ctrl-C: as :meth:`stop`; another one ends the process at once, as a save may hang."""
+        self._loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self._log.info("Ctrl-C again ends at once, without saving; what was saved before is kept")
+        self.stop()
 
     async def _live(self, stack: contextlib.AsyncExitStack) -> bool:
         settings, standing = self.settings, self._standing

@@ -85,6 +85,39 @@ def test_a_stopped_run_resumes_in_its_visit_and_ends_the_same(make):
     assert any("finished" in e["event"] for e in again.events()[-1:])
 
 
+def test_a_second_interrupt_ends_a_node_whose_save_hangs(make):
+    """The disk takes nothing any more: one Ctrl-C waits for it, a second one does not."""
+    node = make("hangs", "run.start_when=1", "schedule.steps=4000")
+    options = [word for setting in node.settings for word in ("--set", setting)]
+    hanging = (
+        "import sys, threading\n"
+        "from deca_node import cli\n"
+        "from deca_node.kept import KeptBlocks\n"
+        "KeptBlocks.save = lambda *_: (print('hangs', flush=True), threading.Event().wait())\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    with (
+        node.log.open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", hanging, "start", *options],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        node.process = process
+        try:
+            node.until(lambda s: s.steps_done >= 5)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "hangs\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)  # it waits for its save
+            process.send_signal(signal.SIGINT)
+            assert process.wait(DEADLINE) == -signal.SIGINT  # which a shell calls 130
+        finally:
+            process.kill()
+
+
 def test_another_run_does_not_get_the_folder(make):
     """The same output with another seed is refused with the field, and nothing is touched."""
     first = make("one", "run.start_when=1", "network.zeroconf=false", "schedule.steps=1").start()
