@@ -189,8 +189,8 @@ def start(
 ) -> None:
     """Run this machine's node until the run is finished, or a signal ends it.
 
-    SIGINT and SIGTERM save the state; the same command resumes there. A second Ctrl-C ends it at once,
-    with what was saved before.
+    SIGINT and SIGTERM save the state; the same command resumes there. A second Ctrl-C ends it at
+    once, with what was saved before.
     """
     human = sys.stderr.isatty()
     logs.configure(human=human, verbose=verbose)
