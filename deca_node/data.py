@@ -200,6 +200,23 @@ def text_of(row: Row, field: str, where: str) -> str:
     return str(value)
 
 
+def question(row: Row, settings: DataSettings, where: str) -> str:
+    """All that a row gives the model before what it is to learn.
+
+    Two rows with the same one are twins: who trained on one is no longer tested by the other.
+
+    Raises:
+        DataError: a field is missing; ``where`` begins the message.
+    """
+    if settings.task == "classification":
+        fields = _template_fields(settings.template)
+        return json.dumps({name: _value_of(row, name, where) for name in fields}, default=str)
+    if settings.task == "instruction":
+        said = _messages(row, settings, where)
+        return json.dumps([each["content"] for each in said if each["role"] != "assistant"])
+    return text_of(row, settings.text_field, where)
+
+
 def _value_of(row: Row, field: str, where: str) -> Any:
     if field not in row:
         raise DataError(f"{where}: no field {field!r}; it has: {', '.join(map(str, row))}")

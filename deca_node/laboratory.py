@@ -33,6 +33,7 @@ from deca_node.data import (
     examples,
     label_token_ids,
     place,
+    question,
     read_rows,
     text_of,
 )
@@ -43,7 +44,7 @@ from deca_node.experiment import Cell, Experiment, read
 from deca_node.fingerprint import schedule_for
 from deca_node.methods import choose
 from deca_node.models import LanguageModel, pick_device
-from deca_node.partition import balanced_holdout, dirichlet
+from deca_node.partition import balanced_holdout, dirichlet, without_twins
 from deca_node.record import finite
 from deca_node.simulator import Material, Simulation, summary
 
@@ -314,10 +315,16 @@ class Laboratory:
             held = 0 if self._test else chosen.test_per_label
             train, test = balanced_holdout(labels, held, cell.seed)
             own = [labels[row] for row in train]
-            shards = dirichlet(own, cell.world.experiment.nodes, chosen.alpha, cell.seed)
+            dealt = dirichlet(own, cell.world.experiment.nodes, chosen.alpha, cell.seed)
+            shards = [[train[index] for index in shard] for shard in dealt]
+            if test:
+                questions = [
+                    question(row, data, place(source, index)) for index, row in enumerate(rows)
+                ]
+                shards = without_twins(shards, test, questions)
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
-        parts = [[rows[train[index]] for index in shard] for shard in shards]
+        parts = [[rows[index] for index in shard] for shard in shards]
         return parts, self._test or [rows[index] for index in test]
 
 

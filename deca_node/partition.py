@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deca_node.data import place, read_rows, text_of
+from deca_node.config import DataSettings
+from deca_node.data import place, question, read_rows, text_of
 from deca_node.disk import is_full
 from deca_node.errors import DataError, DiskFullError, OutputError
 
@@ -88,6 +89,32 @@ def balanced_holdout(
     return [row for row in range(len(labels)) if row not in held], test
 
 
+def without_twins(
+    shards: Sequence[Sequence[int]], test: Sequence[int], questions: Sequence[str]
+) -> list[list[int]]:
+    """The shards without rows that ask what a test row asks.
+
+    Real corpora hold articles twice; a model that trained on a test row's twin is not tested by it.
+    All other rows stay where they were dealt.
+
+    Args:
+        shards: row indices of each node.
+        test: row indices to test on.
+        questions: of each row, what it asks (``data.question``).
+
+    Raises:
+        ValueError: a shard would be left empty.
+    """
+    held = {questions[row] for row in test}
+    kept = [[row for row in shard if questions[row] not in held] for shard in shards]
+    if [] in kept:
+        raise ValueError(
+            f"all rows of node {kept.index([])} ask what a test row asks; take duplicates out of"
+            " the data, or choose another seed"
+        )
+    return kept
+
+
 def _shuffled_by_label(
     labels: Sequence[str], rng: np.random.Generator
 ) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
@@ -113,10 +140,12 @@ def write_shards(
     *,
     label_field: str,
     test_per_label: int = 0,
+    settings: DataSettings | None = None,
 ) -> list[dict[str, int]]:
     """Split a data set into ``out/node-0.jsonl`` and so on, and ``out/test.jsonl`` if asked to.
 
-    All files are written or none; what is there already is never overwritten.
+    All files are written or none; what is there already is never overwritten. No node gets a twin
+    of a test row: equal in what ``settings`` make of it, or without them in all but the label.
 
     Returns:
         Per node, label -> number of rows it trains on.
@@ -131,11 +160,20 @@ def write_shards(
     try:
         train, test = balanced_holdout(labels, test_per_label, seed)
         train_labels = [labels[row] for row in train]
-        shards = dirichlet(train_labels, nodes, concentration, seed)
+        dealt = dirichlet(train_labels, nodes, concentration, seed)
+        shards = [[train[row] for row in shard] for shard in dealt]
+        if test:
+            questions = [
+                question(row, settings, place(source, index))
+                if settings is not None
+                else _all_but(row, label_field)
+                for index, row in enumerate(rows)
+            ]
+            shards = without_twins(shards, test, questions)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None
 
-    parts = {f"node-{node}.jsonl": [train[row] for row in own] for node, own in enumerate(shards)}
+    parts = {f"node-{node}.jsonl": own for node, own in enumerate(shards)}
     if test:
         parts["test.jsonl"] = test
     _write_all(
@@ -144,7 +182,12 @@ def write_shards(
             for name, indices in parts.items()
         }
     )
-    return table(train_labels, shards)
+    return table(labels, shards)
+
+
+def _all_but(row: Mapping[str, Any], field: str) -> str:
+    rest = {name: value for name, value in row.items() if name != field}
+    return json.dumps(rest, sort_keys=True, default=str)
 
 
 def _json_line(row: dict[str, Any], where: str) -> str:

@@ -126,6 +126,7 @@ def node_settings(plan: Plan, base: Settings, out: Path) -> list[Settings]:
             plan.seed,
             label_field=base.data.label_field,
             test_per_label=plan.test_per_label,
+            settings=base.data,
         )
     trains = [folder / f"node-{number}.jsonl" for number in range(plan.nodes)]
     if absent := [str(path) for path in trains if not path.is_file()]:

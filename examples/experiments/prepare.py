@@ -17,22 +17,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bbc_demo import find_model, package_folder, write_articles
 
 OUT = Path(__file__).resolve().parents[2] / "out"
-# Files of the corpus with more than a hundred conversations, and how many of each are taken: there
-# are four times as many on technical support as on all else.
-CHAT_TOPICS = {"tech_support": 300, "trivia": 300, "coding": 300, "ai": 300}
+# The files of the corpus with the most different questions, 61 to 261; technical support has more
+# conversations than all of them, but they begin with ten questions.
+CHAT_TOPICS = ("trivia", "coding", "psychology", "ai")
 
 
 def write_chats(path: Path) -> None:
-    """Write conversations as JSON Lines: ``prompt``, ``response``, and ``label``, their topic."""
+    """Write conversations as JSON Lines: ``prompt``, ``response``, and ``label``, their topic.
+
+    Of those that begin with the same question, the first.
+    """
     folder = package_folder("chatterbot_corpus") / "data" / "english"
-    rows = []
-    for topic, most in CHAT_TOPICS.items():
+    rows: dict[str, dict[str, str]] = {}
+    for topic in CHAT_TOPICS:
         tree = yaml.safe_load((folder / f"{topic}.yml").read_text("utf-8"))
         said = [list(map(str, turns)) for turns in tree["conversations"] if len(turns) > 1]
-        for prompt, response, *_ in said[:most]:
-            rows.append({"prompt": prompt, "response": response.strip(), "label": topic})
+        for prompt, response, *_ in said:
+            row = {"prompt": prompt.strip(), "response": response.strip(), "label": topic}
+            rows.setdefault(row["prompt"].lower(), row)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+        file.writelines(lines)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deca_node.config import DataSettings
 from deca_node.data import read_rows
 from deca_node.errors import DataError, DiskFullError, OutputError
-from deca_node.partition import balanced_holdout, dirichlet, table, write_shards
+from deca_node.partition import balanced_holdout, dirichlet, table, without_twins, write_shards
 
 LABELS = ["sport"] * 40 + ["tech"] * 40 + ["arts"] * 40
 
@@ -99,6 +100,76 @@ def test_holdout_leaves_something_to_train_on() -> None:
         balanced_holdout(["a", "a", "a", "b", "b"], 2, seed=0)
     with pytest.raises(ValueError, match="test rows per label = -1"):
         balanced_holdout(["a"], -1, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    questions=st.lists(st.sampled_from("abcdefgh"), min_size=8, max_size=40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_nobody_trains_on_what_is_tested(questions: list[str], seed: int) -> None:
+    """Of a shard exactly the test rows' twins go; the others stay in their order."""
+    train, test = balanced_holdout(["x"] * len(questions), 2, seed)
+    shards = [train[::2], train[1::2]]
+    held = {questions[row] for row in test}
+    left = [[row for row in shard if questions[row] not in held] for shard in shards]
+    if all(left):
+        assert without_twins(shards, test, questions) == left
+    else:
+        with pytest.raises(ValueError, match=r"all rows of node [01] ask what a test row asks"):
+            without_twins(shards, test, questions)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        (None, [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}]),
+        (
+            {"template": "{title}:", "label_field": "topic"},
+            [{"title": "a", "topic": "x", "id": 1}, {"title": "a", "topic": "y", "id": 2}],
+        ),
+        (
+            {"task": "instruction"},
+            [
+                {"prompt": "a", "response": "b", "label": "x"},
+                {"prompt": "a", "response": "c", "label": "x"},
+                {
+                    "messages": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": "d"},
+                    ],
+                    "label": "x",
+                },
+            ],
+        ),
+        ({"task": "text"}, [{"text": "a", "label": "x"}, {"text": "a", "label": "y", "n": 1}]),
+    ],
+)
+def test_twins_of_test_rows_are_in_no_shard(
+    tmp_path: Path, given: dict[str, Any] | None, rows: list[dict[str, Any]]
+) -> None:
+    """Rows that ask the same, under any label and with any answer."""
+    field = (given or {}).get("label_field", "label")
+    others = [
+        {**dict.fromkeys(("text", "title", "prompt", "response"), f"{label} {n}"), field: label}
+        for n in range(3)
+        for label in "xy"
+    ]
+    source = tmp_path / "all.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *others]))
+    chosen = None if given is None else DataSettings(train=source, **given)
+    for seed in range(20):  # until one of the twins is held out and another is not
+        path = tmp_path / str(seed)
+        write_shards(
+            source, path, 1, 1.0, seed, label_field=field, test_per_label=1, settings=chosen
+        )
+        test, shard = (read_rows(path / name) for name in ("test.jsonl", "node-0.jsonl"))
+        held = [row for row in test if row in rows]
+        assert not held or not [row for row in shard if row in rows]
+        if len(held) == 1:
+            assert len(shard) == len(rows) + len(others) - len(test) - (len(rows) - 1)
+            return
+    raise AssertionError("no twin was held out")
 
 
 @pytest.fixture

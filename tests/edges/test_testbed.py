@@ -168,7 +168,8 @@ def test_a_failed_try_is_not_in_the_way(folder: Path) -> None:
         attempt(_plan(folder, train=folder / "absent.jsonl"))
     attempt(_plan(folder, nodes=3))  # the model's path is wrong, say
     (folder / "out/data/notes").write_text("precious")
-    (folder / "data.jsonl").write_text('{"text": "x", "label": "d"}\n' * 9)
+    rows = "".join(json.dumps({"text": str(number), "label": "d"}) + "\n" for number in range(9))
+    (folder / "data.jsonl").write_text(rows)
     plan = _plan(folder, overrides=("model.path=n",))
     assert [settings.data.labels for settings in attempt(plan)] == [{"d": "d"}] * 2
     names = sorted(path.name for path in (folder / "out/data").iterdir())
