@@ -573,12 +573,23 @@ class Corpus:
         train: examples to train on, one a row or more.
         test: examples to evaluate with; may be empty.
         completions: tokens by label, where there are labels.
+        twins: how many rows to test on ask what a row to train on asks.
     """
 
     rows: int
     train: list[Example]
     test: list[Example]
     completions: dict[str, list[int]]
+    twins: int = 0
+
+    def warning(self) -> str:
+        """What is wrong with the test; empty when nothing is."""
+        if not self.twins:
+            return ""
+        return (
+            f"{self.twins:,} rows of data.test ask what a row of data.train asks: what the model "
+            "knows of them says nothing about others; take them out of one of the two"
+        )
 
 
 def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
@@ -592,10 +603,17 @@ def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
     train = examples(rows, settings, tokenizer, settings.train)
     words = label_words(train, settings) if settings.task == "classification" else {}
     completions = label_token_ids(words, settings, tokenizer) if words else {}
-    test: list[Example] = []
-    if settings.test is not None:
-        test = examples(read_rows(settings.test), settings, tokenizer, settings.test, words or None)
-    return Corpus(len(rows), train, test, completions)
+    if settings.test is None:
+        return Corpus(len(rows), train, [], completions)
+    held = read_rows(settings.test)
+    test = examples(held, settings, tokenizer, settings.test, words or None)
+    known = set(_questions(rows, settings, settings.train))
+    twins = sum(asked in known for asked in _questions(held, settings, settings.test))
+    return Corpus(len(rows), train, test, completions, twins)
+
+
+def _questions(rows: Sequence[Row], settings: DataSettings, source: Path) -> list[str]:
+    return [question(row, settings, place(source, index)) for index, row in enumerate(rows)]
 
 
 # Examples -> batches

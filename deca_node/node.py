@@ -312,6 +312,8 @@ class Node:
         standing.waiting_for = "the data"
         corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
         standing.label_counts = label_counts(corpus.train)
+        if warning := corpus.warning():
+            standing.warn(warning)
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)

@@ -110,6 +110,8 @@ def _data(facts: Facts) -> Iterable[Check]:
     if data.test is not None:
         found += f", {len(corpus.test):,} to test"
     yield Check("data", Verdict.OK, found + (f"; {labels}" if labels else ""))
+    if warning := corpus.warning():
+        yield Check("data", Verdict.WARN, warning)
 
 
 def _sizes(found: Sequence[Example]) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from deca_node.data import (
     label_counts,
     label_token_ids,
     label_words,
+    read_corpus,
     read_rows,
 )
 from deca_node.errors import ConfigError, DataError
@@ -509,6 +510,29 @@ def test_rows_without_an_example_are_an_empty_shard(task: str, row: dict[str, An
     settings = data_settings(task=task, max_tokens=8)
     with pytest.raises(DataError, match=r"shard\.jsonl: empty shard: none of 1 rows"):
         examples([row], settings, TOKENIZER, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "held"),
+    [
+        ("classification", [{"text": "a", "label": "x"}], {"text": "a", "label": "x", "id": 1}),
+        ("instruction", [{"prompt": "a", "response": "b"}], {"prompt": "a", "response": "c"}),
+        ("text", [{"text": "a b"}], {"text": "a b"}),
+    ],
+)
+def test_what_is_trained_on_is_no_test(
+    tmp_path: Path, task: str, rows: list[dict[str, Any]], held: dict[str, Any]
+) -> None:
+    """Test rows that ask what a row to train on asks are counted and told, with the remedy."""
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    other = {name: f"{value}!" if name != "label" else value for name, value in held.items()}
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for found, twins in (([held, other, held], 2), ([other], 0)):
+        test.write_text("".join(json.dumps(row) + "\n" for row in found))
+        corpus = read_corpus(data_settings(task=task, train=train, test=test), TOKENIZER)
+        assert len(corpus.test) == len(found)
+        assert corpus.twins == twins
+        assert ("2 rows of data.test" in corpus.warning()) == bool(twins)
 
 
 # Batches

@@ -86,6 +86,13 @@ async def test_a_node_that_would_start_alone_is_well(words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+async def test_a_test_that_the_node_trains_on_is_a_warning(words, tmp_path):
+    """The rows themselves as data.test measure nothing: told with the remedy, and no failure."""
+    checks = await look(words, f"data.test={tmp_path / 'train.jsonl'}")
+    assert verdicts(checks, "data") == [Verdict.OK, Verdict.WARN]
+    assert "8 rows of data.test ask what" in by_name(checks)["data"][1].found
+
+
 async def test_the_trust_of_a_node_for_others_is_looked_at(words, tmp_path):
     """No certificate, a good one, plain text by wish; two under TLS meet."""
     run = next(w for w in words() if w.startswith("run.name=")).partition("=")[2]
