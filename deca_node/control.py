@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deca_node import template
@@ -16,6 +17,7 @@ from deca_node.member import Member
 from deca_node.membership import Phase
 from deca_node.pb import node_pb2 as pb
 from deca_node.standing import Standing
+from deca_node.waiting import done_before
 
 # Phases with steps still to come: they can be paused between.
 _TRAINING = (Phase.TRAINING, Phase.CATCHING_UP, Phase.PAUSED)
@@ -81,19 +83,14 @@ class Control:
         else:
             saved = asyncio.get_running_loop().create_future()
             self._asked.add(saved)
-            stop = asyncio.create_task(self._stopping.wait())
-            either = {saved, stop}
+            look = partial(done_before, self._stopping, saved, end=False, within=LOOK_SECONDS)
             try:
-                while not any(each.done() for each in either):
+                while not await look():
+                    if self._stopping.is_set():
+                        raise PeerRefused("stopping", "it saves its state as it ends")
                     self._saving()
-                    await asyncio.wait(
-                        either, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                    )
             finally:
                 self._asked.discard(saved)
-                stop.cancel()
-            if not saved.done():
-                raise PeerRefused("stopping", "it saves its state as it ends")
             if not saved.result():
                 raise PeerRefused("not_saved", "it could not be written; see the node's warnings")
         progress = self._standing.progress
