@@ -36,7 +36,7 @@ from deca_node.recovery import (
     next_step,
 )
 from deca_node.transport import Link
-from deca_node.waiting import Pulse, happens
+from deca_node.waiting import Pulse, done_before, happens
 
 # Between two tries when nothing could be fetched, or kept on a full disk.
 RETRY_SECONDS = 2.0
@@ -402,14 +402,7 @@ class CatchUp:
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
         task = asyncio.create_task(work)
-        stop = asyncio.create_task(self._stopping.wait())
-        ended = False
-        try:
-            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-            ended = task.done()
-        finally:
-            await _end([stop] if ended else [stop, task])
-        return task.result() if ended else otherwise
+        return task.result() if await done_before(self._stopping, task, end=True) else otherwise
 
     # --- asking
 

@@ -205,6 +205,18 @@ def _leja(factors: Floats) -> Floats:
     return factors[order]
 
 
+# Agreeing anew
+
+
+def extends(agreed: frozenset[str], here: frozenset[str], *, finer: bool) -> bool:
+    """Whether those that are here may agree anew, where some have agreed before.
+
+    All of these must be here, or their one model becomes several; and somebody more, unless a finer
+    tolerance is wanted.
+    """
+    return agreed <= here and (finer or agreed != here)
+
+
 # Knowing that all are done
 
 Member = Annotated[str, Field(min_length=1, max_length=MAX_NAME_BYTES)]

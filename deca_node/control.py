@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deca_node import template
@@ -16,9 +17,12 @@ from deca_node.member import Member
 from deca_node.membership import Phase
 from deca_node.pb import node_pb2 as pb
 from deca_node.standing import Standing
+from deca_node.waiting import done_before
 
-# Phases with steps still to come: they can be paused and saved between.
+# Phases with steps still to come: they can be paused between.
 _TRAINING = (Phase.TRAINING, Phase.CATCHING_UP, Phase.PAUSED)
+# Between two looks whether a save that is waited for may still come.
+LOOK_SECONDS = 1.0
 # A folder of that name within OUTPUT/exports and nowhere else, whoever asks.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -71,7 +75,7 @@ class Control:
     async def checkpoint(self, request: pb.CheckpointRequest) -> pb.CheckpointReply:
         """See ControlHandler."""
         del request
-        if self._acting(_TRAINING, "saved").phase == Phase.PAUSED:  # that has saved it, or tried to
+        if self._saving().phase == Phase.PAUSED:  # that has saved it, or tried to
             if not self._was_saved:
                 raise PeerRefused(
                     "not_saved", "it could not be saved when it paused; resume it and try again"
@@ -79,14 +83,14 @@ class Control:
         else:
             saved = asyncio.get_running_loop().create_future()
             self._asked.add(saved)
-            stop = asyncio.create_task(self._stopping.wait())
+            look = partial(done_before, self._stopping, saved, end=False, within=LOOK_SECONDS)
             try:
-                await asyncio.wait({saved, stop}, return_when=asyncio.FIRST_COMPLETED)
+                while not await look():
+                    if self._stopping.is_set():
+                        raise PeerRefused("stopping", "it saves its state as it ends")
+                    self._saving()
             finally:
                 self._asked.discard(saved)
-                stop.cancel()
-            if not saved.done():
-                raise PeerRefused("stopping", "it saves its state as it ends")
             if not saved.result():
                 raise PeerRefused("not_saved", "it could not be written; see the node's warnings")
         progress = self._standing.progress
@@ -143,6 +147,17 @@ class Control:
             raise PeerRefused("failed", lines[-1].removeprefix("deca-node: error: "))
         said = out.decode(errors="replace").strip().splitlines()
         return said[-1].removeprefix(f"wrote {target}: ") if said else ""
+
+    def _saving(self) -> Member:
+        """The member, where its next step's end or visit's end saves its state."""
+        member = self.member
+        if member is not None and member.position().phase == Phase.CATCHING_UP:
+            raise PeerRefused(
+                "not_now",
+                "the node is catching up: what it fetches is on disk as it comes; ask again when "
+                "it trains",
+            )
+        return self._acting((Phase.TRAINING, Phase.PAUSED), "saved")
 
     def _acting(self, phases: tuple[Phase, ...], what: str) -> Member:
         member, phase = self.member, self._standing.phase

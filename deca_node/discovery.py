@@ -36,6 +36,8 @@ SERVICE_TYPE = "_deca._tcp.local."
 RESOLVE_MS = 3000
 # Withdrawing sends goodbyes over half a second; a stuck socket must not hold anybody longer.
 WITHDRAW_SECONDS = 1.5
+# Kinds of failure told of: each new text of one defect would be one more.
+MAX_TOLD = 8
 # Addresses announced; a host with more interfaces should set node.advertise or node.host.
 MAX_ADDRESSES = 8
 
@@ -164,6 +166,7 @@ class Discovery:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._known: set[str] = set()  # names that this browser has told of
         self._resolving: set[str] = set()
+        self._told: set[str] = set()  # what has failed, each kind once
 
     def _announcement(self) -> AsyncServiceInfo:
         run, node, port = self._run, self._node, self._port
@@ -219,27 +222,43 @@ class Discovery:
     async def _withdraw(self) -> None:
         if self._zeroconf is not None:
             zeroconf, self._zeroconf = self._zeroconf, None
-            with contextlib.suppress(TimeoutError, OSError):
-                async with asyncio.timeout(WITHDRAW_SECONDS):
-                    await zeroconf.async_unregister_all_services()
-            await zeroconf.async_close()
+            try:
+                with contextlib.suppress(TimeoutError, OSError):
+                    async with asyncio.timeout(WITHDRAW_SECONDS):
+                        await zeroconf.async_unregister_all_services()
+            finally:  # whatever else it raises: sockets that stay open run out
+                await zeroconf.async_close()
 
     async def _browse(self) -> None:
         while True:
-            await self._follow()
-            await self._listen_for_itself()
-            if self._zeroconf is None:
-                await asyncio.sleep(self._browse_every)
-                continue
-            # It tells of all names anew, and nobody tells of those that went away before it.
-            self._known.clear()
-            browser = AsyncServiceBrowser(
-                self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change]
-            )
-            try:
-                await asyncio.sleep(self._browse_every)
-            finally:
-                await browser.async_cancel()
+            for part in (self._follow, self._listen_for_itself, self._look):
+                try:
+                    await part()
+                except Exception as error:  # noqa: BLE001 - it may work again later, as on a new Wi-Fi
+                    if (kind := repr(error)) not in self._told and len(self._told) < MAX_TOLD:
+                        self._told.add(kind)
+                        _log.warning(
+                            "discovery failed, trying again",
+                            reason=kind,
+                            exc_info=not isinstance(error, _TROUBLE),
+                        )
+                    if part == self._look:
+                        await asyncio.sleep(self._browse_every)
+
+    async def _look(self) -> None:
+        """See who is there, with a fresh browser."""
+        if self._zeroconf is None:
+            await asyncio.sleep(self._browse_every)
+            return
+        # It tells of all names anew, and nobody tells of those that went away before it.
+        self._known.clear()
+        browser = AsyncServiceBrowser(
+            self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._on_change]
+        )
+        try:
+            await asyncio.sleep(self._browse_every)
+        finally:
+            await browser.async_cancel()
 
     async def _listen_for_itself(self) -> None:
         """Asked of the interfaces one by one: zeroconf hears itself on the loopback in any case."""
@@ -262,9 +281,11 @@ class Discovery:
         await self._withdraw()
         try:
             await self._announce()
-        except _TROUBLE as error:
-            _log.debug("not announced yet", reason=str(error))  # tried again at the next browser
-            await self._withdraw()
+        except Exception as error:
+            await self._withdraw()  # so that it is tried again before the next browser
+            if not isinstance(error, _TROUBLE):
+                raise
+            _log.debug("not announced yet", reason=str(error))
 
     def _on_change(
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange

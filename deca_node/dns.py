@@ -73,8 +73,8 @@ class NamedPeers:
         while True:
             try:
                 found = await _in_a_thread(lambda: self._resolver(host, port))
-            except OSError as error:
-                reason = error.strerror or str(error)
+            except Exception as error:  # noqa: BLE001 - no memory, no thread: it may have one later
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 if self.failing.get(name) != reason:
                     _log.warning("name not resolved, asking again", name=name, reason=reason)
                 self.failing[name] = reason
@@ -99,12 +99,13 @@ def callable_addresses(found: Sequence[str]) -> list[str]:
 async def _in_a_thread(ask: Callable[[], Sequence[str]]) -> Sequence[str]:
     """The answer of a call that may block for a minute, and must not hold up this node's end.
 
-    The loop's own threads are waited for when it closes; this one is not.
+    The loop's own threads are waited for when it closes; this one is not. Raises what the call
+    raises, and RuntimeError where no thread can be had.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Sequence[str]] = loop.create_future()
 
-    def settle(answer: Sequence[str] | None, error: OSError | None) -> None:
+    def settle(answer: Sequence[str] | None, error: Exception | None) -> None:
         if not future.done():
             if error is not None:
                 future.set_exception(error)
@@ -115,7 +116,7 @@ async def _in_a_thread(ask: Callable[[], Sequence[str]]) -> Sequence[str]:
         answer, trouble = None, None
         try:
             answer = ask()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - handed to whoever awaits it
             trouble = error
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, answer, trouble)

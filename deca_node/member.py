@@ -24,6 +24,7 @@ from deca_node.rounds import Batches, Observer, Rounds, Start, StepRecord, Worke
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import Graph, TopologySpec
 from deca_node.transport import Transport
+from deca_node.waiting import done_before
 
 # A node that starts again within a run waits this long for its old members, then goes on without.
 REJOIN_SECONDS = 30.0
@@ -269,13 +270,7 @@ class Member:
 
     async def _pause(self, seconds: float) -> None:
         changed = asyncio.create_task(self.exchange.changed())
-        stop = asyncio.create_task(self._stopping.wait())
-        either = {changed, stop}
-        try:
-            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in either:
-                task.cancel()
+        await done_before(self._stopping, changed, end=True, within=seconds)
 
     async def train(
         self, start: Start, method: Method, batches: Batches, observer: Observer, worker: Worker

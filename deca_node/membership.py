@@ -204,6 +204,17 @@ def members(own: str, peers: Iterable[Peer], visit: int) -> frozenset[str]:
     )
 
 
+def came_to(peers: Iterable[Peer], visit: int) -> frozenset[str]:
+    """Peers of the run that are there, or were when it had come to this visit; others have left."""
+    return frozenset(
+        peer.name
+        for peer in peers
+        if peer.reached
+        and peer.state != State.REFUSED
+        and (peer.state != State.GONE or peer.visit >= visit)
+    )
+
+
 def ready(own: str, peers: Iterable[Peer], wanted: int) -> tuple[bool, str]:
     """Whether enough members are there to begin, and a line saying who is (and is not).
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
+from deca_node.consensus import extends
 from deca_node.control import Control
 from deca_node.data import BatchStream, Corpus, label_counts, read_corpus
 from deca_node.disk import replace_folder
@@ -34,7 +36,7 @@ from deca_node.limits import MAX_MEMBERS
 from deca_node.logbook import Books, Logbook
 from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
-from deca_node.membership import Phase, State
+from deca_node.membership import Phase, State, came_to
 from deca_node.methods import Method
 from deca_node.methods.choose import build, prepare
 from deca_node.models import LanguageModel, pick_device
@@ -85,6 +87,21 @@ class _Loaded:
     batches: BatchStream
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What the record says of an agreement that was reached; nobody's where there is none.
+
+    Attributes:
+        members: who has that one model.
+        missing: who was to have it.
+        finer: whether the settings ask for a smaller tolerance now.
+    """
+
+    members: frozenset[str] = frozenset()
+    missing: frozenset[str] = frozenset()
+    finer: bool = True
+
+
 class Node:
     """One node of a run, from start to end.
 
@@ -132,6 +149,7 @@ class Node:
         self._worker: TrainingThread
         self._measurements = Measurements(self._status_elsewhere)
         self._met_before: dict[str, str] = {}
+        self._agreed = _Agreed()
 
     # --- life
 
@@ -194,8 +212,9 @@ class Node:
             torch.set_num_threads(settings.node.threads)
         port = await self._listen(stack)
         loaded = await self._load(stack)
+        self._agreed = self._read_agreement()
         if standing.progress.finished and self._is_agreement_due():
-            self._reopen()
+            standing.progress = replace(standing.progress, finished=False)
         if standing.progress.finished:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
@@ -242,6 +261,11 @@ class Node:
             return False
         agreement = None
         if settings.consensus.tolerance > 0:
+            self._enter(Phase.AGREEING)
+            await self._wait_for_late(member)
+            if not await self._may_agree(member, kept):
+                await self._stay()
+                return True
             agreement = await self._agree(member, loaded, logbook)
             if self._stopping.is_set():
                 self._enter(Phase.STOPPING)
@@ -357,8 +381,12 @@ class Node:
         await self._join(stack, member, port)
         is_over = self._standing.progress.visit >= loaded.schedule.visits
         if not is_over or self.settings.consensus.tolerance > 0:
+            # All that had agreed are needed to do so anew, and who was missing is why they do.
+            wanted = len(self._agreed.members | self._agreed.missing)
             why = await member.wait_for_members(
-                self.settings.run.start_when, self._standing.wait_for, resumed=loaded.resumed
+                max(self.settings.run.start_when, wanted),
+                self._standing.wait_for,
+                resumed=loaded.resumed,
             )
             if self._stopping.is_set():
                 raise Stopped
@@ -409,24 +437,56 @@ class Node:
         if isinstance(saved, BaseException):
             raise saved
 
+    @property
+    def _summary_path(self) -> Path:
+        return self.settings.node.output / "summary.json"
+
+    def _read_agreement(self) -> _Agreed:
+        found = read_summary(self._summary_path).get("consensus") or {}
+        if found.get("complete") is not True:
+            return _Agreed()
+        return _Agreed(
+            frozenset(found.get("members", ())),
+            frozenset(found.get("missing", ())),
+            found.get("tolerance", 1.0) > self.settings.consensus.tolerance,
+        )
+
     def _is_agreement_due(self) -> bool:
         """Whether a finished run is to agree once more, on what its settings ask for now."""
-        tolerance = self.settings.consensus.tolerance
-        found = read_summary(self.settings.node.output / "summary.json").get("consensus") or {}
-        done = found.get("complete") is True and found.get("tolerance", 1.0) <= tolerance
         # Who was missing can come to an agreement only with those that have one already.
-        return tolerance > 0 and not (done and not found.get("missing"))
+        return self.settings.consensus.tolerance > 0 and (
+            self._agreed.finer or bool(self._agreed.missing)
+        )
 
-    def _reopen(self) -> None:
-        """Begin the agreement of a finished run: what was agreed before does not count any more."""
-        path = self.settings.node.output / "summary.json"
-        write_summary(path, {**read_summary(path), "consensus": None})
-        self._standing.progress = replace(self._standing.progress, finished=False)
+    async def _may_agree(self, member: Member, kept: KeptBlocks) -> bool:
+        """Whether an agreement may begin; if not, the run is finished as it was before."""
+        had = self._agreed
+        here = frozenset(member.graph(member.visit))
+        if self._stopping.is_set() and had.members:
+            raise Stopped  # nothing has changed
+        if extends(had.members, here, finer=had.finer):
+            return True
+        among = ", ".join(sorted(had.members))
+        away = ", ".join(sorted((had.members | had.missing) - here)) or "nobody"
+        self._standing.warn(
+            f"kept the agreement of {among}, not here: {away}; start all together to agree anew"
+        )
+        self._enter(Phase.SERVING)
+        self._standing.waiting_for = "nodes that catch up to have their blocks"
+        await unless_stopped(member.giver.drain(), self._stopping)
+        self._standing.waiting_for = ""
+        self._standing.progress = replace(self._standing.progress, finished=True)
+        if not kept.is_saved:  # a block was damaged here, and fetched
+            await self._until_there_is_room(kept.save)
+        self._log.info("finished as before", model=str(self.settings.node.output / "model"))
+        return False
 
     async def _agree(self, member: Member, loaded: _Loaded, logbook: Logbook) -> Agreement:
         """Bring all nodes to one model."""
-        self._enter(Phase.AGREEING)
-        await self._wait_for_late(member)
+        if summary := read_summary(self._summary_path):
+            # What was agreed before does not count from now on: the blocks change.
+            summary["consensus"] = None
+            await self._until_there_is_room(partial(write_summary, self._summary_path, summary))
         self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
         agreement = await Agreeing(
             loaded.schedule,
@@ -444,8 +504,8 @@ class Node:
         if self._stopping.is_set():
             return agreement
         # Who was away when it began, and came back to find it under way, is in no graph of it.
-        peers = member.swarm.peers.values()
-        met = {peer.name for peer in peers if peer.reached and peer.state != State.REFUSED}
+        last_round = loaded.schedule.visits - len(loaded.schedule.blocks)
+        met = came_to(member.swarm.peers.values(), last_round)
         missing = met.union(agreement.missing).difference(agreement.members)
         agreement = replace(agreement, missing=tuple(sorted(missing)))
         if not agreement.complete:
@@ -549,8 +609,7 @@ class Node:
             "version": __version__,
             "settings": self.settings.model_dump(mode="json"),
         }
-        path = self.settings.node.output / "summary.json"
-        await self._until_there_is_room(partial(write_summary, path, summary))
+        await self._until_there_is_room(partial(write_summary, self._summary_path, summary))
         standing.progress = progress
         await self._until_there_is_room(kept.save)
         standing.waiting_for = ""

@@ -70,16 +70,16 @@ class Patience:
         return max(0.0, self._timing.wait_budget - self._waited.get(peer, 0.0))
 
     def for_blocks(
-        self, worth: Collection[str], deadline: float, idle_since: float, alone_since: float
+        self, worth: Collection[str], deadline: float, idle_since: float, now: float
     ) -> float:
         """Until when a step waits for those whose blocks are missing and worth it.
 
-        Nothing else has been done since ``idle_since``, nothing has come since ``alone_since``.
+        Nothing else has been done since ``idle_since``.
         """
         if not worth:
             return min(deadline, idle_since + DOUBTFUL_SECONDS)
         if len(worth) == 1:
-            return min(deadline, alone_since + self.budget(*worth))
+            return min(deadline, now + self.budget(*worth))
         return deadline
 
     def for_agreement(self, held_up: Collection[str], deadline: float) -> float:

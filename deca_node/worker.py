@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from deca_node.waiting import done_before
+
 T = TypeVar("T")
 
 
@@ -21,14 +23,7 @@ async def unless_stopped(work: Awaitable[T], stopping: asyncio.Event, grace: flo
         Stopped: it did not end in time, and goes on with nobody waiting for it.
     """
     result = asyncio.ensure_future(work)
-    stop = asyncio.ensure_future(stopping.wait())
-    try:
-        await asyncio.wait({result, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not result.done() and grace:
-            await asyncio.wait({result}, timeout=grace)
-    finally:
-        stop.cancel()
-    if not result.done():
+    if not await done_before(stopping, result, end=False, grace=grace):
         raise Stopped
     return result.result()
 

@@ -9,10 +9,10 @@ class Timing:
 
     ``step_deadline`` bounds what a missing neighbour can cost one step; ``visit_deadline`` what it
     can cost the start of a visit (shorter, so that those who wait are not given up meanwhile);
-    ``wait_budget`` bounds what a neighbour that is late again and again can cost a visit;
-    ``gone_after`` is the silence after which a peer leaves the member set. Longer is kinder to slow
-    machines, shorter loses less when one dies without a word (a closed connection is noticed at
-    once in any case).
+    ``wait_budget`` bounds how long the steps of a visit wait for one neighbour alone, which is what
+    one that is later than all others again and again can cost it; ``gone_after`` is the silence
+    after which a peer leaves the member set. Longer is kinder to slow machines, shorter loses less
+    when one dies without a word (a closed connection is noticed at once in any case).
     """
 
     step_deadline: float

@@ -173,35 +173,30 @@ class Gathering:
             for peer, mix in mixes.items()
         }
         behind: set[str] = set()
-        alone_since = begin  # when all but those that are still missing had come
         pending = set(tasks)
         try:
             while pending and not self._stopping.is_set():
+                now = loop.time()
                 # Those that hold nobody up may still bring what they have ready.
                 worth = self._patience.worth(tasks[task] for task in pending)
                 if idle_since is None and busy is not None and busy.done():
-                    idle_since, mixed_before = loop.time(), report.mix
-                    alone_since = max(alone_since, idle_since)
+                    idle_since, mixed_before = now, report.mix
                 limit = deadline
-                if step.hear and loop.time() < deadline:
+                if step.hear and now < deadline:
                     behind = {peer for peer in worth if step.is_behind(peer)}
                 if step.hear and worth:
                     limit = self._patience.for_agreement(behind & worth, deadline)
                 elif idle_since is not None:
-                    limit = self._patience.for_blocks(worth, deadline, idle_since, alone_since)
-                if limit <= loop.time():
-                    if worth and loop.time() < deadline:
+                    limit = self._patience.for_blocks(worth, deadline, idle_since, now)
+                if limit <= now:
+                    if worth and now < deadline:
                         self._patience.used_up(worth)
                         continue
                     break
-                arrived = await self._any_done(pending, limit - loop.time(), busy)
-                pending -= arrived
-                if arrived and not pending and idle_since is not None:
-                    # What the last one takes after the others is its own to answer for.
-                    last = {tasks[task] for task in arrived} & worth
-                    self._patience.waited(last, loop.time() - alone_since)
-                if arrived:
-                    alone_since = loop.time()
+                pending -= await self._any_done(pending, limit - now, busy)
+                if len(worth) == 1 and idle_since is not None:
+                    # For it alone: its own to answer for, whether it came and who else is missing.
+                    self._patience.waited(worth, loop.time() - now)
         finally:
             for task in pending:
                 task.cancel()

@@ -16,6 +16,7 @@ from deca_node.consensus import (
     diameter,
     digest,
     eigenvalues,
+    extends,
     plain,
     plan,
     reached,
@@ -299,3 +300,19 @@ def test_who_is_done_is_right_whatever_gets_lost(made, seed, share):
     if all(tally.plain for tally in crowd.tallies):
         assert (crowd.x <= crowd.start.max(0) + 1e-9).all()
         assert (crowd.x >= crowd.start.min(0) - 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("here", "finer", "anew"),
+    [
+        ("ab", False, False),  # nobody more: they have one model
+        ("abc", False, True),
+        ("ac", False, False),  # b would be left with another model
+        ("a", True, False),
+        ("ab", True, True),
+    ],
+)
+def test_who_has_agreed_does_so_anew_only_with_all_of_them_and_for_a_reason(here, finer, anew):
+    """Where nobody has, whoever is here may."""
+    assert extends(frozenset("ab"), frozenset(here), finer=finer) == anew
+    assert extends(frozenset(), frozenset(here), finer=finer)

@@ -14,6 +14,7 @@ from deca_node.membership import (
     State,
     Verdict,
     VisitAgreement,
+    came_to,
     departed,
     failed,
     heard,
@@ -299,3 +300,20 @@ def test_an_edges_format_comes_from_both_ends_offers_for_its_visit():
     agreement.degree("a", 4, 1)
     assert agreement.settle().format("a") is Format.FP32
     assert agreement.settle().formats == {}
+
+
+@pytest.mark.parametrize(
+    ("peer", "missed"),
+    [
+        (BOB, True),
+        (replace(BOB, state=State.BEHIND, visit=0), True),  # came back in the agreement
+        (replace(BOB, state=State.GONE, visit=8), True),  # killed in the last round
+        (departed(replace(BOB, visit=9), 101.0, finished=False), True),  # stopped in it
+        (replace(BOB, state=State.GONE), False),  # left for good in the middle
+        (replace(BOB, state=State.DONE, visit=12), True),
+        (replace(BOB, state=State.REFUSED, visit=9), False),
+        (replace(BOB, reached=False), False),
+    ],
+)
+def test_at_the_end_only_those_are_missed_that_came_to_the_last_round(peer, missed):
+    assert came_to([peer], 8) == ({"bob"} if missed else set())

@@ -12,7 +12,7 @@ import pytest
 from deca_node import registry
 from deca_node.checkpoint.manifest import Progress
 from deca_node.config import load
-from deca_node.control import Control
+from deca_node.control import LOOK_SECONDS, Control
 from deca_node.errors import PeerRefused
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
@@ -24,6 +24,7 @@ from deca_node.transport.server import GrpcTransport
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
 from tests.edges.test_transport import Answers
 from tests.trust import Run
+from tests.virtual_time import run
 
 CALLS = {method.name: getattr(pb, f"{method.name}Request")() for method in CONTROL.methods}
 
@@ -168,3 +169,25 @@ async def test_a_pause_that_could_not_save_is_no_checkpoint(tmp_path):
     control.saved(done=True)
     reply = await control.checkpoint(pb.CheckpointRequest())
     assert (reply.visit, reply.step) == (2, 1)
+
+
+@pytest.mark.parametrize("phase", [Phase.CATCHING_UP, Phase.AGREEING, Phase.SERVING])
+def test_a_checkpoint_is_refused_where_no_step_will_save(tmp_path, phase):
+    """At once, or when it comes to that; a step that takes long is waited for."""
+    chosen = load(None, ["model.path=m", "data.train=d", f"node.output={tmp_path}"])
+    member = SimpleNamespace(phase=Phase.TRAINING, position=lambda: member)
+
+    async def scenario():
+        control = Control(chosen, member, lambda: None, asyncio.Event())
+        control.member = member
+        asked = asyncio.create_task(control.checkpoint(pb.CheckpointRequest()))
+        await asyncio.sleep(900)
+        assert control.is_save_due
+        member.phase = phase
+        for asking in (asked, control.checkpoint(pb.CheckpointRequest())):
+            with pytest.raises(PeerRefused) as caught:
+                await asyncio.wait_for(asking, LOOK_SECONDS)
+            assert caught.value.reason == "not_now"
+        assert not control.is_save_due
+
+    run(scenario())

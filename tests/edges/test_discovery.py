@@ -129,6 +129,44 @@ async def test_an_interface_that_goes_away_is_taken_up_again_when_it_is_back(mon
         await moving.stop()
 
 
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (discovery_module, "own_addresses"),
+        (discovery_module.psutil, "net_if_stats"),
+        (discovery_module, "AsyncServiceBrowser"),
+        (discovery_module.AsyncZeroconf, "async_close"),
+        (discovery_module.AsyncZeroconf, "async_register_service"),
+    ],
+)
+async def test_what_fails_once_does_not_end_discovery(monkeypatch, where, name):
+    """Too many open files, a lost interface, no thread: it goes on when that is over."""
+    run, seen, failed = f"run-{uuid.uuid4().hex[:8]}", Sightings(), asyncio.Event()
+    loop, real = asyncio.get_running_loop(), getattr(where, name)
+    addresses = ["127.0.0.1"]
+    watching = discovery(
+        run, "a", 7001, seen, 0.1, now=lambda: discovery_module.own_addresses(addresses[0])
+    )
+    other = discovery(run, "b", 7002, Sightings())
+
+    def fails(*_, **__):
+        loop.call_soon_threadsafe(failed.set)
+        raise LookupError("trouble")
+
+    try:
+        await watching.start()
+        monkeypatch.setattr(where, name, fails)
+        watching.heard_itself = False
+        addresses[:] = ["127.0.0.2"]
+        await asyncio.wait_for(failed.wait(), PATIENCE)
+        monkeypatch.setattr(where, name, real)
+        await other.start()
+        await seen.until("127.0.0.1:7002")
+    finally:
+        await watching.stop()
+        await other.stop()
+
+
 async def test_a_node_hears_its_own_announcement_where_multicast_works():
     """And that of others."""
     run, seen = f"run-{uuid.uuid4().hex[:8]}", Sightings()

@@ -27,7 +27,7 @@ class Names:
     def __call__(self, host, port):
         self.asked.append((host, port))
         self._loop.call_soon_threadsafe(self._again.set)
-        if isinstance(self.answer, OSError):
+        if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
@@ -61,16 +61,45 @@ async def test_all_addresses_of_a_name_are_proposed_again_and_again():
     assert set(names.asked) == {("deca.default.svc.cluster.local", 7430)}
 
 
-async def test_a_name_server_that_fails_is_asked_again_and_reported_meanwhile():
-    """Nothing ends; the reason is there until an answer comes."""
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(-2, "Name or service not known"), "Name or service not known"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("embedded null byte"), "embedded null byte"),
+    ],
+)
+async def test_a_name_server_that_fails_is_asked_again_and_reported_meanwhile(error, reason):
+    """Nothing ends, whatever is raised; the reason is there until an answer comes."""
     seen = []
-    async with following(OSError(-2, "Name or service not known"), seen) as (names, peers):
+    async with following(error, seen) as (names, peers):
         await names.until_asked_again()
-        assert peers.failing == {NAME: "Name or service not known"}
+        assert peers.failing == {NAME: reason}
         names.answer = ["10.0.0.1"]
         await names.until_asked_again()
         assert peers.failing == {}
         assert "10.0.0.1:7430" in seen
+
+
+async def test_where_no_thread_can_be_had_it_is_tried_again(monkeypatch):
+    """As in a crowded container."""
+    real, tried = threading.Thread.start, asyncio.Event()
+
+    def crowded(thread):
+        if thread.name != "dns":
+            return real(thread)
+        tried.set()
+        raise RuntimeError("can't start new thread")
+
+    seen = []
+    monkeypatch.setattr(threading.Thread, "start", crowded)
+    async with following(["10.0.0.1"], seen) as (names, peers):
+        await asyncio.wait_for(tried.wait(), PATIENCE)
+        assert peers.failing == {NAME: "can't start new thread"}
+        monkeypatch.setattr(threading.Thread, "start", real)
+        await names.until_asked_again()
+        assert peers.failing == {}
+    assert "10.0.0.1:7430" in seen
 
 
 async def test_a_name_server_that_hangs_does_not_hold_up_the_end():

@@ -1,6 +1,7 @@
 """The exchange over the loopback transport, in virtual time: deadlines cost no waiting."""
 
 import asyncio
+import math
 import random
 from functools import partial
 
@@ -16,6 +17,7 @@ from deca_node.limits import MAX_MEMBERS
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.mixing import mix_arrival
+from deca_node.patience import DOUBTFUL_SECONDS
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
@@ -706,6 +708,57 @@ def test_a_neighbour_that_is_always_late_uses_up_its_budget():
         assert all(member.exchange._patience.worth({"n2"}) for member in others)
 
     run(scenario())
+
+
+BUDGET, DEADLINE = TIMING.wait_budget, TIMING.step_deadline
+
+
+@pytest.mark.parametrize(
+    ("delays", "most"),
+    [
+        ({"n1": lambda _: 20.0}, BUDGET),
+        ({"n1": lambda _: 20.0, "n2": lambda _: math.inf}, BUDGET + DEADLINE),
+        ({"n1": lambda _: 20.0, "n2": lambda _: 45.0}, BUDGET + DEADLINE),
+        (
+            # The second has used up its own budget when the first begins to be late, after it.
+            {
+                "n1": lambda step: 0.0 if step < 15 else 20.0,
+                "n2": lambda step: 25.0 if step < 15 else 19.9,
+            },
+            2 * BUDGET,
+        ),
+        ({"n1": lambda step: 0.0 if step % 2 else math.inf}, BUDGET),
+    ],
+    ids=["late", "beside one that hangs", "beside a later one", "after a doubtful one", "at times"],
+)
+def test_a_budget_bounds_what_a_late_neighbour_costs_a_visit(delays, most, monkeypatch):
+    """Whatever others do meanwhile, and whether its blocks come at all."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), len(delays) + 1)
+        asking = members[0]
+        await together(m.open(w) for m, w in zip(members, wanted(members, "full"), strict=True))
+
+        def late(peer):
+            async def pull(request, _timeout):
+                serial = request.serial
+                await asyncio.sleep(min(delays[peer](serial), 1e6))
+                for message in snapshot(
+                    asking.values, LAYOUT, serial, metadata("run", peer, serial)
+                ).messages:
+                    yield message
+
+            return pull
+
+        for peer in delays:
+            monkeypatch.setattr(asking.swarm.link(peer), "pull", late(peer))
+        clock = asyncio.get_running_loop().time
+        begin, steps = clock(), 60
+        for step in range(steps):
+            await asking.exchange.gather(step, LAYOUT)
+        return clock() - begin - steps * DOUBTFUL_SECONDS
+
+    assert run(scenario()) <= most + 0.1
 
 
 def test_nodes_that_see_different_members_do_not_wait_for_each_other():

@@ -10,9 +10,10 @@ import structlog
 import torch
 from safetensors.torch import load_file
 
-from deca_node import checkpoint, registry
+from deca_node import checkpoint, member, registry
 from deca_node.config import load
 from deca_node.errors import DiskFullError
+from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
 from deca_node.node import Node
@@ -317,3 +318,59 @@ async def test_a_defect_in_what_is_done_each_second_ends_none_of_it():
     assert not ticking.done()
     ticking.cancel()
     await asyncio.gather(ticking, return_exceptions=True)
+
+
+def agreeing(folder, network, name, *more):
+    """One of a and b, who train apart and agree at the end; with a transport of its own."""
+    (folder / name).mkdir(exist_ok=True)
+    host, other = ("10.0.0.1", "10.0.0.2")[:: 1 if name == "a" else -1]
+    config = settings(
+        folder / name,
+        "run.name=agreeing",
+        f"node.name={name}",
+        f"node.host={host}",
+        "trust.insecure=true",
+        f'network.static_peers=["{other}:7430"]',
+        "consensus.tolerance=1e-3",
+        *more,
+    )
+    return Node(config, structlog.get_logger(), transport=network.transport(host, 7430))
+
+
+async def test_alone_a_node_keeps_what_it_has_agreed_on_with_others(tmp_path, monkeypatch):
+    """Started again as one of them is missing: the record, the state and the model stay."""
+    network = LoopbackNetwork()
+    both = [agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab"]
+    assert await asyncio.gather(*(node.run() for node in both)) == [True, True]
+    monkeypatch.setattr(member, "REJOIN_SECONDS", 0.0)
+    records = []
+    for name in "ab":
+        out = tmp_path / name / "out"
+        record = json.loads((out / "summary.json").read_text())
+        assert record["consensus"]["complete"]
+        assert record["consensus"]["members"] == ["a", "b"]
+        record["consensus"]["missing"] = ["c"]  # as when it had been killed in the agreement
+        (out / "summary.json").write_text(json.dumps(record))
+        (out / "model" / "untouched").touch()
+        records.append(record)
+    for names in ("a", "a", "ab"):
+        again = [agreeing(tmp_path, network, name) for name in names]
+        assert all(await asyncio.gather(*(node.run() for node in again)))
+        for name, record in zip(names, records, strict=False):
+            out = tmp_path / name / "out"
+            assert json.loads((out / "summary.json").read_text()) == record
+            assert (out / "model" / "untouched").exists()
+            state = json.loads((out / "state" / "manifest.json").read_text())
+            assert state["progress"]["finished"]
+    # A finer tolerance is worth another agreement, with all that had the one before.
+    for name, record in zip("ab", records, strict=True):
+        record["consensus"]["missing"] = []
+        (tmp_path / name / "out" / "summary.json").write_text(json.dumps(record))
+    finer = "consensus.tolerance=1e-4"
+    assert await agreeing(tmp_path, network, "a", finer).run()
+    assert json.loads((tmp_path / "a" / "out" / "summary.json").read_text()) == records[0]
+    monkeypatch.undo()
+    both = [agreeing(tmp_path, network, name, finer, "run.start_when=2") for name in "ab"]
+    assert all(await asyncio.gather(*(node.run() for node in both)))
+    found = json.loads((tmp_path / "a" / "out" / "summary.json").read_text())["consensus"]
+    assert (found["complete"], found["tolerance"]) == (True, 1e-4)
