@@ -5,7 +5,7 @@ In the folder of results::
     experiment.json       whose folder this is
     cells/NAME.jsonl      one for each cell that is done; kinds of rows: cell, step, visit, node,
                           summary
-    model/, data.jsonl    of a rehearsal
+    model/, data.jsonl    of a rehearsal; .rehearsal says that they are, until experiment.json does
 
 A cell's file is written in one piece when the cell is done. What was interrupted is begun anew.
 """
@@ -50,6 +50,8 @@ from deca_node.simulator import Material, Simulation, summary
 
 # Without a terminal a line now and then shows that it is alive.
 SAY_SECONDS = 10.0
+# Beside a model and data that were made here for an experiment that is not claimed yet.
+_MARK = ".rehearsal"
 # Settings that say where a file is; what is in it is in the folder's identity.
 _PLACES = ("model.path", "model.cache", "data.train", "data.test")
 
@@ -99,8 +101,11 @@ def claim_checked(folder: Path) -> None:
     """
     with translated(folder):
         if folder.is_dir() and not (folder / "experiment.json").exists():
-            known = {".lock", "model", "data.jsonl"}
-            if strange := sorted({p.name for p in folder.iterdir()} - known):
+            names = {p.name for p in folder.iterdir()} - {".lock"}
+            # Unmarked, a model and data are a person's own, and must not be made anew.
+            if _MARK in names:
+                names -= {_MARK, "model", "data.jsonl"}
+            if strange := sorted(names):
                 raise OutputError(
                     f"{folder}: holds something else ({strange[0]}); choose another --out"
                 )
@@ -351,6 +356,9 @@ def _make(experiment: Experiment, folder: Path) -> None:
     What was made before the folder was this experiment's is made anew: it may be another's.
     """
     chosen, claimed = experiment.world.rehearsal, (folder / "experiment.json").exists()
+    if not claimed:
+        with translated(folder):
+            write_atomically(folder / _MARK, b"")
     if not claimed or not (folder / "model" / "model.safetensors").exists():
         rehearsal.write_model(folder / "model", chosen.seed, chosen.layers, chosen.hidden)
     if not claimed or not (folder / "data.jsonl").exists():
@@ -379,6 +387,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         if not path.exists():
             tree = {"digest": _digest(wanted), "identity": wanted}
             write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
+            (folder / _MARK).unlink(missing_ok=True)
             return
         try:
             found = json.loads(path.read_bytes())["identity"]

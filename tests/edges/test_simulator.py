@@ -463,6 +463,20 @@ def test_a_rehearsal_that_was_refused_is_made_anew(tmp_path):
     assert deca_node("simulate", file, "-o", out) == 0
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "model/model.safetensors"])
+def test_a_users_own_data_and_model_are_never_replaced(tmp_path, capsys, name):
+    """They have the names of what a rehearsal makes, in a folder that no simulation has marked."""
+    file, mine = tmp_path / "toy.toml", tmp_path / "mine"
+    file.write_text(TOY)
+    path = mine / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"the only copy")
+    assert deca_node("simulate", file, "-o", mine) == 8
+    assert f"holds something else ({name.split('/')[0]})" in capsys.readouterr().err
+    assert [p for p in mine.rglob("*") if p.is_file()] == [path]
+    assert path.read_bytes() == b"the only copy"
+
+
 def test_a_row_without_a_label_is_named(tmp_path, capsys):
     """With its file and its own number."""
     lines = [{"text": f"a b {n}", "label": "x" if n % 2 else "y"} for n in range(30)]
