@@ -139,6 +139,7 @@ class Laboratory:
                 choose.prepare(settings, self._model.twin())
             except (ConfigError, ModelError) as error:
                 raise type(error)(f"{experiment.path}: {error}") from None
+        self._refuse_the_same_run_twice(experiment)
         self._shards = experiment.world.partition.shards
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
@@ -152,6 +153,21 @@ class Laboratory:
             "data": _digest([self._rows or self._shard_digests(experiment), self._test]),
         }
         _claim(folder, experiment.identity(contents))
+
+    def _refuse_the_same_run_twice(self, experiment: Experiment) -> None:
+        seen: dict[str, Cell] = {}
+        for cell in experiment.cells:
+            settings, world = _told(cell), cell.world.model_dump(mode="json")
+            if len(schedule_for(cell.settings, self._model.n_layers).blocks) == 1:
+                settings["schedule"]["order"] = None  # one block has no order
+            world["experiment"]["greetings"] = cell.everybody
+            settings["network"] = cell.settings.network.model_dump(mode="json")
+            other = seen.setdefault(json.dumps([settings, world], sort_keys=True), cell)
+            if other is not cell:
+                raise ConfigError(
+                    f"{experiment.path}: grid: {dict(other.values)} and {dict(cell.values)} are the"
+                    " same run here; leave one of them out"
+                )
 
     def _shard_digests(self, experiment: Experiment) -> list[str]:
         most = max(cell.world.experiment.nodes for cell in experiment.cells)
