@@ -607,11 +607,20 @@ def write_report(
     to: Annotated[
         Path | None, typer.Option("--to", help="Folder for the report; else that of the results.")
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="SETTING=VALUE",
+            help="The row that others are compared with, seed by seed; may be given many times."
+            " Else the one nearest to the defaults.",
+        ),
+    ] = None,
 ) -> None:
-    """Make a table (Markdown, CSV) and pictures (PNG, SVG) of an experiment's results."""
+    """Make tables (Markdown, CSV) and pictures (PNG, SVG) of an experiment's results."""
     from deca_node import report  # noqa: PLC0415 - imports torch
 
-    for path in report.write(folder, to):
+    for path in report.write(folder, to, against or ()):
         typer.echo(str(path))
 
 

@@ -177,6 +177,8 @@ _NEEDS = {
     "optimizer.bma_beta1": ("optimizer.bma", ("on",)),
     "optimizer.bma_beta2": ("optimizer.bma", ("on",)),
     "optimizer.discrepancy": ("optimizer.bma", ("on", "trivial")),
+    "aggregation.hostile": ("aggregation.rule", ("clipped", "trimmed")),
+    "aggregation.tau": ("aggregation.rule", ("clipped",)),
 }
 # What is read once for all cells.
 _SHARED = ("model.", "rehearsal.", "data.train", "data.test", "partition.shards", "node.")

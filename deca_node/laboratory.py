@@ -5,7 +5,7 @@ In the folder of results::
     experiment.json       whose folder this is
     cells/NAME.jsonl      one for each cell that is done; kinds of rows: cell, step, visit, node,
                           summary
-    model/, data.jsonl    of a rehearsal
+    model/, data.jsonl    of a rehearsal; .rehearsal says that they are, until experiment.json does
 
 A cell's file is written in one piece when the cell is done. What was interrupted is begun anew.
 """
@@ -50,6 +50,8 @@ from deca_node.simulator import Material, Simulation, summary
 
 # Without a terminal a line now and then shows that it is alive.
 SAY_SECONDS = 10.0
+# Beside a model and data that were made here for an experiment that is not claimed yet.
+_MARK = ".rehearsal"
 # Settings that say where a file is; what is in it is in the folder's identity.
 _PLACES = ("model.path", "model.cache", "data.train", "data.test")
 
@@ -99,8 +101,11 @@ def claim_checked(folder: Path) -> None:
     """
     with translated(folder):
         if folder.is_dir() and not (folder / "experiment.json").exists():
-            known = {".lock", "model", "data.jsonl"}
-            if strange := sorted({p.name for p in folder.iterdir()} - known):
+            names = {p.name for p in folder.iterdir()} - {".lock"}
+            # Unmarked, a model and data are a person's own, and must not be made anew.
+            if _MARK in names:
+                names -= {_MARK, "model", "data.jsonl"}
+            if strange := sorted(names):
                 raise OutputError(
                     f"{folder}: holds something else ({strange[0]}); choose another --out"
                 )
@@ -134,6 +139,7 @@ class Laboratory:
                 choose.prepare(settings, self._model.twin())
             except (ConfigError, ModelError) as error:
                 raise type(error)(f"{experiment.path}: {error}") from None
+        self._refuse_the_same_run_twice(experiment)
         self._shards = experiment.world.partition.shards
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
@@ -147,6 +153,21 @@ class Laboratory:
             "data": _digest([self._rows or self._shard_digests(experiment), self._test]),
         }
         _claim(folder, experiment.identity(contents))
+
+    def _refuse_the_same_run_twice(self, experiment: Experiment) -> None:
+        seen: dict[str, Cell] = {}
+        for cell in experiment.cells:
+            settings, world = _told(cell), cell.world.model_dump(mode="json")
+            if len(schedule_for(cell.settings, self._model.n_layers).blocks) == 1:
+                settings["schedule"]["order"] = None  # one block has no order
+            world["experiment"]["greetings"] = cell.everybody
+            settings["network"] = cell.settings.network.model_dump(mode="json")
+            other = seen.setdefault(json.dumps([settings, world], sort_keys=True), cell)
+            if other is not cell:
+                raise ConfigError(
+                    f"{experiment.path}: grid: {dict(other.values)} and {dict(cell.values)} are the"
+                    " same run here; leave one of them out"
+                )
 
     def _shard_digests(self, experiment: Experiment) -> list[str]:
         most = max(cell.world.experiment.nodes for cell in experiment.cells)
@@ -351,6 +372,9 @@ def _make(experiment: Experiment, folder: Path) -> None:
     What was made before the folder was this experiment's is made anew: it may be another's.
     """
     chosen, claimed = experiment.world.rehearsal, (folder / "experiment.json").exists()
+    if not claimed:
+        with translated(folder):
+            write_atomically(folder / _MARK, b"")
     if not claimed or not (folder / "model" / "model.safetensors").exists():
         rehearsal.write_model(folder / "model", chosen.seed, chosen.layers, chosen.hidden)
     if not claimed or not (folder / "data.jsonl").exists():
@@ -379,6 +403,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         if not path.exists():
             tree = {"digest": _digest(wanted), "identity": wanted}
             write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
+            (folder / _MARK).unlink(missing_ok=True)
             return
         try:
             found = json.loads(path.read_bytes())["identity"]

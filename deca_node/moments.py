@@ -37,7 +37,7 @@ class Rule:
     bma: Literal["on", "off", "trivial"] = "on"
     bma_beta1: float = 0.3
     bma_beta2: float = 0.333
-    discrepancy: Literal["l2", "none", "lr"] = "l2"
+    discrepancy: Literal["l2", "none", "lr", "zero"] = "l2"
 
     @property
     def kept(self) -> tuple[float, float]:
@@ -117,8 +117,11 @@ def mixed_square(x_half: Tensor, x_next: Tensor) -> float:
 def scale(norm: float, rule: Rule) -> float:
     """The factor that turns x − x_next into h of (8); 0 where the norm is 0.
 
-    ``l2``: 1/norm over the whole block; ``none``: 1; ``lr``: 1/γ.
+    ``l2``: 1/norm over the whole block; ``none``: 1; ``lr``: 1/γ; ``zero``: 0, so that the fold
+    shrinks the moments and adds nothing.
     """
+    if rule.discrepancy == "zero":
+        return 0.0
     if rule.discrepancy == "l2":
         return 1 / norm if norm > 0 else 0.0
     return 1.0 if rule.discrepancy == "none" else 1 / rule.learning_rate

@@ -1,7 +1,8 @@
 """Tables and pictures of an experiment's results.
 
 Written beside the results, or elsewhere: report.md, table.csv and curves.csv (what the pictures are
-drawn from), loss and disagreement as PNG and SVG.
+drawn from), loss and disagreement as PNG and SVG; elsewhere also report.json, which says of which
+experiment they are.
 """
 
 import csv
@@ -16,9 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from deca_node import status
+from deca_node import config, status
 from deca_node.disk import translated, write_atomically
-from deca_node.errors import OutputError
+from deca_node.errors import ConfigError, OutputError
+from deca_node.experiment import World
 from deca_node.laboratory import read_cell
 from deca_node.metrics import Curve
 
@@ -51,6 +53,7 @@ _COLUMNS = (
     Column("test_macro_f1", "macro F1", "{:.3f}".format),
     Column("test_accuracy_worst", "worst node", "{:.3f}".format),
     Column("test_accuracy_spread", "spread of nodes", "{:.3f}".format),
+    Column("test_loss", "test loss", "{:.3f}".format),
     Column("before_perplexity", "before", "{:.4g}".format),
     Column("test_perplexity", "perplexity", "{:.4g}".format),
     Column("test_perplexity_worst", "worst node", "{:.4g}".format),
@@ -60,7 +63,37 @@ _COLUMNS = (
     Column("virtual_seconds", "virtual s", "{:.4g}".format),
     Column("incomplete_mixes", "incomplete mixes", "{:.3g}".format, if_any=True),
     Column("diverged", "diverged nodes", "{:.3g}".format, if_any=True),
+    Column("unfinished", "unfinished nodes", "{:.3g}".format, if_any=True),
 )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What of two cells of one seed is compared.
+
+    Attributes:
+        key: what of a cell's summary.
+        heading: of the column.
+        written: a difference as text.
+        sign: 1 where more is better, -1 where less is.
+    """
+
+    key: str
+    heading: str
+    written: Callable[[float], str]
+    sign: int
+
+
+_MEASURES = (
+    Measure("test_accuracy", "accuracy", "{:+.3f}".format, 1),
+    Measure("test_perplexity", "perplexity", "{:+.4g}".format, -1),
+    Measure("test_loss", "test loss", "{:+.3f}".format, -1),
+)
+_DEFAULTS: Mapping[str, Any] = {
+    key: info.default
+    for fields in (config.keyed_fields(), config.keyed_fields(World))
+    for key, info in fields
+}
 
 
 @dataclass(frozen=True)
@@ -77,34 +110,49 @@ class Group:
 
     def of_summaries(self, key: str) -> list[float]:
         """A value of the cells' summaries, from each that has one."""
-        found = [cell[-1].get(key) for cell in self.cells]
-        return [float(value) for value in found if value is not None]
+        found = [_value(cell[-1], key) for cell in self.cells]
+        return [value for value in found if value is not None]
+
+    def by_seed(self, key: str) -> dict[int, float]:
+        """The same by the cells' seeds."""
+        found = {cell[0]["seed"]: _value(cell[-1], key) for cell in self.cells}
+        return {seed: value for seed, value in found.items() if value is not None}
 
 
-def write(folder: Path, to: Path | None = None) -> list[Path]:
+def _value(summary: Mapping[str, Any], key: str) -> float | None:
+    """A value of a cell's summary; None where it has none that is finite."""
+    if key == "unfinished":
+        return float(summary.get("nodes", 0) - summary.get("finished", 0))
+    value = summary.get(key)
+    return None if value is None else float(value)
+
+
+def write(folder: Path, to: Path | None = None, against: Sequence[str] = ()) -> list[Path]:
     """Write the report on an experiment.
 
     Args:
         folder: of its results.
         to: where to; None is the same folder.
+        against: the row that others are compared with, see ``baseline``.
 
     Returns:
         The files.
 
     Raises:
+        ConfigError: ``against`` names no row.
         OutputError: there are no results, they are damaged, or the files cannot be written.
     """
     to = to or folder
     identity, groups = load(folder)
     files = {
-        "report.md": markdown(identity, groups),
+        "report.md": markdown(identity, groups, against),
         "table.csv": _table_csv(groups),
         "curves.csv": _curves_csv(groups),
     }
     pictures = []
     with translated(to):
         to.mkdir(parents=True, exist_ok=True)
-        _refuse_another(to, folder)
+        _claim(to, folder, identity)
         pictures = _draw(groups, to, status.make_console())
         files["report.md"] += "".join(
             f"\n![{path.stem}]({path.name})\n" for path in pictures if path.suffix == ".png"
@@ -114,11 +162,30 @@ def write(folder: Path, to: Path | None = None) -> list[Path]:
     return [*(to / name for name in files), *pictures]
 
 
-def _refuse_another(to: Path, folder: Path) -> None:
-    """No report is written over that of an experiment in its own folder."""
-    there = to / "experiment.json"
-    if there.exists() and not there.samefile(folder / "experiment.json"):
+def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
+    """A report is written over an older one of the same experiment, and over nothing else."""
+    if to.samefile(folder):
+        return
+    if (to / "experiment.json").exists():
         raise OutputError(f"{to}: holds another experiment's results; choose another --to")
+    mark = to / "report.json"
+    try:
+        owner = json.loads(mark.read_bytes())["identity"]
+    except FileNotFoundError:
+        names = ["report.md", "table.csv", "curves.csv"]
+        names += [f"{key}.{kind}" for key in _DRAWN for kind in ("png", "svg")]
+        if there := [name for name in names if (to / name).exists()]:
+            raise OutputError(
+                f"{to}: nobody knows of which experiment {there[0]} is; choose another --to or"
+                " move it away"
+            ) from None
+        tree = {"identity": identity}
+        write_atomically(mark, (json.dumps(tree, indent=1) + "\n").encode())
+        return
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{mark}: damaged; choose another --to or move it away") from None
+    if owner != identity:
+        raise OutputError(f"{to}: holds the report on another experiment; choose another --to")
 
 
 def load(folder: Path) -> tuple[Mapping[str, Any], list[Group]]:
@@ -157,9 +224,16 @@ def _order(value: Any) -> tuple[bool, float, str]:
 # The table
 
 
-def markdown(identity: Mapping[str, Any], groups: Sequence[Group]) -> str:
-    """The table, and below it what all cells have in common."""
+def markdown(
+    identity: Mapping[str, Any], groups: Sequence[Group], against: Sequence[str] = ()
+) -> str:
+    """The tables, and below them what all cells have in common.
+
+    Raises:
+        ConfigError: ``against`` names no row (see ``baseline``).
+    """
     headings, rows = table(groups)
+    base = baseline(groups, against)
     name = identity.get("experiment.name", "experiment")
     lines = [
         f"# {name}",
@@ -169,12 +243,16 @@ def markdown(identity: Mapping[str, Any], groups: Sequence[Group]) -> str:
         " spread (population standard deviation) are taken in each run; before is the base model's."
         " Training loss: the last tenth of each node's steps. Disagreement: root mean square over"
         " nodes of ‖x_i − x̄‖ at the end; in the picture that of a step, ‖x½ − x_next‖, of steps"
-        " with an exchange. Seconds are those of the virtual clock.",
+        " with an exchange. Seconds are those of the virtual clock."
+        + (
+            " Some nodes did not finish (last column): scores and disagreement are of the others."
+            if "unfinished nodes" in headings
+            else ""
+        ),
         "",
-        f"| {' | '.join(headings)} |",
-        f"|{'---|' * len(headings)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *_lines(headings, rows),
         "",
+        *_differences(groups, base),
         "Common to all:",
         "",
         *(
@@ -184,6 +262,102 @@ def markdown(identity: Mapping[str, Any], groups: Sequence[Group]) -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(headings)} |",
+        f"|{'---|' * len(headings)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _differences(groups: Sequence[Group], base: Group) -> list[str]:
+    headings, rows = paired(groups, base)
+    keys = _keys(groups)
+    if not rows or len(headings) == len(keys):
+        return []
+    named = _named(base, [key for key in keys if key in base.values])
+    return [
+        f"Differences from {named}, seed by seed: the cells of a seed share what it draws, while"
+        " another seed has another split, test and graph. Mean ± sample standard deviation over"
+        " the seeds that both have; ahead: on how many of these a row is better.",
+        "",
+        *_lines(headings, rows),
+        "",
+    ]
+
+
+def baseline(groups: Sequence[Group], against: Sequence[str] = ()) -> Group:
+    """The row that the others are compared with.
+
+    Args:
+        groups: all rows.
+        against: SETTING=VALUE, which together name one row; none: the row with the most values
+            that are defaults, the first of several.
+
+    Raises:
+        ConfigError: no row has these values, or several have.
+    """
+    if not against:
+        return max(groups, key=lambda group: sum(map(_is_default, group.values.items())))
+    left = list(groups)
+    for asked in against:
+        key, _, text = asked.partition("=")
+        left = [group for group in left if key in group.values and _fits(group.values[key], text)]
+    if len(left) != 1:
+        raise ConfigError(
+            f"--against {' --against '.join(against)}: {len(left) or 'none'} of the"
+            f" {len(groups)} rows fit; give SETTING=VALUE, once for each that tells one row, as in"
+            f" --against {_first(groups)}"
+        )
+    return left[0]
+
+
+def _is_default(item: tuple[str, Any]) -> bool:
+    key, value = item
+    return key in _DEFAULTS and bool(value == _DEFAULTS[key])
+
+
+def _fits(value: Any, text: str) -> bool:
+    try:
+        return bool(value == json.loads(text)) or _text(value) == text
+    except ValueError:
+        return _text(value) == text
+
+
+def _first(groups: Sequence[Group]) -> str:
+    return " --against ".join(f"{k}={_text(v)}" for k, v in groups[0].values.items())
+
+
+def paired(groups: Sequence[Group], base: Group) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the other groups' differences from one, as text."""
+    keys = _keys(groups)
+    measures = [each for each in _MEASURES if base.of_summaries(each.key)]
+    headings = _headings(keys)
+    for measure in measures:
+        headings += [measure.heading, f"{measure.heading}: ahead"]
+    rows = []
+    for group in groups:
+        if group is base:
+            continue
+        row = [_text(group.values.get(key)) for key in keys]
+        for measure in measures:
+            theirs, ours = group.by_seed(measure.key), base.by_seed(measure.key)
+            found = [theirs[seed] - ours[seed] for seed in sorted(theirs.keys() & ours.keys())]
+            ahead = sum(measure.sign * value > 0 for value in found)
+            row += [_mean_of(found, measure.written), f"{ahead} of {len(found)}" if found else "-"]
+        rows.append(row)
+    return headings, rows
+
+
+def _mean_of(values: Sequence[float], written: Callable[[float], str]) -> str:
+    if not values:
+        return "-"
+    mean = written(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {written(_deviation(values)).lstrip('+')}"
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
@@ -212,12 +386,8 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def _plus_minus(group: Group, column: Column) -> str:
     values = group.of_summaries(column.key)
-    if not values:
-        return "-"
-    written = column.written(statistics.fmean(values))
-    if len(values) > 1:
-        written += f" ± {column.written(_deviation(values))}"
-    told = len(values) == len(group.cells)
+    written = _mean_of(values, column.written)
+    told = not values or len(values) == len(group.cells)
     return written if told else f"{written} ({len(values)} of {len(group.cells)})"
 
 

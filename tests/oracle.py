@@ -28,7 +28,7 @@ class Settings:
     bma_beta1: float = 0.3
     bma_beta2: float = 0.333
     bma: Literal["on", "off", "trivial"] = "on"
-    discrepancy: Literal["l2", "none", "lr"] = "l2"
+    discrepancy: Literal["l2", "none", "lr", "zero"] = "l2"
 
 
 @dataclass
@@ -65,6 +65,8 @@ def metropolis_hastings(adjacency: NDArray[np.bool_]) -> Array:
 def _discrepancy(x: Array, x_next: Array, settings: Settings) -> Array:
     """h of (8): old minus new, so that it points the way a gradient does."""
     h = x - x_next
+    if settings.discrepancy == "zero":  # the ablation's control: (9), (10) shrink and add nothing
+        return np.zeros_like(h)
     if settings.discrepancy == "none":
         return h
     if settings.discrepancy == "lr":

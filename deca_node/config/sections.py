@@ -314,10 +314,10 @@ class OptimizerSettings(Section):
         0.333,
         description="Share of Adam's second moment that survives the blend; 1 keeps all of it.",
     )
-    discrepancy: Literal["l2", "none", "lr"] = Field(
+    discrepancy: Literal["l2", "none", "lr", "zero"] = Field(
         "l2",
         description="Scale of the move that is blended in: unit length (l2), as it is (none), "
-        "or divided by the learning rate (lr).",
+        "divided by the learning rate (lr), or nothing of it (zero), so that moments only shrink.",
     )
 
 

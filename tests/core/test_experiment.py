@@ -173,6 +173,16 @@ def test_what_has_no_effect_beside_ready_shards_is_refused(tmp_path):
             "[[grid]] of its own, without that optimizer.bma",
         ),
         (
+            "[grid]\naggregation.hostile = [1, 2]\n",
+            'aggregation.hostile has no effect where aggregation.rule is "mean"; leave it out, or '
+            'set aggregation.rule = "clipped"',
+        ),
+        (
+            '[aggregation]\nrule = "trimmed"\n[grid]\naggregation.tau = [0.0, 1.0]\n',
+            'aggregation.tau has no effect where aggregation.rule is "trimmed"; leave it out, or '
+            'set aggregation.rule = "clipped"',
+        ),
+        (
             "[grid]\nnetwork.send_rate = [1.0]\n",
             "network.send_rate has no effect in a simulation; give links.bandwidth",
         ),

@@ -65,7 +65,7 @@ def run_torch(initial, gradient, neighbours, rule, order):
 
 @pytest.mark.parametrize("kind", ["ring", "full", "erdos_renyi", "bipartite"])
 @pytest.mark.parametrize("bma", ["on", "off", "trivial"])
-@pytest.mark.parametrize("discrepancy", ["l2", "none", "lr"])
+@pytest.mark.parametrize("discrepancy", ["l2", "none", "lr", "zero"])
 def test_eight_clients_equal_the_oracle(kind, bma, discrepancy):
     """Parameters and moments of every client equal the paper's equations to 1e-6 relative."""
     neighbours = graph(NAMES, TopologySpec(kind, p=0.4, seed=1))

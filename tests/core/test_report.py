@@ -1,11 +1,13 @@
 """What a report makes of rows: labels that tell lines apart, numbers of the table, curves."""
 
+import json
 import math
 import statistics
 
 import pytest
 
-from deca_node.report import Group, panels, points, table
+from deca_node.errors import ConfigError, OutputError
+from deca_node.report import Group, baseline, markdown, paired, panels, points, table, write
 
 
 def names(*values):
@@ -35,7 +37,7 @@ def test_one_rate_a_method_is_no_news():
     assert shown == {"": ["method deca", "method dadam"]}
 
 
-def cell(losses, summary=None, *, every=1, steps=4):
+def cell(losses, summary=None, *, every=1, steps=4, seed=0):
     """A cell of two nodes with the same losses; every so many steps an exchange."""
     rows = [
         {
@@ -50,7 +52,7 @@ def cell(losses, summary=None, *, every=1, steps=4):
         for index, loss in enumerate(losses)
         for node in range(2)
     ]
-    about = {"kind": "cell", "values": {}, "seed": 0, "settings": {"schedule": {"steps": steps}}}
+    about = {"kind": "cell", "values": {}, "seed": seed, "settings": {"schedule": {"steps": steps}}}
     return [about, *rows, {"kind": "summary", **(summary or {})}]
 
 
@@ -101,3 +103,105 @@ def test_the_table_says_how_many_seeds_are_behind_a_number():
         "training loss": "2.000 ± 1.414",
         "diverged nodes": "0.5 ± 0.707",
     }
+
+
+def test_test_loss_is_a_column_where_there_is_a_test():
+    """Accuracy alone hides how wrong a node is; without a test there is nothing to show."""
+    headings, [row] = table([Group({}, [cell([1.0], {"test_loss": 1.637})])])
+    assert dict(zip(headings, row, strict=True))["test loss"] == "1.637"
+    headings, _ = table([Group({}, [cell([1.0], {"loss": 1.0})])])
+    assert "test loss" not in headings
+
+
+def test_nodes_that_did_not_finish_are_told():
+    """The scores are the survivors'."""
+    done, less = {"nodes": 4, "finished": 4}, {"nodes": 4, "finished": 3}
+    groups = [Group({"links.loss": n}, [cell([1.0], each)]) for n, each in enumerate((done, less))]
+    headings, rows = table(groups)
+    assert [dict(zip(headings, row, strict=True))["unfinished nodes"] for row in rows] == ["0", "1"]
+    identity = {"grid": ["links.loss"]}
+    assert "did not finish" in markdown(identity, groups)
+    assert "unfinished" not in table(groups[:1])[0]
+    assert "did not finish" not in markdown(identity, groups[:1])
+
+
+def by_seed(values, **scores):
+    """A group with a cell for each seed."""
+    count = len(next(iter(scores.values())))
+    return Group(
+        values,
+        [
+            cell([1.0], {f"test_{k}": v[seed] for k, v in scores.items()}, seed=seed)
+            for seed in range(count)
+        ],
+    )
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Each seed has another test: what all rows share of it is no spread of a difference."""
+    base = by_seed({"run.method": "deca"}, accuracy=[0.5, 0.8, 0.6], loss=[2.0, 1.0, 1.5])
+    other = by_seed({"run.method": "dadam"}, accuracy=[0.6, 0.9, 0.7], loss=[2.1, 0.8, None])
+    headings, [row] = paired([base, other], base)
+    assert dict(zip(headings, row, strict=True)) == {
+        "method": "dadam",
+        "accuracy": "+0.100 ± 0.000",
+        "accuracy: ahead": "3 of 3",
+        "test loss": "-0.050 ± 0.212",
+        "test loss: ahead": "1 of 2",
+    }
+    assert "Differences from method deca" in markdown({"grid": ["run.method"]}, [base, other])
+    assert "Differences" not in markdown({"grid": ["run.method"]}, [base])
+
+
+def test_rows_without_a_common_seed_have_no_difference():
+    """Rather than one between two tests."""
+    base = by_seed({"run.method": "deca"}, accuracy=[0.5])
+    late = Group({"run.method": "dadam"}, [cell([1.0], {"test_accuracy": 0.9}, seed=7)])
+    assert paired([base, late], base)[1] == [["dadam", "-", "-"]]
+
+
+def test_the_baseline_is_the_row_of_defaults_or_the_one_asked_for():
+    """Numbers are compared as numbers; what fits no row, or several, is refused."""
+    rate = "optimizer.learning_rate"
+    groups = [
+        Group({"run.method": method, rate: each}, [])
+        for method in ("dadam", "deca", "dsgd")
+        for each in (1e-3, 1e-2)
+    ]
+    assert baseline(groups) is groups[2]
+    assert baseline(groups, ["run.method=dsgd", f"{rate}=1e-2"]) is groups[5]
+    for wrong in (["run.method=dsgd"], ["run.method=sgd"], ["method"], ["topology.kind=ring"]):
+        with pytest.raises(ConfigError, match="--against"):
+            baseline(groups, wrong)
+
+
+def results(folder, **identity):
+    """A folder of results with one cell."""
+    (folder / "cells").mkdir(parents=True)
+    tree = {"identity": {"grid": [], **identity}}
+    (folder / "experiment.json").write_text(json.dumps(tree))
+    rows = cell([2.0, 1.0], {"loss": 1.0})
+    (folder / "cells" / "seed0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_no_report_is_written_over_another_experiments(tmp_path):
+    """Nor over one of which nobody knows whose it is; over its own it is, as often as one likes."""
+    one = results(tmp_path / "one", **{"experiment.name": "one"})
+    two = results(tmp_path / "two", **{"experiment.name": "two"})
+    to, old = tmp_path / "report", tmp_path / "old"
+    for _ in range(2):
+        write(one, to)
+        write(one)
+    text = (to / "report.md").read_bytes()
+    with pytest.raises(OutputError, match="another experiment"):
+        write(two, to)
+    assert (to / "report.md").read_bytes() == text
+    old.mkdir()
+    (old / "table.csv").write_text("mine")
+    with pytest.raises(OutputError, match="nobody knows"):
+        write(one, old)
+    assert [p.name for p in old.iterdir()] == ["table.csv"]
+    with pytest.raises(OutputError, match="another experiment"):
+        write(one, two)
+    assert not (two / "report.md").exists()

@@ -82,7 +82,7 @@ def test_the_correction_from_the_mix_keeps_nodes_together(tmp_path):
     """In three seeds `l2` left a tenth of the disagreement, trivial a quarter, `none` a third."""
     text = FILE + grid("deca")
     text += grid("deca") + 'optimizer.bma = ["off", "trivial"]\n'
-    text += grid("deca") + 'optimizer.discrepancy = ["none", "lr"]\n'
+    text += grid("deca") + 'optimizer.discrepancy = ["none", "lr", "zero"]\n'
     cells = simulate(tmp_path, text)
     last = {
         cell[0]["values"].get(
@@ -90,7 +90,7 @@ def test_the_correction_from_the_mix_keeps_nodes_together(tmp_path):
         ): cell[-1]
         for cell in cells
     }
-    assert set(last) == {"off", "trivial", "l2", "none", "lr"}
+    assert set(last) == {"off", "trivial", "l2", "none", "lr", "zero"}
     for name, one in last.items():
         assert one["finished"] == 4
         assert one["test_loss"] < one["before_loss"] - 0.1, name
@@ -98,6 +98,8 @@ def test_the_correction_from_the_mix_keeps_nodes_together(tmp_path):
     assert apart["l2"] < apart["off"] / 4
     assert apart["trivial"] < apart["off"] / 2
     assert apart["none"] < apart["off"] / 1.5
+    # Moments that only shrink do not bring nodes together: what is blended in does.
+    assert apart["zero"] > 3 * apart["l2"]
     # The difference by the learning rate outweighs the gradient: it agrees, and hardly learns.
     assert apart["lr"] < apart["off"] / 4
     assert last["lr"]["test_loss"] > max(last[name]["test_loss"] for name in ("l2", "none", "off"))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import socket
 from typing import get_args
 
@@ -463,6 +464,49 @@ def test_a_rehearsal_that_was_refused_is_made_anew(tmp_path):
     assert deca_node("simulate", file, "-o", out) == 0
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "model/model.safetensors"])
+def test_a_users_own_data_and_model_are_never_replaced(tmp_path, capsys, name):
+    """They have the names of what a rehearsal makes, in a folder that no simulation has marked."""
+    file, mine = tmp_path / "toy.toml", tmp_path / "mine"
+    file.write_text(TOY)
+    path = mine / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"the only copy")
+    assert deca_node("simulate", file, "-o", mine) == 8
+    assert f"holds something else ({name.split('/')[0]})" in capsys.readouterr().err
+    assert [p for p in mine.rglob("*") if p.is_file()] == [path]
+    assert path.read_bytes() == b"the only copy"
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (
+            'schedule.layers_per_block = [2]\nschedule.order = ["ascending", "descending"]\n',
+            "'schedule.order': 'ascending'} and .*'schedule.order': 'descending'} are the same run",
+        ),
+        ('experiment.greetings = ["auto", "everybody"]\n', "are the same run"),
+        ('optimizer.bma = ["on"]\n[[grid]]\noptimizer.discrepancy = ["l2"]\n', "are the same"),
+    ],
+)
+def test_a_grid_with_the_same_run_twice_is_refused(tmp_path, capsys, grid, words):
+    """As two orders of one block: the differences of such cells would be nothing's."""
+    file = tmp_path / "toy.toml"
+    file.write_text(TOY.partition("[grid]")[0] + "[[grid]]\n" + grid)
+    assert deca_node("simulate", file, "-o", tmp_path / "out") == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_orders_of_several_blocks_are_different_runs(tmp_path):
+    """Also beside a granularity at which there is one block, in one order."""
+    file = tmp_path / "toy.toml"
+    text = TOY.partition("[grid]")[0] + "[[grid]]\nschedule.layers_per_block = [2]\n"
+    text += '[[grid]]\nschedule.order = ["ascending", "descending"]\n'
+    file.write_text(text)
+    assert deca_node("simulate", file, "-o", tmp_path / "out") == 0
+
+
 def test_a_row_without_a_label_is_named(tmp_path, capsys):
     """With its file and its own number."""
     lines = [{"text": f"a b {n}", "label": "x" if n % 2 else "y"} for n in range(30)]
@@ -480,7 +524,8 @@ def check_report(out, capsys):
     assert deca_node("report", out) == 0
     text = (out / "report.md").read_text()
     assert "| bma | seeds | before | accuracy |" in text
-    assert text.count("\n| o") == 2
+    table, _, rest = text.partition("Differences from bma on, seed by seed")
+    assert (table.count("\n| o"), rest.count("\n| o")) == (2, 1)
     assert {"loss.png", "loss.svg", "disagreement.png"} <= {p.name for p in out.iterdir()}
     lines = (out / "curves.csv").read_text().splitlines()
     assert lines[0] == "optimizer.bma,step,loss,loss_std,disagreement,disagreement_std"
