@@ -6,13 +6,12 @@ import os
 import shutil
 import socket
 import subprocess
-import threading
-import time
 
 import pytest
 import torch
 
 from deca_node import cli
+from deca_node.standing import Standing
 from tests.tiny import make_model
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
@@ -188,17 +187,17 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(start, small_disk, monkey
     monkeypatch.setattr("deca_node.node.ROOM_SECONDS", 0.05)
     filler = small_disk / "filler"
     filler.write_bytes(b"\0" * (4_194_304 - 76_000))
-    history = small_disk / "out" / "history.jsonl"
+    warn = Standing.warn
 
-    def make_room():
-        while not history.exists() or len(history.read_text().splitlines()) < 6:
-            time.sleep(0.02)
-        filler.unlink()
+    def make_room_when_asked(standing, text, about=""):
+        warn(standing, text, about)
+        if text.startswith("waiting for room to finish"):
+            filler.unlink(missing_ok=True)
 
-    room = threading.Thread(target=make_room)
-    room.start()
+    monkeypatch.setattr(Standing, "warn", make_room_when_asked)
     code, error = start(f"node.output={small_disk / 'out'}", "schedule.steps=3")
-    room.join()
     assert code == 0, error
-    assert any("no space left" in line["event"] for line in start.log)
+    said = [line["event"] for line in start.log if "no space left" in line["event"]]
+    assert any(line.startswith("not saved") for line in said), said
+    assert any(line.startswith("waiting for room") for line in said), said
     assert (small_disk / "out" / "model" / "model.safetensors").exists()
