@@ -63,6 +63,10 @@ class Peers(Protocol):
         """Links to those that can hand out blocks."""
         ...
 
+    def visit_of(self, peer: str) -> int:
+        """Where the peer said last that it is."""
+        ...
+
     def is_paused(self, peer: str) -> bool:
         """Whether the peer has said that it takes no part for now."""
         ...
@@ -86,7 +90,7 @@ class Giver:
     Args:
         peers: the peer table.
         shelf: what is kept.
-        position: this node's visit and whether its edges are fixed.
+        position: this node's visit, whether its edges are fixed, and its steps that are done.
         timing: how long an answer may be held back.
         rate: bytes per second over all transfers, at most.
         rates: what may be sent in all.
@@ -98,7 +102,7 @@ class Giver:
         self,
         peers: Peers,
         shelf: Shelf,
-        position: Callable[[], tuple[int, bool]],
+        position: Callable[[], tuple[int, bool, int]],
         timing: Timing,
         rate: float,
         rates: SendRates,
@@ -131,12 +135,14 @@ class Giver:
                 left = limit - asyncio.get_running_loop().time()
                 if not await self._moved.comes(left):
                     break
-        visit, closed = self._position()
+        visit, closed, step = self._position()
         blocks = [
             pb.BlockState(block=block, visit=kept.visit, bytes=kept.bytes, xxh3=kept.xxh3)
             for block, kept in self._shelf.kept().items()
         ]
-        return pb.BlockList(sender=self._peers.sender(), visit=visit, closed=closed, blocks=blocks)
+        return pb.BlockList(
+            sender=self._peers.sender(), visit=visit, closed=closed, blocks=blocks, step=step
+        )
 
     async def answer_fetch(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
         """A kept block's file from the asked-for offset on."""

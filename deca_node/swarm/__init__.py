@@ -87,6 +87,7 @@ class Swarm:
         steps_per_visit: of the schedule, which bounds how far apart members can be.
         changed: called after every change of a peer's state.
         log: a structlog logger.
+        last_visit: the highest that a peer can be at; None where the schedule is not known.
 
     Attributes:
         gossips: whether peers are told of each other, so that everybody greets everybody.
@@ -106,6 +107,7 @@ class Swarm:
         steps_per_visit: int,
         changed: Callable[[], None],
         log: Any,
+        last_visit: int | None = None,
     ) -> None:
         self.identity = identity
         self.gossips = True
@@ -121,6 +123,7 @@ class Swarm:
         self._timing = timing
         self._position = position
         self._steps_per_visit = steps_per_visit
+        self._last_visit = last_visit
         self._changed = changed
         self._log = log
         self._contacts = Contacts(self, transport, timing, identity.session, log)
@@ -208,7 +211,12 @@ class Swarm:
         # Our own words first: what differs is then told as ours here and theirs there.
         refusal = (
             self._objection(
-                reply.sender, reply.protocol, reply.fingerprint, address, phase=reply.phase
+                reply.sender,
+                reply.protocol,
+                reply.fingerprint,
+                address,
+                phase=reply.phase,
+                visit=reply.visit,
             )
             or reply.refusal
         )
@@ -286,6 +294,7 @@ class Swarm:
                 request.fingerprint,
                 address,
                 phase=request.phase,
+                visit=request.visit,
             )
         if refusal:
             reply.refusal = refusal
@@ -329,6 +338,7 @@ class Swarm:
         address: str,
         *,
         phase: int,
+        visit: int,
     ) -> str:
         """Why a caller cannot be a peer, as ``reason: text``; empty when it can.
 
@@ -352,6 +362,8 @@ class Swarm:
             ours, theirs = ({k: d[k] for k in d if k in known_to_both} for d in (ours, theirs))
         if found := difference(ours, theirs):
             return f"settings_differ: {found}"
+        if self._last_visit is not None and visit > self._last_visit:
+            return f"bad_visit: the run has {self._last_visit}, {visit} there"
         known = self.peers.get(sender.node)
         if sender.node == own.node or (
             known is not None
@@ -389,7 +401,7 @@ class Swarm:
             known.session == sender.session or known.state in (State.GONE, State.REFUSED)
         )
         ours = sender.run == self.identity.run and name not in ("?", self.identity.node)
-        if reason == "settings_differ" and ours and replaceable:
+        if reason in ("settings_differ", "bad_visit") and ours and replaceable:
             if known is None and not self._has_room():
                 return
             phase, now = Phase.UNKNOWN, self._now()
@@ -483,6 +495,11 @@ class Swarm:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         return known is None or not (known.state == State.ALIVE or _serves(known))
+
+    def visit_of(self, peer: str) -> int:
+        """See giving.Peers."""
+        known = self.peers.get(peer)
+        return 0 if known is None else known.visit
 
     def is_paused(self, peer: str) -> bool:
         """See Neighbourhood."""

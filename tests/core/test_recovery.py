@@ -6,8 +6,10 @@ import pytest
 
 from deca_node.limits import MAX_MEMBERS
 from deca_node.recovery import (
+    LEAST_REST_SECONDS,
     MAX_BROKEN_TRIES,
     MAX_REST_SECONDS,
+    MAX_VAIN_TRIES,
     Flight,
     Kept,
     Need,
@@ -97,22 +99,67 @@ def test_who_brings_nothing_is_left_alone_for_ten_times_as_long_as_it_took():
     for nbytes, whole in ((0, False), (0, False), (5, False), (0, False), (0, False), (100, True)):
         assert not tried(records, "a", 0, 1, nbytes, whole=whole)
     assert records.resting(0) == frozenset()
-    assert not tried(records, "a", 10, 1, 0)
-    assert not tried(records, "a", 13, 1, 0)
-    assert tried(records, "a", 16, 1, 0)
-    assert records.resting(17) == records.resting(86.9) == {"a"}
-    assert records.resting(87) == frozenset()
-    assert not tried(records, "a", 90, 1, 0)  # it begins anew
+    assert not tried(records, "a", 10, 30, 0)
+    assert not tried(records, "a", 1000, 30, 0)
+    assert tried(records, "a", 1970, 30, 0)
+    assert records.resting(2000) == records.resting(2899) == {"a"}
+    assert records.resting(2900) == frozenset()
+    assert not tried(records, "a", 2901, 1, 0)  # it begins anew
+
+
+def rest(records, begin, again):
+    """How long a giver is left alone that refuses at once, ``again`` and again."""
+    for _ in range(MAX_VAIN_TRIES):
+        assert "a" not in records.resting(begin)
+        again(records, begin)
+    return next(n for n in range(10_000) if "a" not in records.resting(begin + n))
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda records, now: records.tried("a", now, now, 0, whole=False),
+        lambda records, now: records.listed("a", now, now, useful=False),
+    ],
+)
+def test_each_rest_is_twice_as_long_as_the_one_before_and_an_hour_at_most(again):
+    """It costs nothing to refuse at once, but each try may cost a visit."""
+    records = Records()
+    rests = [rest(records, 10_000 * n, again) for n in range(8)]
+    assert rests == [LEAST_REST_SECONDS * 2**n for n in range(6)] + 2 * [MAX_REST_SECONDS]
+    records.tried("a", 90_000, 90_000, 5, whole=True)  # makes good what was in vain
+    assert rest(records, 90_000, again) == LEAST_REST_SECONDS
+
+
+def test_a_useful_list_makes_good_lists_that_did_not_come_but_no_blocks():
+    """Who lists and does not give is left alone all the same."""
+    records = Records()
+    for n in range(MAX_VAIN_TRIES - 1):
+        assert not records.listed("a", n, n + 5, useful=True)
+        assert not tried(records, "a", n, 1, 0)
+    assert tried(records, "a", 5, 1, 0)
+    for n in range(9):
+        assert not records.listed("b", n, n, useful=n % 3 == 2)
+
+
+def test_who_is_false_or_stuck_rests_too():
+    """Nothing that a giver does is held against it for good."""
+    records = Records()
+    records.false("a", 0)
+    records.stuck("b", 0, 100)
+    assert records.resting(599) == {"a", "b"}
+    assert records.resting(600) == records.resting(1099) == {"b"}
+    assert records.resting(1100) == frozenset()
 
 
 def test_parts_alone_are_no_block():
     """Who brings something each time, or has no place free, is left alone in the end."""
     for nbytes, excused in ((7, False), (0, True)):
         records = Records()
-        ended = [tried(records, "a", 1000 * n, 10, nbytes, excused=excused) for n in range(20)]
+        ended = [tried(records, "a", 1000 * n, 50, nbytes, excused=excused) for n in range(20)]
         assert ended == [False] * (MAX_BROKEN_TRIES - 1) + [True]
-        assert records.resting(19_010 + MAX_REST_SECONDS - 1) == {"a"}
-        assert records.resting(19_010 + MAX_REST_SECONDS) == frozenset()
+        assert records.resting(19_050 + MAX_REST_SECONDS - 1) == {"a"}
+        assert records.resting(19_050 + MAX_REST_SECONDS) == frozenset()
 
 
 def test_the_fastest_are_asked_before_the_slower_and_the_unknown_before_all():
