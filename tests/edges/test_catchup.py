@@ -509,6 +509,33 @@ def test_one_that_is_ahead_and_makes_no_step_is_waited_for_once():
     run(scenario())
 
 
+def test_who_dies_while_it_serves_is_asked_no_more():
+    """It had finished and was ahead of all; two that come later train with each other."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=2, steps=3, start_when=1)
+        first, *late = swarm.nodes
+        first.start()
+        await until(lambda: first.member is not None)
+        first.member.exchange.drain = lambda: asyncio.sleep(1e6)
+        first.member.giver.answer_list = refusing(PeerRefused("stopping", "no"))
+        await until(lambda: first.member.phase == Phase.SERVING)
+        swarm.start_when = 2
+        swarm.start(1, 2)
+        await until(lambda: all(n.member and "n0" in n.member.swarm.givers() for n in late))
+        await first.kill()
+        await asyncio.sleep(swarm.timing.gone_after)
+        for node in late:
+            assert node.member.swarm.peers["n0"].state == State.GONE
+            assert "n0" not in node.member.swarm.givers()
+        await swarm.finish()
+        for node in late:
+            assert len(node.story.visits) == swarm.schedule.visits
+            assert sum(not edges.weights for _, _, edges in node.story.visits) <= 1
+
+    run(scenario())
+
+
 def test_strangers_get_no_kept_block():
     """Lists and blocks are for greeted members of this run."""
 
