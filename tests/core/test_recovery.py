@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from deca_node.blocks import Schedule
 from deca_node.limits import MAX_MEMBERS
 from deca_node.recovery import (
     LEAST_REST_SECONDS,
@@ -11,9 +12,11 @@ from deca_node.recovery import (
     MAX_REST_SECONDS,
     MAX_VAIN_TRIES,
     Flight,
+    Holdings,
     Kept,
     Need,
     Records,
+    checked,
     displaced,
     next_block,
     next_rival,
@@ -34,6 +37,32 @@ def test_a_part_is_first_offered_to_whom_it_came_from():
     assert next_block(missing, "a", {"b0"}) == 0  # rather than nothing
     assert next_block(missing, "c", ()) is None
     assert next_block({}, "a", ()) is None
+
+
+DIGEST = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    ("visit", "step", "block", "of", "nbytes", "xxh3", "wrong"),
+    [
+        (5, 0, 1, 4, 9, DIGEST, ""),
+        (9, 0, 1, 9, 9, DIGEST, ""),  # agreed on at the end
+        (2, 3, 1, 7, 9, DIGEST, ""),  # it caught up in part
+        (10, 0, 1, 4, 9, DIGEST, "visit 10 of 9"),
+        (5, 4, 1, 4, 9, DIGEST, "step 4 of 3"),
+        (5, 0, 3, 4, 9, DIGEST, "block 3 of 3"),
+        (5, 0, 1, 5, 9, DIGEST, "block 1 is not visited in visit 5"),
+        (5, 0, 1, 10, 9, DIGEST, "block 1 is not visited in visit 10"),
+        (5, 0, 1, 4, 0, DIGEST, "block 1 of 0 bytes"),
+        (5, 0, 1, 4, 101, DIGEST, "block 1 of 101 bytes"),
+        (5, 0, 1, 4, 9, "../" * 10 + "ab", "block 1 without a digest"),
+    ],
+)
+def test_a_list_is_of_this_schedule_and_model(visit, step, block, of, nbytes, xxh3, wrong):
+    """Whatever else it says may be true: a node keeps newer blocks that it has fetched."""
+    schedule = Schedule([range(1), range(1, 2), range(2, 3)], 3, 3, "ascending", 0)
+    holdings = Holdings(visit, False, {block: Kept(of, nbytes, xxh3)}, step)
+    assert checked(holdings, schedule, dict.fromkeys(range(3), 100)) == wrong
 
 
 def kept(nbytes=100, xxh3="x"):

@@ -536,6 +536,29 @@ def test_who_dies_while_it_serves_is_asked_no_more():
     run(scenario())
 
 
+def test_who_caught_up_in_part_is_no_liar():
+    """It keeps newer blocks at an older place, and gives them to whoever comes later."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=6, steps=6, start_when=1)
+        ahead, partly, late = swarm.nodes
+        ahead.start()
+        await until(lambda: ahead.member is not None and ahead.member.visit >= 8)
+        partly.start()
+        await until(lambda: partly.disk.fetched)
+        await ahead.kill()
+        await until(lambda: partly.member.visit >= 2)
+        assert max(kept.visit for kept, _ in partly.disk.blocks.values()) > partly.member.visit
+        swarm.start_when = 2
+        late.start()
+        await swarm.finish()
+        assert "bad_list" not in late.member.swarm.traffic.of("n1").refusals
+        assert all(edges.weights for _, _, edges in late.story.visits)
+        assert late.story.visits[-1][1].index == swarm.schedule.visits - 1
+
+    run(scenario())
+
+
 def test_strangers_get_no_kept_block():
     """Lists and blocks are for greeted members of this run."""
 
