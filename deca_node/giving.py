@@ -5,6 +5,7 @@ read, cost the training no memory, and carry their digest. It is paced, so that 
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -34,6 +35,11 @@ LEAST_PAUSE_SECONDS = 0.05
 WHOLE_OVER_FRAMING = 7.0
 # What a byte costs is averaged over so many.
 COST_BYTES = 16 * CHUNK_BYTES
+# A node that leaves stays so long after somebody that catches up has asked for something: between
+# two blocks the joiner checks one, syncs it to its disk and puts it into its model.
+QUIET_SECONDS = 5.0
+# But no longer than this in all, however slowly somebody fetches, or asks for the same ever again.
+MAX_DRAIN_SECONDS = 1800.0
 
 
 class Shelf(Protocol):
@@ -120,6 +126,8 @@ class Giver:
         self._slots = asyncio.Semaphore(MAX_TRANSFERS)
         self._asked: Counter[str] = Counter()
         self._moved = Pulse()
+        self._asked_at = -math.inf  # when a list or a block was asked for, or a transfer ended
+        self._given_at = -math.inf  # when the last message of a block went out
         self.bytes_sent = 0
 
     def moved(self) -> None:
@@ -129,6 +137,7 @@ class Giver:
     async def answer_list(self, request: pb.ListBlocksRequest) -> pb.BlockList:
         """What is kept here; at once, or when past the visit that the caller names."""
         self._peers.check_sender(request.sender)
+        self._asked_at = asyncio.get_running_loop().time()
         limit = asyncio.get_running_loop().time() + self._timing.rpc / 2
         if request.HasField("after"):
             while self._position()[0] <= request.after:
@@ -164,8 +173,11 @@ class Giver:
                         # at between messages: a timer would go off in whoever is given one.
                         _in_time(clock(), limit)
                         self.bytes_sent += len(piece)
-                        yield self._framed(kept.visit, offset, piece)
+                        message = self._framed(kept.visit, offset, piece)
                         offset += len(piece)
+                        if offset == kept.bytes:
+                            self._given_at = clock()
+                        yield message
                 except PeerRefused as error:  # also thrown in by the transport: it does not read
                     self._peers.trouble(peer, error)
                     raise
@@ -220,14 +232,24 @@ class Giver:
         finally:
             self._asked[peer] -= 1
             self._asked += Counter()  # forgets the zeros
+            self._asked_at = asyncio.get_running_loop().time()
             self.moved()
 
     async def drain(self) -> None:
-        """Let transfers under way end, for a step_deadline at most: this node is leaving."""
-        loop = asyncio.get_running_loop()
-        limit = loop.time() + self._timing.step_deadline
-        while self._asked and loop.time() < limit:
-            await self._moved.comes(limit - loop.time())
+        """Let those who catch up have what they miss: this node is leaving.
+
+        It stays while somebody asks, as long as each block is complete a step_deadline after the
+        one before.
+        """
+        clock = asyncio.get_running_loop().time
+        begin = self._given_at = clock()
+        while True:
+            limit = min(self._given_at + self._timing.step_deadline, begin + MAX_DRAIN_SECONDS)
+            if not self._asked:
+                limit = min(limit, self._asked_at + QUIET_SECONDS)
+            if (left := limit - clock()) <= 0:
+                return
+            await self._moved.comes(left)
 
 
 def _within(kept: Kept, offset: int) -> int:
