@@ -114,7 +114,7 @@ REASONS = frozenset(
         *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
         "bad_visit",
         *("settings_differ", "name_taken", "full", "unmet"),
-        *("bad_list", "too_many_transfers", "too_slow"),
+        *("bad_list", "too_many_transfers", "too_slow", "hung_up"),
         *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
         *("too_many_greetings", "busy"),
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.

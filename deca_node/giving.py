@@ -163,11 +163,11 @@ class Giver:
             if kept is None or file is None:
                 raise PeerRefused("passed", f"block {request.block} has a newer version here")
             with file:
+                offset = request.offset
                 try:
-                    offset = _within(kept, request.offset)
+                    _within(kept, offset)
                     limit = clock() + transfer_seconds(kept.bytes, self._timing)
                     while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
-                        await self._spare_training(len(piece))
                         await self._pace(peer, len(piece))
                         # Who reads more slowly than this holds a slot that others wait for. Looked
                         # at between messages: a timer would go off in whoever is given one.
@@ -178,6 +178,10 @@ class Giver:
                         if offset == kept.bytes:
                             self._given_at = clock()
                         yield message
+                except (asyncio.CancelledError, GeneratorExit):
+                    if offset < kept.bytes:  # who has all of it may turn away before the end
+                        self._peers.trouble(peer, PeerRefused("hung_up", "before the end"))
+                    raise
                 except PeerRefused as error:  # also thrown in by the transport: it does not read
                     self._peers.trouble(peer, error)
                     raise
@@ -193,23 +197,32 @@ class Giver:
         self._budget.spent(len(piece), WHOLE_OVER_FRAMING * took)
         return message
 
-    async def _spare_training(self, nbytes: int) -> None:
-        """Wait so that giving stays within its rate, and within its budget while this trains."""
-        if self._budget is not None:
-            most = self._rate
-            self._bucket.rate = self._budget.rate(most) if self._training() else most
-        pause = self._bucket.take(nbytes, asyncio.get_running_loop().time())
-        if pause >= LEAST_PAUSE_SECONDS:
-            await asyncio.sleep(pause)
-
     async def _pace(self, peer: str, nbytes: int) -> None:
-        """Wait where what is sent is capped: a message at a time, in turn with the exchange's."""
-        if pause := self._rates.take(peer, nbytes, asyncio.get_running_loop().time()):
+        """Wait until a message may go; one whose reader hangs up meanwhile counts as not sent.
+
+        Within the rate for giving, and where what is sent is capped, in turn with the exchange's.
+        """
+        now = asyncio.get_running_loop().time
+        try:
+            if (pause := self._spare_training(nbytes, now())) >= LEAST_PAUSE_SECONDS:
+                await asyncio.sleep(pause)
+        except asyncio.CancelledError:
+            self._bucket.give_back(nbytes)
+            raise
+        if pause := self._rates.take(peer, nbytes, now()):
             try:
                 await asyncio.sleep(pause)
             except asyncio.CancelledError:
+                self._bucket.give_back(nbytes)
                 self._rates.give_back(peer, nbytes)
                 raise
+
+    def _spare_training(self, nbytes: int, now: float) -> float:
+        """Seconds to wait, for the rate of giving and for its budget while this node trains."""
+        if self._budget is not None:
+            most = self._rate
+            self._bucket.rate = self._budget.rate(most) if self._training() else most
+        return self._bucket.take(nbytes, now)
 
     @asynccontextmanager
     async def _slot(self, peer: str) -> AsyncGenerator[None]:
@@ -252,11 +265,10 @@ class Giver:
             await self._moved.comes(left)
 
 
-def _within(kept: Kept, offset: int) -> int:
-    """The offset, if the file goes that far: a caller's may be more than any file's can be."""
+def _within(kept: Kept, offset: int) -> None:
+    """Refuse an offset beyond the file: a caller's may be more than any file's can be."""
     if offset > kept.bytes:
         raise PeerRefused("bad_request", f"the file has {kept.bytes} bytes")
-    return offset
 
 
 def _in_time(now: float, limit: float) -> None:

@@ -51,6 +51,10 @@ UNMET = "unmet"
 # Reasons why two do not even greet: a certificate is missing, over, taken back or another's.
 _OF_TRUST = ("handshake", "no_certificate", "expired", "revoked", "not_allowed", "impostor")
 
+# A node that stops, starts, goes on without us, or has a block from a faster giver is nothing to
+# warn about.
+_USUAL = ("passed", "ended", "stopping", "starting", "paused", "hung_up")
+
 # Why a peer that was revoked is gone.
 REVOKED = "revoked: out of the run"
 
@@ -526,8 +530,7 @@ class Swarm:
                 )
             )
         elif not isinstance(error, PeerTimeout):
-            # A node that stops, starts or goes on without us is nothing to warn about.
-            usual = error.reason in ("passed", "ended", "stopping", "starting", "paused")
+            usual = error.reason in _USUAL
             now, key = self._now(), (peer, error.reason)
             if now - self._complained.get(key, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 if len(self._complained) >= MAX_CONTACTS:

@@ -129,3 +129,44 @@ def test_a_joiner_that_drips_or_asks_for_ever_is_left():
         assert await drained(leaving, again()) == pytest.approx(MAX_DRAIN_SECONDS)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_who_hangs_up_leaves_no_debt_that_others_pay(capped):
+    """What was not sent counts for nothing, and who asked for it is counted."""
+
+    async def scenario():
+        peers, giving = giver(send_rates(RATE / 2) if capped else None)
+        clock = asyncio.get_running_loop().time
+
+        async def first(name):
+            begin = clock()
+            async with aclosing(giving.answer_fetch(asked(name))) as stream:
+                await anext(stream)
+            return clock() - begin
+
+        assert await first("honest") == 0
+        hung_up = 0
+        while clock() < 10:
+            calls = [asyncio.create_task(first("evil")) for _ in range(2)]
+            await asyncio.sleep(0.01)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            hung_up += 2
+        assert await first("honest") < 4 * CHUNK_BYTES / RATE
+        assert peers.reasons.count(("evil", "hung_up")) == hung_up
+
+    run(scenario())
+
+
+def test_who_has_the_last_byte_may_turn_away():
+    """A joiner reads no further than that."""
+
+    async def scenario():
+        peers, giving = giver()
+        async with aclosing(giving.answer_fetch(asked("late", offset=SIZE - 1))) as stream:
+            await anext(stream)
+        assert peers.reasons == []
+
+    run(scenario())
