@@ -79,6 +79,11 @@ def near_visits(members: int, steps_per_visit: int) -> int:
 FINISHED = (Phase.SERVING, Phase.DONE)
 
 
+def exchanges(peer: Peer) -> bool:
+    """Whether a peer may exchange in this run, now or once one of the two has caught up."""
+    return peer.state in (State.ALIVE, State.SUSPECT, State.AHEAD, State.BEHIND)
+
+
 def heard(
     known: Peer | None,
     *,

@@ -583,7 +583,8 @@ class Swarm:
     @property
     def near_visits(self) -> int:
         """How many visits from ours a peer in step can be."""
-        return membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
+        others = sum(map(membership.exchanges, self.peers.values()))
+        return membership.near_visits(others + 1, self._steps_per_visit)
 
     def members(self, visit: int) -> frozenset[str]:
         """The set that a visit's topology is made from."""
@@ -598,9 +599,9 @@ class Swarm:
 
     def moved(self) -> None:
         """This node's visit changed, perhaps by many: see who is in step with it now."""
-        here = self._position().visit
+        here, near = self._position().visit, self.near_visits
         for peer in list(self.peers.values()):
-            self._update(membership.overhauled(peer, here, self.near_visits))
+            self._update(membership.overhauled(peer, here, near))
 
     def sweep(self) -> None:
         """Let go of members that have been silent too long."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -767,5 +768,25 @@ def test_a_stalled_reader_gives_memory_back():
         with pytest.raises(PeerRefused) as caught:
             await anext(stream)
         assert caught.value.reason == "passed"
+
+    run(scenario())
+
+
+def test_only_those_that_can_exchange_count_for_how_far_apart_members_are():
+    """Names that have gone, finished or were refused make no chain of neighbours longer."""
+
+    async def scenario():
+        member, *_ = await meet(LoopbackNetwork(), 4)
+        swarm = member.swarm
+        swarm._steps_per_visit = 1
+        assert swarm.near_visits == 3
+        like = swarm.peers["n1"]
+        for state in (State.GONE, State.DONE, State.REFUSED):
+            for index in range(60):
+                name = f"{state}{index}"
+                swarm.peers[name] = replace(like, name=name, state=state)
+        assert swarm.near_visits == 3
+        swarm.peers["n2"] = replace(like, name="n2", state=State.AHEAD)
+        assert swarm.near_visits == 3
 
     run(scenario())
