@@ -405,7 +405,7 @@ class CatchUp:
                 else:  # an answer that should have been held back may not have been
                     await self._pause(RETRY_SECONDS / 10)
                 at = max((each.visit, each.step) for each in others.values())
-                if at > furthest:
+                if at > furthest or at[0] < furthest[0]:  # or who was ahead is so no more
                     furthest, since = at, self._now()
                 elif self._now() - since > self._step_patience():
                     self._give_up_front(others, at[0], since)

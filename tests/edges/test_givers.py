@@ -12,7 +12,13 @@ from deca_node.catchup import CatchUp
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
 from deca_node.pb import node_pb2 as pb
-from deca_node.recovery import MAX_FLIGHTS, MAX_REST_SECONDS, MAX_VAIN_TRIES, REST_FACTOR
+from deca_node.recovery import (
+    MAX_FLIGHTS,
+    MAX_REST_SECONDS,
+    MAX_VAIN_TRIES,
+    REST_FACTOR,
+    STUCK_FACTOR,
+)
 from tests.swarm import QUIET
 from tests.virtual_time import run
 
@@ -401,6 +407,36 @@ def test_a_line_that_breaks_often_gets_there():
             _, entry = await late()
         assert entry == VISIT
         assert giver.bytes == SIZE
+
+    run(scenario())
+
+
+def test_who_was_ahead_and_is_so_no_more_leaves_no_others_stuck():
+    """Those behind it make their steps as before, only not as far."""
+
+    async def scenario():
+        clock = asyncio.get_running_loop().time
+        pace = 0.8 * STUCK_FACTOR * TIMING.step_deadline  # of a step, of three
+        begin = clock()
+
+        def listing(visit, until):
+            async def listed(request, timeout):
+                if clock() - begin > until:
+                    raise PeerRefused("stopping", "no")
+                step = int((clock() - begin) // pace)
+                if visit == VISIT and step >= 3:
+                    return pb.BlockList(visit=VISIT + 1)
+                return pb.BlockList(visit=visit, closed=True, step=min(step, 3))
+
+            return listed
+
+        links = {name: Giver(name) for name in "ab"}
+        links["a"].list_blocks = listing(VISIT + 4, 100)
+        links["b"].list_blocks = listing(VISIT, 1e6)
+        async with joiner(**links) as late:
+            seconds, entry = await late()
+        assert entry == VISIT + 1
+        assert seconds == pytest.approx(3 * pace, abs=10)
 
     run(scenario())
 
