@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from deca_node import wire
@@ -23,6 +23,7 @@ from deca_node.errors import (
 from deca_node.giving import Peers, transfer_seconds
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import (
+    STUCK_FACTOR,
     Flight,
     Holdings,
     Kept,
@@ -35,6 +36,7 @@ from deca_node.recovery import (
     next_rival,
     next_step,
 )
+from deca_node.swarm import UNMET
 from deca_node.transport import Link
 from deca_node.waiting import Pulse, done_before, happens
 
@@ -44,7 +46,7 @@ RETRY_SECONDS = 2.0
 LOOK_SECONDS = 1.0
 # Blocks in one go that could not be kept, until the run goes on without what it missed.
 MAX_DISK_FAILURES = 5
-# Times that nobody ahead answers, a redial apart, until the run goes on alone.
+# Times that nobody answers, a redial apart, until the run goes on alone.
 MAX_SILENT_ROUNDS = 3
 
 
@@ -103,14 +105,13 @@ class Gain:
     """How far catching up is; what it brought in all.
 
     Attributes:
-        active: whether it is under way.
+        active: whether it is under way, and told to others.
         entry: the visit in which the node takes part, 0 while unknown.
         fetched: bytes of blocks since it began.
         total: those and the ones still to come, as known now.
         bytes: fetched over all times.
         visits: visits passed over.
         waiting_for: what is under way, in words.
-        unusable: givers that are not asked: they sent something wrong, or nothing for too long.
     """
 
     active: bool = False
@@ -120,7 +121,6 @@ class Gain:
     bytes: int = 0
     visits: int = 0
     waiting_for: str = ""
-    unusable: set[str] = field(default_factory=set)
 
 
 async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -250,12 +250,16 @@ class _Pass:
 class CatchUp:
     """One node's way back into step with the others.
 
+    A greeting that says that somebody is ahead makes it ask for lists, and no more: what it does
+    then, and tells the others, follows from the lists. Who is of no use rests (recovery.Records).
+
     Args:
         peers: the peer table.
         store: where blocks go.
         schedule: the run's.
         timing: deadlines.
-        behind: tells whether this node, about to begin a visit, is out of step.
+        behind: tells whether this node, about to begin a visit, is out of step with others that
+            are at these visits.
         reachable: those that this node exchanges with, if only through others.
         changed: called when ``gain`` changes in a way that others should hear of.
         stopping: ends it.
@@ -268,7 +272,7 @@ class CatchUp:
         store: Store[Any],
         schedule: Schedule,
         timing: Timing,
-        behind: Callable[[int], bool],
+        behind: Callable[[int, Collection[int]], bool],
         reachable: Callable[[int], frozenset[str]],
         changed: Callable[[], None],
         stopping: asyncio.Event,
@@ -284,7 +288,9 @@ class CatchUp:
         self._disk_failures = 0
         self._installed = False
         self._records = Records()
-        self._resting: frozenset[str] = frozenset()
+        # The visit that this node went on with, and when.
+        self._begun: tuple[int, float] | None = None
+        self._step_seconds = 0.0  # that a step took here, lately
         self._changed = changed
         self._stopping = stopping
         self._log = log
@@ -302,56 +308,78 @@ class CatchUp:
             anything; and whether blocks have changed, so that a visit under way begins anew.
         """
         self._visit = visit
-        self._let_ask_again()
-        if not overtaken and not self._behind(visit):
-            return visit, False
+        self._measure(visit)
+        entry, self._installed = visit, False
+        if overtaken or self._is_behind_greetings():
+            entry = await self._in_time(visit, overtaken)
+        self._begun = entry, self._now()
+        return entry, self._installed
+
+    @property
+    def unusable(self) -> frozenset[str]:
+        """Givers that are left alone for now, and so not followed either."""
+        return self._records.resting(self._now())
+
+    def _measure(self, visit: int) -> None:
+        """What a step takes here, where a visit has been made since the last call."""
+        if self._begun is not None and visit == self._begun[0] + 1:
+            self._step_seconds = (self._now() - self._begun[1]) / self._schedule.steps
+
+    async def _in_time(self, visit: int, overtaken: bool) -> int:
         gain = self.gain
-        gain.active, gain.entry, gain.fetched, gain.total = True, 0, 0, 0
-        self._disk_failures, self._installed = 0, False
-        gain.unusable.intersection_update(self._resting)
+        gain.entry, gain.fetched, gain.total = 0, 0, 0
+        self._disk_failures = 0
         self._records.make_room(self._peers.givers())
-        self._log.info("catching up", visit=visit)
-        self._changed()
         begin = time.monotonic()
         try:
             entry = await self._catch_up(visit, overtaken)
         finally:
-            gain.active, gain.waiting_for = False, ""
+            told, gain.active, gain.waiting_for = gain.active, False, ""
         gain.visits += entry - visit
-        self._log.info(
-            "caught up" if entry > visit else "nothing to catch up with",
-            visit=entry,
-            megabytes=round(gain.fetched / 1e6, 1),
-            seconds=round(time.monotonic() - begin, 1),
-        )
-        self._changed()
-        return entry, self._installed
+        if told or entry > visit:
+            self._log.info(
+                "caught up" if entry > visit else "nothing to catch up with",
+                visit=entry,
+                megabytes=round(gain.fetched / 1e6, 1),
+                seconds=round(time.monotonic() - begin, 1),
+            )
+            self._changed()
+        return entry
 
-    def _let_ask_again(self) -> None:
-        """Who was left alone for long enough may be tried once more."""
-        resting = self._records.resting(self._now())
-        self.gain.unusable -= self._resting - resting
-        self._resting = resting
+    def _is_behind_greetings(self) -> bool:
+        """Whether somebody that can be asked says that it is ahead: worth asking for lists."""
+        return self._behind(self._visit, [self._peers.visit_of(name) for name in self._givers()])
+
+    def _is_behind_lists(self, others: Mapping[str, Holdings]) -> bool:
+        """Whether somebody is ahead by its list.
+
+        Lists end with the schedule; where its final agreement is, a peer tells by its greetings.
+        """
+        last = self._schedule.visits
+        visits = [
+            max(each.visit, self._peers.visit_of(name)) if each.visit == last else each.visit
+            for name, each in others.items()
+        ]
+        return self._behind(self._visit, visits)
 
     async def _catch_up(self, visit: int, overtaken: bool) -> int:
         waited: int | None = None  # the visit whose end the last listing waited for
-        clock = asyncio.get_running_loop().time
-        since = clock()  # when that wait began
+        furthest, since = (-1, 0), self._now()  # visit and step of whoever is ahead, and since when
         promised = missed = silent = 0
         while not self._stopping.is_set() and self._disk_failures < MAX_DISK_FAILURES:
             others = await self._unless_stopped(self._holdings(after=waited), {})
             if not others:
                 silent += 1
-                useless = bool(self.gain.unusable) and not overtaken and not self._behind(visit)
-                if useless or silent > MAX_SILENT_ROUNDS:
+                followed = overtaken or self._is_behind_greetings()
+                if not followed or silent > MAX_SILENT_ROUNDS:
                     return visit
                 await self._pause(self._timing.redial)
                 continue
             silent = 0
             # The end of a visit in which all the others pause is not waited for.
             overtaken = overtaken and not all(map(self._peers.is_paused, others))
-            if not overtaken and not self._behind(visit):
-                return visit  # those ahead have turned out to be of no use
+            if not overtaken and not self._is_behind_lists(others):
+                return visit  # nobody is ahead, or who is has turned out to be of no use
             step = next_step(
                 visit, self._store.versions(), others, self._schedule, overtaken=overtaken
             )
@@ -366,35 +394,49 @@ class CatchUp:
                 waited = None
                 self.gain.total = self.gain.fetched + sum(n.bytes for n in step.fetch.values())
                 self.gain.waiting_for = f"{len(step.fetch)} blocks from {', '.join(sorted(others))}"
+                self._announce(self.gain.entry)
                 before = self.gain.bytes
                 await self._unless_stopped(self._fetch_all(step), None)
                 if self.gain.bytes == before:
                     await self._pause(RETRY_SECONDS)
             else:
                 if waited != step.wait:
-                    waited, since = step.wait, clock()
+                    waited = step.wait
                 else:  # an answer that should have been held back may not have been
                     await self._pause(RETRY_SECONDS / 10)
-                if clock() - since > self._schedule.steps * self._timing.step_deadline:
-                    self._give_up_front(others, visit=step.entry - 1)
+                at = max((each.visit, each.step) for each in others.values())
+                if at > furthest or at[0] < furthest[0]:  # or who was ahead is so no more
+                    furthest, since = at, self._now()
+                elif self._now() - since > self._step_patience():
+                    self._give_up_front(others, at[0], since)
                 promised = step.entry
+                self.gain.waiting_for = f"visit {step.entry} to begin"
                 self._announce(step.entry)
         return visit
 
-    def _give_up_front(self, others: Mapping[str, Holdings], visit: int) -> None:
-        """No visit takes so long: who says that it is at this one is followed no more."""
+    def _step_patience(self) -> float:
+        """Seconds without a further step after which those ahead count as stuck."""
+        return STUCK_FACTOR * max(self._timing.step_deadline, self._step_seconds)
+
+    def _give_up_front(self, others: Mapping[str, Holdings], visit: int, since: float) -> None:
+        """Those that say that they are at a visit make no step of it: they rest."""
         stuck = sorted(name for name, each in others.items() if each.visit == visit)
-        self._log.warning("stuck and ahead: not followed any more", peers=stuck, visit=visit)
-        self.gain.unusable.update(stuck)
+        self._log.warning("stuck and ahead: left alone for a while", peers=stuck, visit=visit)
+        for name in stuck:
+            self._records.stuck(name, since, self._now())
 
     def _announce(self, entry: int) -> None:
-        self.gain.waiting_for = f"visit {entry} to begin"
-        if self.gain.entry != entry:
-            self.gain.entry = entry
-            self._changed()
+        """Tell the others, who count on this node from ``entry`` on; 0 while that is not known."""
+        gain = self.gain
+        if not gain.active:
+            self._log.info("catching up", visit=self._visit)
+        elif gain.entry == entry:
+            return
+        gain.active, gain.entry = True, entry
+        self._changed()
 
     def _givers(self) -> dict[str, Link]:
-        usable = self._reachable(self._visit) - self.gain.unusable
+        usable = self._reachable(self._visit) - self.unusable
         return {name: link for name, link in self._peers.givers().items() if name in usable}
 
     async def _pause(self, seconds: float) -> None:
@@ -428,25 +470,35 @@ class CatchUp:
 
     async def _ask(self, name: str, link: Link, after: int | None) -> Holdings | None:
         request = pb.ListBlocksRequest(sender=self._peers.sender(), after=after)
+        begin, greeted = self._now(), min(self._peers.visit_of(name), self._schedule.visits)
         try:
             reply = await link.list_blocks(request, self._timing.rpc)
             holdings = Holdings(
                 reply.visit,
                 reply.closed,
                 {each.block: Kept(each.visit, each.bytes, each.xxh3) for each in reply.blocks},
+                reply.step,
             )
             if wrong := checked(holdings, self._schedule, self._store.most_bytes()):
                 raise PayloadError("bad_list", wrong)
         except PeerError as error:
             self._fault(name, error)
+            if error.reason != UNMET:
+                self._listed(name, begin, useful=False)
             return None
+        self._listed(name, begin, useful=holdings.visit >= greeted)
         self._peers.told_visit(name, holdings.visit)
         return holdings
+
+    def _listed(self, giver: str, begin: float, *, useful: bool) -> None:
+        """Whoever says that it is ahead, and shows nothing for it, is left alone for a while."""
+        if self._records.listed(giver, begin, self._now(), useful=useful):
+            self._log.warning("lists no block: left alone for a while", peer=giver)
 
     def _fault(self, peer: str, error: PeerError) -> None:
         self._peers.trouble(peer, error)
         if isinstance(error, PayloadError):
-            self.gain.unusable.add(peer)
+            self._records.false(peer, self._now())
 
     # --- fetching
 
@@ -522,7 +574,7 @@ class CatchUp:
             return False
         if error is None:
             self._tried(flight, whole=whole, excused=True)
-            return flight.giver not in self.gain.unusable
+            return flight.giver not in self.unusable
         if not isinstance(error, PeerError):
             raise error
         if not isinstance(error, _TornPart):
@@ -537,8 +589,6 @@ class CatchUp:
             giver, flight.begin, self._now(), flight.got, whole=whole, excused=excused
         ):
             self._log.warning("gives no block: left alone for a while", peer=giver)
-            self._resting |= {giver}
-            self.gain.unusable.add(giver)
 
     async def _fetch(
         self,

@@ -112,8 +112,9 @@ REASONS = frozenset(
         "ended",
         *("too_many_pulls", "too_many_watchers", "stopping", "starting", "stranger", "bad_degree"),
         *("other_run", "protocol", "bad_name", "bad_address", "bad_fingerprint"),
+        "bad_visit",
         *("settings_differ", "name_taken", "full", "unmet"),
-        *("bad_list", "too_many_transfers", "too_slow"),
+        *("bad_list", "too_many_transfers", "too_slow", "hung_up"),
         *("bad_format", "wrong_base", "bad_scale", "too_many_arrivals"),
         *("too_many_greetings", "busy"),
         # Of certificates: one that is missing, over, taken back, not on the list, or another's.

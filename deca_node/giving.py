@@ -5,6 +5,7 @@ read, cost the training no memory, and carry their digest. It is paced, so that 
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -34,6 +35,11 @@ LEAST_PAUSE_SECONDS = 0.05
 WHOLE_OVER_FRAMING = 7.0
 # What a byte costs is averaged over so many.
 COST_BYTES = 16 * CHUNK_BYTES
+# A node that leaves stays so long after somebody that catches up has asked for something: between
+# two blocks the joiner checks one, syncs it to its disk and puts it into its model.
+QUIET_SECONDS = 5.0
+# But no longer than this in all, however slowly somebody fetches, or asks for the same ever again.
+MAX_DRAIN_SECONDS = 1800.0
 
 
 class Shelf(Protocol):
@@ -63,6 +69,10 @@ class Peers(Protocol):
         """Links to those that can hand out blocks."""
         ...
 
+    def visit_of(self, peer: str) -> int:
+        """Where the peer said last that it is."""
+        ...
+
     def is_paused(self, peer: str) -> bool:
         """Whether the peer has said that it takes no part for now."""
         ...
@@ -86,7 +96,7 @@ class Giver:
     Args:
         peers: the peer table.
         shelf: what is kept.
-        position: this node's visit and whether its edges are fixed.
+        position: this node's visit, whether its edges are fixed, and its steps that are done.
         timing: how long an answer may be held back.
         rate: bytes per second over all transfers, at most.
         rates: what may be sent in all.
@@ -98,7 +108,7 @@ class Giver:
         self,
         peers: Peers,
         shelf: Shelf,
-        position: Callable[[], tuple[int, bool]],
+        position: Callable[[], tuple[int, bool, int]],
         timing: Timing,
         rate: float,
         rates: SendRates,
@@ -116,6 +126,8 @@ class Giver:
         self._slots = asyncio.Semaphore(MAX_TRANSFERS)
         self._asked: Counter[str] = Counter()
         self._moved = Pulse()
+        self._asked_at = -math.inf  # when a list or a block was asked for, or a transfer ended
+        self._given_at = -math.inf  # when the last message of a block went out
         self.bytes_sent = 0
 
     def moved(self) -> None:
@@ -125,18 +137,21 @@ class Giver:
     async def answer_list(self, request: pb.ListBlocksRequest) -> pb.BlockList:
         """What is kept here; at once, or when past the visit that the caller names."""
         self._peers.check_sender(request.sender)
+        self._asked_at = asyncio.get_running_loop().time()
         limit = asyncio.get_running_loop().time() + self._timing.rpc / 2
         if request.HasField("after"):
             while self._position()[0] <= request.after:
                 left = limit - asyncio.get_running_loop().time()
                 if not await self._moved.comes(left):
                     break
-        visit, closed = self._position()
+        visit, closed, step = self._position()
         blocks = [
             pb.BlockState(block=block, visit=kept.visit, bytes=kept.bytes, xxh3=kept.xxh3)
             for block, kept in self._shelf.kept().items()
         ]
-        return pb.BlockList(sender=self._peers.sender(), visit=visit, closed=closed, blocks=blocks)
+        return pb.BlockList(
+            sender=self._peers.sender(), visit=visit, closed=closed, blocks=blocks, step=step
+        )
 
     async def answer_fetch(self, request: pb.FetchBlockRequest) -> AsyncGenerator[bytes]:
         """A kept block's file from the asked-for offset on."""
@@ -148,18 +163,25 @@ class Giver:
             if kept is None or file is None:
                 raise PeerRefused("passed", f"block {request.block} has a newer version here")
             with file:
+                offset = request.offset
                 try:
-                    offset = _within(kept, request.offset)
+                    _within(kept, offset)
                     limit = clock() + transfer_seconds(kept.bytes, self._timing)
                     while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
-                        await self._spare_training(len(piece))
                         await self._pace(peer, len(piece))
                         # Who reads more slowly than this holds a slot that others wait for. Looked
                         # at between messages: a timer would go off in whoever is given one.
                         _in_time(clock(), limit)
                         self.bytes_sent += len(piece)
-                        yield self._framed(kept.visit, offset, piece)
+                        message = self._framed(kept.visit, offset, piece)
                         offset += len(piece)
+                        if offset == kept.bytes:
+                            self._given_at = clock()
+                        yield message
+                except (asyncio.CancelledError, GeneratorExit):
+                    if offset < kept.bytes:  # who has all of it may turn away before the end
+                        self._peers.trouble(peer, PeerRefused("hung_up", "before the end"))
+                    raise
                 except PeerRefused as error:  # also thrown in by the transport: it does not read
                     self._peers.trouble(peer, error)
                     raise
@@ -175,23 +197,32 @@ class Giver:
         self._budget.spent(len(piece), WHOLE_OVER_FRAMING * took)
         return message
 
-    async def _spare_training(self, nbytes: int) -> None:
-        """Wait so that giving stays within its rate, and within its budget while this trains."""
-        if self._budget is not None:
-            most = self._rate
-            self._bucket.rate = self._budget.rate(most) if self._training() else most
-        pause = self._bucket.take(nbytes, asyncio.get_running_loop().time())
-        if pause >= LEAST_PAUSE_SECONDS:
-            await asyncio.sleep(pause)
-
     async def _pace(self, peer: str, nbytes: int) -> None:
-        """Wait where what is sent is capped: a message at a time, in turn with the exchange's."""
-        if pause := self._rates.take(peer, nbytes, asyncio.get_running_loop().time()):
+        """Wait until a message may go; one whose reader hangs up meanwhile counts as not sent.
+
+        Within the rate for giving, and where what is sent is capped, in turn with the exchange's.
+        """
+        now = asyncio.get_running_loop().time
+        try:
+            if (pause := self._spare_training(nbytes, now())) >= LEAST_PAUSE_SECONDS:
+                await asyncio.sleep(pause)
+        except asyncio.CancelledError:
+            self._bucket.give_back(nbytes)
+            raise
+        if pause := self._rates.take(peer, nbytes, now()):
             try:
                 await asyncio.sleep(pause)
             except asyncio.CancelledError:
+                self._bucket.give_back(nbytes)
                 self._rates.give_back(peer, nbytes)
                 raise
+
+    def _spare_training(self, nbytes: int, now: float) -> float:
+        """Seconds to wait, for the rate of giving and for its budget while this node trains."""
+        if self._budget is not None:
+            most = self._rate
+            self._bucket.rate = self._budget.rate(most) if self._training() else most
+        return self._bucket.take(nbytes, now)
 
     @asynccontextmanager
     async def _slot(self, peer: str) -> AsyncGenerator[None]:
@@ -214,21 +245,30 @@ class Giver:
         finally:
             self._asked[peer] -= 1
             self._asked += Counter()  # forgets the zeros
+            self._asked_at = asyncio.get_running_loop().time()
             self.moved()
 
     async def drain(self) -> None:
-        """Let transfers under way end, for a step_deadline at most: this node is leaving."""
-        loop = asyncio.get_running_loop()
-        limit = loop.time() + self._timing.step_deadline
-        while self._asked and loop.time() < limit:
-            await self._moved.comes(limit - loop.time())
+        """Let those who catch up have what they miss: this node is leaving.
+
+        It stays while somebody asks, as long as each block is complete a step_deadline after the
+        one before.
+        """
+        clock = asyncio.get_running_loop().time
+        begin = self._given_at = clock()
+        while True:
+            limit = min(self._given_at + self._timing.step_deadline, begin + MAX_DRAIN_SECONDS)
+            if not self._asked:
+                limit = min(limit, self._asked_at + QUIET_SECONDS)
+            if (left := limit - clock()) <= 0:
+                return
+            await self._moved.comes(left)
 
 
-def _within(kept: Kept, offset: int) -> int:
-    """The offset, if the file goes that far: a caller's may be more than any file's can be."""
+def _within(kept: Kept, offset: int) -> None:
+    """Refuse an offset beyond the file: a caller's may be more than any file's can be."""
     if offset > kept.bytes:
         raise PeerRefused("bad_request", f"the file has {kept.bytes} bytes")
-    return offset
 
 
 def _in_time(now: float, limit: float) -> None:

@@ -5,7 +5,7 @@ simulations theirs.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,7 @@ class Member:
     Attributes:
         phase: what it is doing, as peers are told; catching up overrides it.
         visit: the block visit it is in, or about to begin; their number at the end.
+        step: the steps of it that are done.
     """
 
     def __init__(
@@ -104,12 +105,20 @@ class Member:
         self._woken = woken
         self._log = log
         self.phase = Phase.STARTING
-        self.visit = 0
+        self.visit = self.step = 0
         self._lost_asked = False
         self._rest = _Rest(self)
         schedule, timing = run.schedule, run.timing
         self.swarm = Swarm(
-            identity, transport, timing, self.position, schedule.steps, self.wake, log
+            identity,
+            transport,
+            timing,
+            self.position,
+            schedule.steps,
+            self.wake,
+            log,
+            # In the final agreement each block gets one more.
+            last_visit=schedule.visits + len(schedule.blocks),
         )
         rates = send_rates(run.send_rate, run.send_rate_per_peer)
         self.exchange = Exchange(self.swarm, timing, identity.run, stopping, rates)
@@ -146,13 +155,13 @@ class Member:
             return Position(Phase.CATCHING_UP, self.visit, gain.entry)
         return Position(self.phase, self.visit)
 
-    def _place(self) -> tuple[int, bool]:
-        """The visit, and whether it is closed, for those that catch up.
+    def _place(self) -> tuple[int, bool, int]:
+        """The visit, whether it is closed, and the steps done, for those that catch up.
 
         A paused node's visit is open: nobody is to wait for its end.
         """
         is_closed = self.exchange.is_closed(self.visit) and self.phase != Phase.PAUSED
-        return min(self.visit, self._run.schedule.visits), is_closed
+        return min(self.visit, self._run.schedule.visits), is_closed, self.step
 
     def enter(self, phase: Phase) -> None:
         """Begin another phase and tell everybody."""
@@ -205,22 +214,18 @@ class Member:
         """With whom the topology would have this member exchange in a visit."""
         return self.graph(visit)[self.swarm.identity.node]
 
-    def _is_behind(self, visit: int) -> bool:
-        """Whether this member must catch up before a visit.
-
-        Only with those that it exchanges with, if through others: the parts of a graph that was
-        given in parts go on each at its own pace.
-        """
-        swarm = self.swarm
-        if self._blocks.lost() and swarm.givers() and not self._lost_asked:
+    def _is_behind(self, visit: int, others: Collection[int]) -> bool:
+        """Whether this member must catch up before a visit, with others that are at these."""
+        if self._blocks.lost() and others and not self._lost_asked:
             return True
-        ahead = {
-            name for name in swarm.givers() if swarm.peers[name].visit - visit > swarm.near_visits
-        }
-        return not self._reachable(visit).isdisjoint(ahead - self.catch_up.gain.unusable)
+        near = self.swarm.near_visits
+        return any(other - visit > near for other in others)
 
     def _reachable(self, visit: int) -> frozenset[str]:
-        """Those that this member exchanges with, if only through others."""
+        """Those that this member exchanges with, if only through others.
+
+        The parts of a graph that was given in parts go on each at its own pace.
+        """
         everybody = self.swarm.members(visit).union(self.swarm.givers())
         return topology.component(self._draw(everybody), self.swarm.identity.node)
 
@@ -309,7 +314,7 @@ class Member:
     def moved(self, visit: int) -> None:
         """This member is at another visit."""
         if visit != self.visit:
-            self.visit = visit
+            self.visit, self.step = visit, 0
             self.swarm.moved()
             self.giver.moved()
 
@@ -380,6 +385,7 @@ class _Watched:
 
     async def step_done(self, record: StepRecord) -> None:
         """See Observer."""
+        self._member.step = record.step + 1
         await self._observer.step_done(record)
 
     async def paused(self, *, within: bool) -> None:

@@ -79,6 +79,11 @@ def near_visits(members: int, steps_per_visit: int) -> int:
 FINISHED = (Phase.SERVING, Phase.DONE)
 
 
+def exchanges(peer: Peer) -> bool:
+    """Whether a peer may exchange in this run, now or once one of the two has caught up."""
+    return peer.state in (State.ALIVE, State.SUSPECT, State.AHEAD, State.BEHIND)
+
+
 def heard(
     known: Peer | None,
     *,
@@ -152,14 +157,16 @@ def failed(
     """Greetings failed ``failures`` times in a row: suspect first, gone when it goes on.
 
     A peer is gone after three greetings that found nobody, or after ``gone_after`` seconds of
-    silence; it is a member again as soon as it is heard.
+    silence; it is a member again as soon as it is heard. One that has finished and serves no more
+    stays done, since nobody expects it to answer.
     """
-    if peer.state in (State.DONE, State.REFUSED, State.GONE):
+    serves = peer.state == State.DONE and peer.phase == Phase.SERVING
+    if peer.state in (State.DONE, State.REFUSED, State.GONE) and not serves:
         return peer
     silence = now - peer.last_seen
     if silence >= gone_after or failures >= GONE_AFTER_FAILURES:
         return replace(peer, state=State.GONE, detail=f"silent for {silence:.0f} s: {detail}")
-    if peer.state in (State.BEHIND, State.AHEAD):
+    if peer.state in (State.BEHIND, State.AHEAD, State.DONE):
         return peer
     return replace(peer, state=State.SUSPECT, detail=detail, down=peer.down or down)
 

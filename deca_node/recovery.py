@@ -6,8 +6,8 @@ that block has changed, and takes part from the first visit whose edges are stil
 that both sides visited last at the same number stays as it is on each: the next visit mixes it.
 Nobody decides this for anybody else.
 
-A giver that brings nothing is left alone for a while, and a block that comes slowly from one is
-also fetched from another: whoever is ahead holds nobody up for good.
+A giver that is of no use, whether silent, false or stuck, is left alone for a while, and a block
+that comes slowly from one is also fetched from another: whoever is ahead holds nobody up for good.
 """
 
 import math
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from deca_node.blocks import Schedule
 from deca_node.limits import MAX_MEMBERS
 
-# Tries of one giver in a row that brought nothing, until it is left alone for a while. One may hit
-# a block that has got a newer version, two a giver that starts again.
+# Tries of one giver in a row that brought nothing, be it a list or a block, until it is left alone
+# for a while. One may hit a block that has got a newer version, two a giver that starts again.
 MAX_VAIN_TRIES = 3
 # Likewise without a whole block, though bytes came or it had no place free: what broke off goes on
 # where it was, so that a bad line gets there, but one that changes what it gives never does.
@@ -26,8 +26,15 @@ MAX_BROKEN_TRIES = 20
 # It is left alone for so many times as long as it was tried: it costs about a tenth of the time.
 # Not for good, since it may only have been cut off, or started again.
 REST_FACTOR = 10.0
-# But no longer than this.
+# And at least for so long, since each try of one that refuses at once may cost us a visit.
+LEAST_REST_SECONDS = 60.0
+# Likewise one that sent something wrong, which honest givers do not.
+FALSE_REST_SECONDS = 600.0
+# Each time without a whole block in between twice as long as before, but no longer than this.
 MAX_REST_SECONDS = 3600.0
+# Who says that it is ahead, and for so many times as long as a step may wait, or took here, tells
+# no further step, is stuck. A gradient has no deadline: much slower machines are still waited for.
+STUCK_FACTOR = 10.0
 # A block is fetched from so many at once: as many parts of it are kept on disk (checkpoint).
 MAX_FLIGHTS = 2
 # A block that comes within this is not worth asking a second giver for.
@@ -60,11 +67,13 @@ class Holdings:
         visit: its own visit; the number of visits when it has done them all.
         closed: that visit's edges are fixed.
         blocks: what it keeps; blocks that the run has not changed yet are not there.
+        step: steps of that visit that it has done.
     """
 
     visit: int
     closed: bool
     blocks: Mapping[int, Kept]
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,14 +192,19 @@ def displaced(flights: Sequence[Flight], xxh3: str) -> int | None:
 @dataclass
 class _Record:
     rate: float | None = None
+    unheard: int = 0
     vain: int = 0
     broken: int = 0
-    since: float = 0.0  # when the first of those tries began
+    cost: float = 0.0  # seconds that those tries took
+    rests: int = 0  # since its last whole block
     until: float = -math.inf  # left alone
 
 
 class Records:
-    """How fetching went with each giver: whom to ask first, and whom not at all. Time is given."""
+    """How asking and fetching went with each giver: whom to ask first, and whom not at all.
+
+    Time is given. All that makes a giver useless ends in the same way: it rests for a while.
+    """
 
     def __init__(self) -> None:
         self._of: dict[str, _Record] = {}
@@ -205,7 +219,7 @@ class Records:
         whole: bool,
         excused: bool = False,
     ) -> bool:
-        """A try has ended.
+        """A try to fetch a block has ended.
 
         Args:
             giver: of whom.
@@ -222,17 +236,58 @@ class Records:
         if nbytes or not whole:
             record.rate = nbytes / max(now - begin, 1e-3)
         if whole:
-            record.vain = record.broken = 0
+            record.vain = record.broken = record.rests = 0
+            record.cost = 0.0
             return False
-        if not record.broken:
-            record.since = begin
+        record.cost += now - begin
         record.broken += 1
         record.vain = 0 if nbytes else record.vain + (not excused)
         if record.vain < MAX_VAIN_TRIES and record.broken < MAX_BROKEN_TRIES:
             return False
-        record.until = now + min(REST_FACTOR * (now - record.since), MAX_REST_SECONDS)
-        record.vain = record.broken = 0
+        self._rest(record, now)
         return True
+
+    def listed(self, giver: str, begin: float, now: float, *, useful: bool) -> bool:
+        """A giver was asked for a list of its blocks.
+
+        Args:
+            giver: its name.
+            begin: when it was asked.
+            now: in the same seconds.
+            useful: the list came, and says no less than the giver's greetings.
+
+        Returns:
+            Whether it is left alone from now on.
+        """
+        record = self._of.setdefault(giver, _Record())
+        if useful:
+            record.unheard = 0
+            return False
+        record.cost += now - begin
+        record.unheard += 1
+        if record.unheard < MAX_VAIN_TRIES:
+            return False
+        self._rest(record, now)
+        return True
+
+    def stuck(self, giver: str, since: float, now: float) -> None:
+        """It was waited for in vain, and is left alone."""
+        record = self._of.setdefault(giver, _Record())
+        record.cost += now - since
+        self._rest(record, now)
+
+    def false(self, giver: str, now: float) -> None:
+        """It sent something wrong, and is left alone."""
+        self._rest(self._of.setdefault(giver, _Record()), now, FALSE_REST_SECONDS)
+
+    @staticmethod
+    def _rest(record: _Record, now: float, least: float = LEAST_REST_SECONDS) -> None:
+        seconds = max(REST_FACTOR * record.cost, least) * 2**record.rests
+        record.until = max(record.until, now + min(seconds, MAX_REST_SECONDS))
+        record.unheard = record.vain = record.broken = 0
+        record.cost = 0.0
+        if seconds < MAX_REST_SECONDS:
+            record.rests += 1
 
     def rate(self, giver: str) -> float | None:
         """Bytes per second that it gave in its latest try; None when there was none."""
@@ -261,6 +316,10 @@ class Records:
 def checked(holdings: Holdings, schedule: Schedule, most_bytes: Mapping[int, int]) -> str:
     """What is wrong with what a peer says it has, empty when nothing is.
 
+    A block may be of a later visit than the peer's own: it caught up in part, or kept what it had
+    fetched and went on where it was. Who claims that falsely gets its block taken before others',
+    as it would by claiming to be ahead.
+
     Args:
         holdings: as received.
         schedule: the run's.
@@ -268,6 +327,8 @@ def checked(holdings: Holdings, schedule: Schedule, most_bytes: Mapping[int, int
     """
     if holdings.visit > schedule.visits:
         return f"visit {holdings.visit} of {schedule.visits}"
+    if holdings.step > schedule.steps:
+        return f"step {holdings.step} of {schedule.steps}"
     for block, kept in holdings.blocks.items():
         if block not in most_bytes:
             return f"block {block} of {len(schedule.blocks)}"
@@ -276,8 +337,6 @@ def checked(holdings: Holdings, schedule: Schedule, most_bytes: Mapping[int, int
             kept.visit < schedule.visits and schedule.visit(kept.visit).block != block
         ):
             return f"block {block} is not visited in visit {kept.visit}"
-        if kept.visit > holdings.visit:
-            return f"block {block} of visit {kept.visit}, which is still to come there"
         if not 0 < kept.bytes <= most_bytes[block]:
             return f"block {block} of {kept.bytes} bytes"
         if len(kept.xxh3) != 32 or not set(kept.xxh3) <= set("0123456789abcdef"):

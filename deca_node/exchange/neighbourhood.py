@@ -35,7 +35,11 @@ class Neighbourhood(Protocol):
         ...
 
     def seen(self, peer: str) -> None:
-        """The peer showed that it lives."""
+        """The peer has answered a call."""
+        ...
+
+    def called(self, peer: str) -> None:
+        """The peer has called: it lives, whether it can be called or not."""
         ...
 
     def sent(self, peer: str, nbytes: int) -> None:

@@ -208,16 +208,18 @@ class BlockState(_message.Message):
     def __init__(self, block: _Optional[int] = ..., visit: _Optional[int] = ..., bytes: _Optional[int] = ..., xxh3: _Optional[str] = ...) -> None: ...
 
 class BlockList(_message.Message):
-    __slots__ = ("sender", "visit", "closed", "blocks")
+    __slots__ = ("sender", "visit", "closed", "blocks", "step")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     VISIT_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     sender: Sender
     visit: int
     closed: bool
     blocks: _containers.RepeatedCompositeFieldContainer[BlockState]
-    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., closed: bool = ..., blocks: _Optional[_Iterable[_Union[BlockState, _Mapping]]] = ...) -> None: ...
+    step: int
+    def __init__(self, sender: _Optional[_Union[Sender, _Mapping]] = ..., visit: _Optional[int] = ..., closed: bool = ..., blocks: _Optional[_Iterable[_Union[BlockState, _Mapping]]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class FetchBlockRequest(_message.Message):
     __slots__ = ("sender", "block", "xxh3", "offset")

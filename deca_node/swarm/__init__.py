@@ -51,6 +51,10 @@ UNMET = "unmet"
 # Reasons why two do not even greet: a certificate is missing, over, taken back or another's.
 _OF_TRUST = ("handshake", "no_certificate", "expired", "revoked", "not_allowed", "impostor")
 
+# A node that stops, starts, goes on without us, or has a block from a faster giver is nothing to
+# warn about.
+_USUAL = ("passed", "ended", "stopping", "starting", "paused", "hung_up")
+
 # Why a peer that was revoked is gone.
 REVOKED = "revoked: out of the run"
 
@@ -87,6 +91,7 @@ class Swarm:
         steps_per_visit: of the schedule, which bounds how far apart members can be.
         changed: called after every change of a peer's state.
         log: a structlog logger.
+        last_visit: the highest that a peer can be at; None where the schedule is not known.
 
     Attributes:
         gossips: whether peers are told of each other, so that everybody greets everybody.
@@ -106,6 +111,7 @@ class Swarm:
         steps_per_visit: int,
         changed: Callable[[], None],
         log: Any,
+        last_visit: int | None = None,
     ) -> None:
         self.identity = identity
         self.gossips = True
@@ -121,6 +127,7 @@ class Swarm:
         self._timing = timing
         self._position = position
         self._steps_per_visit = steps_per_visit
+        self._last_visit = last_visit
         self._changed = changed
         self._log = log
         self._contacts = Contacts(self, transport, timing, identity.session, log)
@@ -208,7 +215,12 @@ class Swarm:
         # Our own words first: what differs is then told as ours here and theirs there.
         refusal = (
             self._objection(
-                reply.sender, reply.protocol, reply.fingerprint, address, phase=reply.phase
+                reply.sender,
+                reply.protocol,
+                reply.fingerprint,
+                address,
+                phase=reply.phase,
+                visit=reply.visit,
             )
             or reply.refusal
         )
@@ -286,6 +298,7 @@ class Swarm:
                 request.fingerprint,
                 address,
                 phase=request.phase,
+                visit=request.visit,
             )
         if refusal:
             reply.refusal = refusal
@@ -329,6 +342,7 @@ class Swarm:
         address: str,
         *,
         phase: int,
+        visit: int,
     ) -> str:
         """Why a caller cannot be a peer, as ``reason: text``; empty when it can.
 
@@ -352,6 +366,8 @@ class Swarm:
             ours, theirs = ({k: d[k] for k in d if k in known_to_both} for d in (ours, theirs))
         if found := difference(ours, theirs):
             return f"settings_differ: {found}"
+        if self._last_visit is not None and visit > self._last_visit:
+            return f"bad_visit: the run has {self._last_visit}, {visit} there"
         known = self.peers.get(sender.node)
         if sender.node == own.node or (
             known is not None
@@ -389,7 +405,7 @@ class Swarm:
             known.session == sender.session or known.state in (State.GONE, State.REFUSED)
         )
         ours = sender.run == self.identity.run and name not in ("?", self.identity.node)
-        if reason == "settings_differ" and ours and replaceable:
+        if reason in ("settings_differ", "bad_visit") and ours and replaceable:
             if known is None and not self._has_room():
                 return
             phase, now = Phase.UNKNOWN, self._now()
@@ -484,6 +500,11 @@ class Swarm:
         known = self.peers.get(peer)
         return known is None or not (known.state == State.ALIVE or _serves(known))
 
+    def visit_of(self, peer: str) -> int:
+        """See giving.Peers."""
+        known = self.peers.get(peer)
+        return 0 if known is None else known.visit
+
     def is_paused(self, peer: str) -> bool:
         """See Neighbourhood."""
         known = self.peers.get(peer)
@@ -509,8 +530,7 @@ class Swarm:
                 )
             )
         elif not isinstance(error, PeerTimeout):
-            # A node that stops, starts or goes on without us is nothing to warn about.
-            usual = error.reason in ("passed", "ended", "stopping", "starting", "paused")
+            usual = error.reason in _USUAL
             now, key = self._now(), (peer, error.reason)
             if now - self._complained.get(key, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 if len(self._complained) >= MAX_CONTACTS:
@@ -523,9 +543,19 @@ class Swarm:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         if known is not None and known.state in (State.ALIVE, State.SUSPECT):
+            # That of a living one is no trouble: it is paused, or enters later.
+            detail = known.detail if known.state == State.ALIVE else ""
             self._update(
-                replace(known, state=State.ALIVE, last_seen=self._now(), detail="", down=False)
+                replace(known, state=State.ALIVE, last_seen=self._now(), detail=detail, down=False)
             )
+
+    def called(self, peer: str) -> None:
+        """See Neighbourhood. Who cannot be called stays a suspect, not worth waiting for."""
+        known = self.peers.get(peer)
+        if known is None or not self._is_failing(peer):
+            self.seen(peer)
+        elif known.state in (State.ALIVE, State.SUSPECT):
+            self._update(replace(known, last_seen=self._now()))
 
     def sent(self, peer: str, nbytes: int) -> None:
         """See Neighbourhood."""
@@ -563,7 +593,8 @@ class Swarm:
     @property
     def near_visits(self) -> int:
         """How many visits from ours a peer in step can be."""
-        return membership.near_visits(len(self.peers) + 1, self._steps_per_visit)
+        others = sum(map(membership.exchanges, self.peers.values()))
+        return membership.near_visits(others + 1, self._steps_per_visit)
 
     def members(self, visit: int) -> frozenset[str]:
         """The set that a visit's topology is made from."""
@@ -578,9 +609,9 @@ class Swarm:
 
     def moved(self) -> None:
         """This node's visit changed, perhaps by many: see who is in step with it now."""
-        here = self._position().visit
+        here, near = self._position().visit, self.near_visits
         for peer in list(self.peers.values()):
-            self._update(membership.overhauled(peer, here, self.near_visits))
+            self._update(membership.overhauled(peer, here, near))
 
     def sweep(self) -> None:
         """Let go of members that have been silent too long."""

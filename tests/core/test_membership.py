@@ -108,6 +108,19 @@ def test_who_is_done_stays_done():
     assert failed(done, 999.0, 30.0, 9, "refused") is done
 
 
+@pytest.mark.parametrize(
+    ("silence", "failures", "state"),
+    [(1, 2, State.DONE), (29, 0, State.DONE), (1, 3, State.GONE), (30, 0, State.GONE)],
+)
+def test_who_dies_while_it_serves_is_gone(silence, failures, state):
+    """Without a goodbye nobody knows that it serves no more, and would ask it before each visit."""
+    serving = greet(BOB, phase=Phase.SERVING)
+    assert serving.state == State.DONE
+    after = failed(serving, serving.last_seen + silence, 30.0, failures, "refused")
+    assert after.state == state
+    assert greet(after, phase=Phase.SERVING).state == State.DONE  # it was only cut off
+
+
 def test_members_are_those_that_act():
     """Starting, gone, far and finished peers are in nobody's topology."""
     peers = [

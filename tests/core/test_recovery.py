@@ -4,14 +4,19 @@ import math
 
 import pytest
 
+from deca_node.blocks import Schedule
 from deca_node.limits import MAX_MEMBERS
 from deca_node.recovery import (
+    LEAST_REST_SECONDS,
     MAX_BROKEN_TRIES,
     MAX_REST_SECONDS,
+    MAX_VAIN_TRIES,
     Flight,
+    Holdings,
     Kept,
     Need,
     Records,
+    checked,
     displaced,
     next_block,
     next_rival,
@@ -32,6 +37,32 @@ def test_a_part_is_first_offered_to_whom_it_came_from():
     assert next_block(missing, "a", {"b0"}) == 0  # rather than nothing
     assert next_block(missing, "c", ()) is None
     assert next_block({}, "a", ()) is None
+
+
+DIGEST = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    ("visit", "step", "block", "of", "nbytes", "xxh3", "wrong"),
+    [
+        (5, 0, 1, 4, 9, DIGEST, ""),
+        (9, 0, 1, 9, 9, DIGEST, ""),  # agreed on at the end
+        (2, 3, 1, 7, 9, DIGEST, ""),  # it caught up in part
+        (10, 0, 1, 4, 9, DIGEST, "visit 10 of 9"),
+        (5, 4, 1, 4, 9, DIGEST, "step 4 of 3"),
+        (5, 0, 3, 4, 9, DIGEST, "block 3 of 3"),
+        (5, 0, 1, 5, 9, DIGEST, "block 1 is not visited in visit 5"),
+        (5, 0, 1, 10, 9, DIGEST, "block 1 is not visited in visit 10"),
+        (5, 0, 1, 4, 0, DIGEST, "block 1 of 0 bytes"),
+        (5, 0, 1, 4, 101, DIGEST, "block 1 of 101 bytes"),
+        (5, 0, 1, 4, 9, "../" * 10 + "ab", "block 1 without a digest"),
+    ],
+)
+def test_a_list_is_of_this_schedule_and_model(visit, step, block, of, nbytes, xxh3, wrong):
+    """Whatever else it says may be true: a node keeps newer blocks that it has fetched."""
+    schedule = Schedule([range(1), range(1, 2), range(2, 3)], 3, 3, "ascending", 0)
+    holdings = Holdings(visit, False, {block: Kept(of, nbytes, xxh3)}, step)
+    assert checked(holdings, schedule, dict.fromkeys(range(3), 100)) == wrong
 
 
 def kept(nbytes=100, xxh3="x"):
@@ -97,22 +128,67 @@ def test_who_brings_nothing_is_left_alone_for_ten_times_as_long_as_it_took():
     for nbytes, whole in ((0, False), (0, False), (5, False), (0, False), (0, False), (100, True)):
         assert not tried(records, "a", 0, 1, nbytes, whole=whole)
     assert records.resting(0) == frozenset()
-    assert not tried(records, "a", 10, 1, 0)
-    assert not tried(records, "a", 13, 1, 0)
-    assert tried(records, "a", 16, 1, 0)
-    assert records.resting(17) == records.resting(86.9) == {"a"}
-    assert records.resting(87) == frozenset()
-    assert not tried(records, "a", 90, 1, 0)  # it begins anew
+    assert not tried(records, "a", 10, 30, 0)
+    assert not tried(records, "a", 1000, 30, 0)
+    assert tried(records, "a", 1970, 30, 0)
+    assert records.resting(2000) == records.resting(2899) == {"a"}
+    assert records.resting(2900) == frozenset()
+    assert not tried(records, "a", 2901, 1, 0)  # it begins anew
+
+
+def rest(records, begin, again):
+    """How long a giver is left alone that refuses at once, ``again`` and again."""
+    for _ in range(MAX_VAIN_TRIES):
+        assert "a" not in records.resting(begin)
+        again(records, begin)
+    return next(n for n in range(10_000) if "a" not in records.resting(begin + n))
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda records, now: records.tried("a", now, now, 0, whole=False),
+        lambda records, now: records.listed("a", now, now, useful=False),
+    ],
+)
+def test_each_rest_is_twice_as_long_as_the_one_before_and_an_hour_at_most(again):
+    """It costs nothing to refuse at once, but each try may cost a visit."""
+    records = Records()
+    rests = [rest(records, 10_000 * n, again) for n in range(8)]
+    assert rests == [LEAST_REST_SECONDS * 2**n for n in range(6)] + 2 * [MAX_REST_SECONDS]
+    records.tried("a", 90_000, 90_000, 5, whole=True)  # makes good what was in vain
+    assert rest(records, 90_000, again) == LEAST_REST_SECONDS
+
+
+def test_a_useful_list_makes_good_lists_that_did_not_come_but_no_blocks():
+    """Who lists and does not give is left alone all the same."""
+    records = Records()
+    for n in range(MAX_VAIN_TRIES - 1):
+        assert not records.listed("a", n, n + 5, useful=True)
+        assert not tried(records, "a", n, 1, 0)
+    assert tried(records, "a", 5, 1, 0)
+    for n in range(9):
+        assert not records.listed("b", n, n, useful=n % 3 == 2)
+
+
+def test_who_is_false_or_stuck_rests_too():
+    """Nothing that a giver does is held against it for good."""
+    records = Records()
+    records.false("a", 0)
+    records.stuck("b", 0, 100)
+    assert records.resting(599) == {"a", "b"}
+    assert records.resting(600) == records.resting(1099) == {"b"}
+    assert records.resting(1100) == frozenset()
 
 
 def test_parts_alone_are_no_block():
     """Who brings something each time, or has no place free, is left alone in the end."""
     for nbytes, excused in ((7, False), (0, True)):
         records = Records()
-        ended = [tried(records, "a", 1000 * n, 10, nbytes, excused=excused) for n in range(20)]
+        ended = [tried(records, "a", 1000 * n, 50, nbytes, excused=excused) for n in range(20)]
         assert ended == [False] * (MAX_BROKEN_TRIES - 1) + [True]
-        assert records.resting(19_010 + MAX_REST_SECONDS - 1) == {"a"}
-        assert records.resting(19_010 + MAX_REST_SECONDS) == frozenset()
+        assert records.resting(19_050 + MAX_REST_SECONDS - 1) == {"a"}
+        assert records.resting(19_050 + MAX_REST_SECONDS) == frozenset()
 
 
 def test_the_fastest_are_asked_before_the_slower_and_the_unknown_before_all():

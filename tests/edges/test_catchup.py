@@ -1,16 +1,19 @@
 """Falling behind and catching up, in whole swarms on the loopback network, in virtual time."""
 
 import asyncio
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp
+from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
 from deca_node.giving import transfer_seconds
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
-from deca_node.recovery import Kept
+from deca_node.recovery import STUCK_FACTOR, Kept
+from deca_node.swarm import Position
 from tests.swarm import Part, ToySwarm
 from tests.virtual_time import run
 
@@ -399,6 +402,159 @@ def test_one_that_is_ahead_and_gives_nothing_halts_nobody(error):
         last = [record for _, _, record in swarm.nodes[0].story.steps][-3:]
         assert all(set(record.edges.weights) == {"n1", "n2"} for record in last)
         await ahead.kill()
+
+    run(scenario())
+
+
+def refusing(error):
+    async def answer(request):
+        raise error
+
+    return answer
+
+
+async def silent(request):
+    await asyncio.sleep(1e6)
+
+
+@pytest.mark.parametrize(
+    ("visit", "lists"),
+    [
+        (16, refusing(PeerRefused("stopping", "no"))),
+        (16, silent),
+        (16, None),
+        (10**6, refusing(PeerRefused("stopping", "no"))),
+    ],
+    ids=["refuses", "is silent", "lists what it has", "cannot be there"],
+)
+def test_who_only_says_that_it_is_ahead_parts_nobody(visit, lists):
+    """Its greetings make the others ask it for a list, and not leave each other's graph."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=4, steps=6)
+        *honest, liar = swarm.nodes
+        swarm.start()
+        await until(lambda: all(node.member and node.member.visit >= 2 for node in swarm.nodes))
+        liar.member.swarm._position = lambda: Position(Phase.TRAINING, visit)
+        if lists is not None:
+            liar.member.giver.answer_list = lists
+        begin = asyncio.get_running_loop().time()
+        async with asyncio.timeout(4000):
+            await asyncio.gather(*(node.task for node in honest))
+        seconds = asyncio.get_running_loop().time() - begin
+        others = {node.name for node in honest}
+        for node in honest:
+            assert len(node.story.visits) == swarm.schedule.visits
+            # One visit may have been begun just when it began to lie.
+            assert all(edges.weights for _, _, edges in node.story.visits)
+            for _, _, edges in node.story.visits[4:-1]:  # in the last one it seems to be in step
+                assert edges.weights.keys() == others - {node.name}
+            refused = node.member.swarm.peers[liar.name].state == State.REFUSED
+            assert refused == (visit > swarm.schedule.visits)
+        assert seconds < 14 * 6 + 60
+        await liar.kill()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("pace", "alone"), [(6.0, 0), (60.0, 2)])
+def test_a_late_joiner_waits_for_steps_that_take_longer_than_their_deadline(pace, alone):
+    """A gradient has no deadline. Whoever knows no step's length yet gives up, and tries again."""
+
+    async def scenario():
+        timing = replace(Timing.lan(), step_deadline=3.0)
+        swarm = ToySwarm(2, rounds=3, steps=6, start_when=1, timing=timing)
+        for node in swarm.nodes:
+            node.pace = pace
+        first, late = swarm.nodes
+        first.start()
+        while len(first.story.steps) < 14:
+            await asyncio.sleep(pace)
+        swarm.start_when = 2
+        late.start()
+        await swarm.finish(100_000)
+        edges = [bool(edges.weights) for _, _, edges in late.story.visits]
+        assert edges.count(False) <= alone
+        assert all(edges[alone:])
+        assert len(edges) > alone + 2
+
+    run(scenario())
+
+
+def test_one_that_is_ahead_and_makes_no_step_is_waited_for_once():
+    """It says that it is in a visit, which the others would enter after it."""
+
+    async def scenario():
+        swarm = ToySwarm(4, rounds=12, steps=6)
+        *honest, stuck = swarm.nodes
+        swarm.start()
+        await until(lambda: all(node.member and node.member.visit >= 2 for node in swarm.nodes))
+        last = swarm.schedule.visits
+
+        async def listing(request):
+            return pb.BlockList(sender=stuck.member.swarm.sender(), visit=last - 2, closed=True)
+
+        stuck.member.swarm._position = lambda: Position(Phase.TRAINING, last - 2)
+        stuck.member.giver.answer_list = listing
+        begin = asyncio.get_running_loop().time()
+        async with asyncio.timeout(4000):
+            await asyncio.gather(*(node.task for node in honest))
+        seconds = asyncio.get_running_loop().time() - begin
+        assert seconds < STUCK_FACTOR * swarm.timing.step_deadline + last * 6
+        for node in honest:
+            assert len(node.story.visits) == last
+            assert sum(not edges.weights for _, _, edges in node.story.visits) <= 2
+        await stuck.kill()
+
+    run(scenario())
+
+
+def test_who_dies_while_it_serves_is_asked_no_more():
+    """It had finished and was ahead of all; two that come later train with each other."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=2, steps=3, start_when=1)
+        first, *late = swarm.nodes
+        first.start()
+        await until(lambda: first.member is not None)
+        first.member.exchange.drain = lambda: asyncio.sleep(1e6)
+        first.member.giver.answer_list = refusing(PeerRefused("stopping", "no"))
+        await until(lambda: first.member.phase == Phase.SERVING)
+        swarm.start_when = 2
+        swarm.start(1, 2)
+        await until(lambda: all(n.member and "n0" in n.member.swarm.givers() for n in late))
+        await first.kill()
+        await asyncio.sleep(swarm.timing.gone_after)
+        for node in late:
+            assert node.member.swarm.peers["n0"].state == State.GONE
+            assert "n0" not in node.member.swarm.givers()
+        await swarm.finish()
+        for node in late:
+            assert len(node.story.visits) == swarm.schedule.visits
+            assert sum(not edges.weights for _, _, edges in node.story.visits) <= 1
+
+    run(scenario())
+
+
+def test_who_caught_up_in_part_is_no_liar():
+    """It keeps newer blocks at an older place, and gives them to whoever comes later."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=6, steps=6, start_when=1)
+        ahead, partly, late = swarm.nodes
+        ahead.start()
+        await until(lambda: ahead.member is not None and ahead.member.visit >= 8)
+        partly.start()
+        await until(lambda: partly.disk.fetched)
+        await ahead.kill()
+        await until(lambda: partly.member.visit >= 2)
+        assert max(kept.visit for kept, _ in partly.disk.blocks.values()) > partly.member.visit
+        swarm.start_when = 2
+        late.start()
+        await swarm.finish()
+        assert "bad_list" not in late.member.swarm.traffic.of("n1").refusals
+        assert all(edges.weights for _, _, edges in late.story.visits)
+        assert late.story.visits[-1][1].index == swarm.schedule.visits - 1
 
     run(scenario())
 

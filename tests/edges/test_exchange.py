@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -820,5 +821,77 @@ def test_a_stalled_reader_gives_memory_back():
         with pytest.raises(PeerRefused) as caught:
             await anext(stream)
         assert caught.value.reason == "passed"
+
+    run(scenario())
+
+
+def test_only_those_that_can_exchange_count_for_how_far_apart_members_are():
+    """Names that have gone, finished or were refused make no chain of neighbours longer."""
+
+    async def scenario():
+        member, *_ = await meet(LoopbackNetwork(), 4)
+        swarm = member.swarm
+        swarm._steps_per_visit = 1
+        assert swarm.near_visits == 3
+        like = swarm.peers["n1"]
+        for state in (State.GONE, State.DONE, State.REFUSED):
+            for index in range(60):
+                name = f"{state}{index}"
+                swarm.peers[name] = replace(like, name=name, state=state)
+        assert swarm.near_visits == 3
+        swarm.peers["n2"] = replace(like, name="n2", state=State.AHEAD)
+        assert swarm.near_visits == 3
+
+    run(scenario())
+
+
+def test_one_that_calls_and_cannot_be_called_is_not_waited_for():
+    """Its offers and pulls show that it lives, and not that it will ever come."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        member, deaf = await meet(network, 2)
+
+        def fault(call, index, message):
+            if call.target == deaf.transport.address:
+                raise PeerUnavailable("no route")
+            return message
+
+        network.fault = fault
+        peers = member.swarm.peers
+        while not (peers["n1"].state == State.SUSPECT and "calls us" in peers["n1"].detail):
+            await asyncio.sleep(0.1)
+        theirs = asyncio.create_task(deaf.open({"n0"}))
+        begin = asyncio.get_running_loop().time()
+        edges = await member.open({"n1"})
+        assert not edges.weights
+        assert asyncio.get_running_loop().time() - begin <= TIMING.redial + 0.1
+        offer = pb.VisitOffer(sender=deaf.swarm.sender(), visit=1)
+        member.exchange.answer_offer(offer)
+        assert peers["n1"].state == State.SUSPECT
+        assert peers["n1"].down
+        assert peers["n1"].last_seen == asyncio.get_running_loop().time()
+        deaf.stopping.set()
+        deaf.exchange.wake()
+        await theirs
+        network.fault = LoopbackNetwork().fault
+        while peers["n1"].state != State.ALIVE:  # it can be called again
+            await asyncio.sleep(0.1)
+
+    run(scenario())
+
+
+def test_what_a_paused_peer_calls_for_does_not_hide_that_it_is_paused():
+    """It still fetches the last block, and its state is told with the reason."""
+
+    async def scenario():
+        member, paused = await meet(LoopbackNetwork(), 2)
+        paused.swarm._position = lambda: Position(Phase.PAUSED, 0)
+        paused.swarm.nudge()
+        while member.swarm.peers["n1"].phase != Phase.PAUSED:
+            await asyncio.sleep(0.1)
+        member.swarm.called("n1")
+        member.swarm.seen("n1")
+        assert member.swarm.peers["n1"].detail == "paused by its operator"
 
     run(scenario())

@@ -12,7 +12,13 @@ from deca_node.catchup import CatchUp
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
 from deca_node.pb import node_pb2 as pb
-from deca_node.recovery import MAX_FLIGHTS, MAX_REST_SECONDS, MAX_VAIN_TRIES, REST_FACTOR
+from deca_node.recovery import (
+    MAX_FLIGHTS,
+    MAX_REST_SECONDS,
+    MAX_VAIN_TRIES,
+    REST_FACTOR,
+    STUCK_FACTOR,
+)
 from tests.swarm import QUIET
 from tests.virtual_time import run
 
@@ -81,6 +87,9 @@ class Peers:
 
     def givers(self):
         return dict(self.links)
+
+    def visit_of(self, peer):
+        return VISIT
 
     def is_paused(self, peer):
         return False
@@ -160,15 +169,12 @@ class Joiner:
             self.store,
             schedule,
             TIMING,
-            self._behind,
+            lambda visit, others: any(other > visit for other in others),
             lambda _: frozenset(links),
             lambda: None,
             self.stopping,
             QUIET,
         )
-
-    def _behind(self, visit):
-        return visit < VISIT and not self.links.keys() <= self.catch_up.gain.unusable
 
     async def __call__(self):
         """Catch up; seconds that it took, and the visit that comes next."""
@@ -204,7 +210,7 @@ def test_a_slow_giver_holds_nobody_up(same):
         total = slow.bytes + fast[0].bytes + fast[1].bytes
         assert total == BLOCKS * SIZE if same else total < (BLOCKS + 0.5) * SIZE
         assert late.catch_up.gain.fetched == BLOCKS * SIZE
-        assert late.catch_up.gain.unusable == set()
+        assert late.catch_up.unusable == set()
         assert late.peers.reasons == []
 
     run(scenario())
@@ -299,7 +305,7 @@ def test_garbage_that_comes_first_costs_no_good_byte():
         assert entry == VISIT
         assert late.store.blocks[2] == slow.data[2]
         assert slow.bytes < SIZE + 2 * PIECE
-        assert late.catch_up.gain.unusable == {"b"}
+        assert late.catch_up.unusable == {"b"}
         assert ("b", "digest") in late.peers.reasons
 
     run(scenario())
@@ -316,7 +322,7 @@ def test_garbage_in_a_part_that_another_completes_is_not_its_fault():
             seconds, entry = await late()
         assert entry == VISIT
         assert late.store.blocks[2] == good.data[2]
-        assert "b" not in late.catch_up.gain.unusable
+        assert "b" not in late.catch_up.unusable
         assert seconds < 60
 
     run(scenario())
@@ -347,7 +353,7 @@ def test_a_giver_that_gives_nothing_is_left_alone_for_a_while(pause):
         async with joiner(a=giver) as late:
             seconds, entry = await late()
             assert entry == 0
-            assert late.catch_up.gain.unusable == {"a"}
+            assert late.catch_up.unusable == {"a"}
             assert len(giver.asked) == MAX_VAIN_TRIES
             assert seconds < MAX_VAIN_TRIES * (TIMING.step_deadline + 5)
             await asyncio.sleep(0.5 * REST_FACTOR * seconds)
@@ -401,6 +407,36 @@ def test_a_line_that_breaks_often_gets_there():
             _, entry = await late()
         assert entry == VISIT
         assert giver.bytes == SIZE
+
+    run(scenario())
+
+
+def test_who_was_ahead_and_is_so_no_more_leaves_no_others_stuck():
+    """Those behind it make their steps as before, only not as far."""
+
+    async def scenario():
+        clock = asyncio.get_running_loop().time
+        pace = 0.8 * STUCK_FACTOR * TIMING.step_deadline  # of a step, of three
+        begin = clock()
+
+        def listing(visit, until):
+            async def listed(request, timeout):
+                if clock() - begin > until:
+                    raise PeerRefused("stopping", "no")
+                step = int((clock() - begin) // pace)
+                if visit == VISIT and step >= 3:
+                    return pb.BlockList(visit=VISIT + 1)
+                return pb.BlockList(visit=visit, closed=True, step=min(step, 3))
+
+            return listed
+
+        links = {name: Giver(name) for name in "ab"}
+        links["a"].list_blocks = listing(VISIT + 4, 100)
+        links["b"].list_blocks = listing(VISIT, 1e6)
+        async with joiner(**links) as late:
+            seconds, entry = await late()
+        assert entry == VISIT + 1
+        assert seconds == pytest.approx(3 * pace, abs=10)
 
     run(scenario())
 

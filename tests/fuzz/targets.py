@@ -27,6 +27,7 @@ from deca_node.errors import PayloadError, PeerError
 from deca_node.kept import fits
 from deca_node.limits import MAX_CONTACTS, MAX_MEMBERS, MAX_MESSAGE_BYTES
 from deca_node.pb import node_pb2 as pb
+from deca_node.recovery import Records
 from deca_node.references import Followed
 from deca_node.robust import Aggregation, Arrivals
 from deca_node.transport.connection import PEER
@@ -515,7 +516,7 @@ class Replies:
                 word = member.swarm._take_reply(message, "10.0.0.99:7430", link).name.lower()
             else:
                 found = await member.catch_up._ask("evil", _Says(message), None)
-                member.catch_up.gain.unusable.clear()
+                member.catch_up._records = Records()
                 word = "refused" if found is None else "ok"
         except PeerError as error:
             return error.reason

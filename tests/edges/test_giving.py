@@ -1,0 +1,172 @@
+"""Handing out kept blocks: when a node leaves, and what callers that hang up cost."""
+
+import asyncio
+import io
+from contextlib import aclosing
+
+import pytest
+
+from deca_node.config import Timing
+from deca_node.exchange import send_rates
+from deca_node.giving import MAX_DRAIN_SECONDS, QUIET_SECONDS, Giver
+from deca_node.limits import CHUNK_BYTES
+from deca_node.pb import node_pb2 as pb
+from deca_node.recovery import Kept
+from tests.virtual_time import run
+
+BLOCKS = 5
+SIZE = 20 * CHUNK_BYTES
+RATE = 50e6
+DIGEST = "0" * 32
+TIMING = Timing.lan()
+
+
+class Shelf:
+    """giving.Shelf with blocks of zeros."""
+
+    def kept(self):
+        return {block: Kept(9, SIZE, DIGEST) for block in range(BLOCKS)}
+
+    def open(self, block, xxh3):
+        return io.BytesIO()
+
+    async def read(self, file, offset, size):
+        return bytes(min(size, SIZE - offset))
+
+
+class Peers:
+    """giving.Peers that have all been greeted."""
+
+    def __init__(self):
+        self.reasons = []
+
+    def sender(self):
+        return pb.Sender(run="toy", node="me", session=1)
+
+    def check_sender(self, sender):
+        return sender.node
+
+    def trouble(self, peer, error):
+        self.reasons.append((peer, error.reason))
+
+
+def giver(rates=None):
+    """One that has ended its training."""
+    peers = Peers()
+    return peers, Giver(peers, Shelf(), lambda: (10, False, 0), TIMING, RATE, rates or send_rates())
+
+
+def asked(name, block=0, offset=0):
+    sender = pb.Sender(run="toy", node=name, session=2)
+    return pb.FetchBlockRequest(sender=sender, block=block, xxh3=DIGEST, offset=offset)
+
+
+async def fetch(leaving, name, block, pause=0.0):
+    async with aclosing(leaving.answer_fetch(asked(name, block))) as stream:
+        async for message in stream:
+            assert message
+            await asyncio.sleep(pause)
+
+
+async def drained(leaving, caller):
+    """Seconds that a giver stays once somebody calls."""
+    task = asyncio.create_task(caller)
+    await asyncio.sleep(0.01)
+    begin = asyncio.get_running_loop().time()
+    await leaving.drain()
+    seconds = asyncio.get_running_loop().time() - begin
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return seconds
+
+
+def test_the_last_node_stays_until_a_joiner_has_all_blocks():
+    """Also between two of them, when nothing is under way."""
+
+    async def scenario():
+        _, leaving = giver()
+        got = []
+
+        async def joiner():
+            await leaving.answer_list(pb.ListBlocksRequest())
+            for block in range(BLOCKS):
+                await asyncio.sleep(0.8 * QUIET_SECONDS)  # it keeps the one before
+                # Nearly as long as one block may take, five times.
+                await fetch(leaving, "late", block, 0.8 * TIMING.step_deadline / 20)
+                got.append(block)
+
+        seconds = await drained(leaving, joiner())
+        assert got == list(range(BLOCKS))
+        assert seconds > BLOCKS * 0.8 * TIMING.step_deadline
+
+    run(scenario())
+
+
+def test_nobody_is_waited_for_that_does_not_ask():
+    """Without a joiner a node leaves at once; with one, soon after its last question."""
+
+    async def scenario():
+        _, leaving = giver()
+        assert await drained(leaving, asyncio.sleep(0)) == 0
+        seconds = await drained(leaving, leaving.answer_list(pb.ListBlocksRequest()))
+        assert seconds == pytest.approx(QUIET_SECONDS, abs=0.1)
+
+    run(scenario())
+
+
+def test_a_joiner_that_drips_or_asks_for_ever_is_left():
+    """A block has a step's deadline; the same ones again and again have an end, too."""
+
+    async def scenario():
+        _, leaving = giver()
+        seconds = await drained(leaving, fetch(leaving, "slow", 0, 0.2 * TIMING.step_deadline))
+        assert seconds == pytest.approx(TIMING.step_deadline)
+
+        async def again():
+            while True:
+                await fetch(leaving, "evil", 0, 0.04 * TIMING.step_deadline)
+
+        assert await drained(leaving, again()) == pytest.approx(MAX_DRAIN_SECONDS)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_who_hangs_up_leaves_no_debt_that_others_pay(capped):
+    """What was not sent counts for nothing, and who asked for it is counted."""
+
+    async def scenario():
+        peers, giving = giver(send_rates(RATE / 2) if capped else None)
+        clock = asyncio.get_running_loop().time
+
+        async def first(name):
+            begin = clock()
+            async with aclosing(giving.answer_fetch(asked(name))) as stream:
+                await anext(stream)
+            return clock() - begin
+
+        assert await first("honest") == 0
+        hung_up = 0
+        while clock() < 10:
+            calls = [asyncio.create_task(first("evil")) for _ in range(2)]
+            await asyncio.sleep(0.01)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            hung_up += 2
+        assert await first("honest") < 4 * CHUNK_BYTES / RATE
+        assert peers.reasons.count(("evil", "hung_up")) == hung_up
+
+    run(scenario())
+
+
+def test_who_has_the_last_byte_may_turn_away():
+    """A joiner reads no further than that."""
+
+    async def scenario():
+        peers, giving = giver()
+        async with aclosing(giving.answer_fetch(asked("late", offset=SIZE - 1))) as stream:
+            await anext(stream)
+        assert peers.reasons == []
+
+    run(scenario())
