@@ -143,6 +143,7 @@ class Laboratory:
         self._shards = experiment.world.partition.shards
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
+        self._has_twins = False
         if not self._shards:
             dealt = {self._material_key(cell): cell for cell in experiment.cells}
             for cell in dealt.values():  # now, likewise
@@ -152,6 +153,8 @@ class Laboratory:
             "model": f"{self._model.config_digest()} {self._weights}",
             "data": _digest([self._rows or self._shard_digests(experiment), self._test]),
         }
+        if self._has_twins:  # earlier versions trained on them
+            contents["split"] = "without twins of test rows"
         _claim(folder, experiment.identity(contents))
 
     def _refuse_the_same_run_twice(self, experiment: Experiment) -> None:
@@ -342,7 +345,8 @@ class Laboratory:
                 questions = [
                     question(row, data, place(source, index)) for index, row in enumerate(rows)
                 ]
-                shards = without_twins(shards, test, questions)
+                dealt, shards = shards, without_twins(shards, test, questions)
+                self._has_twins |= dealt != shards
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
         parts = [[rows[index] for index in shard] for shard in shards]

@@ -507,6 +507,25 @@ def test_orders_of_several_blocks_are_different_runs(tmp_path):
     assert deca_node("simulate", file, "-o", tmp_path / "out") == 0
 
 
+def test_cells_that_trained_on_their_tests_twins_take_no_others_beside_them(tmp_path, capsys):
+    """Results of a version that did not look for twins belong to another experiment."""
+    lines = [{"text": f"a b {n // 2}", "label": "xy"[n // 2 % 2]} for n in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_model(tmp_path / "model")
+    file, out = tmp_path / "own.toml", tmp_path / "out"
+    file.write_text(
+        'model.path = "model"\ndata.train = "data.jsonl"\nschedule.rounds = 1\n'
+        "schedule.steps = 1\nexperiment.nodes = 2\npartition.test_per_label = 3\n"
+    )
+    assert deca_node("simulate", file, "-o", out) == 0
+    path = out / "experiment.json"
+    tree = json.loads(path.read_text())
+    assert tree["identity"].pop("split (content)") == "without twins of test rows"
+    path.write_text(json.dumps(tree))
+    assert deca_node("simulate", file, "-o", out) == 8
+    assert "split (content) is unset there" in capsys.readouterr().err
+
+
 def test_a_row_without_a_label_is_named(tmp_path, capsys):
     """With its file and its own number."""
     lines = [{"text": f"a b {n}", "label": "x" if n % 2 else "y"} for n in range(30)]
