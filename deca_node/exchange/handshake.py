@@ -132,7 +132,7 @@ class Handshake:
     def answer_offer(self, request: pb.VisitOffer, *, resting: bool) -> pb.VisitAnswer:
         """A neighbour offers an edge; who rests wants none."""
         peer = self._peers.check_sender(request.sender)
-        self._peers.called(peer)
+        self._peers.seen(peer)
         try:
             wish = Format(request.wire_format)
         except ValueError:

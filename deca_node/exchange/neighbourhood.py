@@ -35,11 +35,7 @@ class Neighbourhood(Protocol):
         ...
 
     def seen(self, peer: str) -> None:
-        """The peer has answered a call."""
-        ...
-
-    def called(self, peer: str) -> None:
-        """The peer has called: it lives, whether it can be called or not."""
+        """The peer showed that it lives."""
         ...
 
     def sent(self, peer: str, nbytes: int) -> None:

@@ -245,7 +245,7 @@ class Serving:
                         of = self._published
                         (of.failed if left else of.have).add(peer)
                     if not left:
-                        self._peers.called(peer)
+                        self._peers.seen(peer)
                     self._let_go()
                     self._changes.beat()
         except PeerRefused as error:

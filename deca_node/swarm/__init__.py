@@ -543,19 +543,9 @@ class Swarm:
         """See Neighbourhood."""
         known = self.peers.get(peer)
         if known is not None and known.state in (State.ALIVE, State.SUSPECT):
-            # That of a living one is no trouble: it is paused, or enters later.
-            detail = known.detail if known.state == State.ALIVE else ""
             self._update(
-                replace(known, state=State.ALIVE, last_seen=self._now(), detail=detail, down=False)
+                replace(known, state=State.ALIVE, last_seen=self._now(), detail="", down=False)
             )
-
-    def called(self, peer: str) -> None:
-        """See Neighbourhood. Who cannot be called stays a suspect, not worth waiting for."""
-        known = self.peers.get(peer)
-        if known is None or not self._is_failing(peer):
-            self.seen(peer)
-        elif known.state in (State.ALIVE, State.SUSPECT):
-            self._update(replace(known, last_seen=self._now()))
 
     def sent(self, peer: str, nbytes: int) -> None:
         """See Neighbourhood."""
