@@ -6,6 +6,8 @@ only file that imports ``datasets``.
 """
 
 import csv
+import datetime as dt
+import decimal
 import glob
 import io
 import json
@@ -29,6 +31,10 @@ from deca_node.errors import ConfigError, DataError, first_line
 _MARK = "\0"  # stands for the text where its place in a template is looked for
 IGNORED = -100  # the target that cross entropy skips, in PyTorch and in Hugging Face models
 MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own 131,072 is less than a long article
+
+_TEXT = (str, bool, int, float)
+# A template says how it writes them; that they were meant as a label or a whole text is a guess.
+_IN_TEMPLATE = (*_TEXT, dt.date, dt.time, dt.timedelta, decimal.Decimal)
 
 _log = structlog.get_logger(__name__)
 
@@ -153,7 +159,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         # Streaming makes no Arrow copy of private data; all that the cache gets is a lock file.
         with tempfile.TemporaryDirectory() as cache:
             pattern = glob.escape(str(path.absolute()))
-            return list(reader(pattern, cache_dir=cache, streaming=True))
+            return _plain(reader(pattern, cache_dir=cache, streaming=True))
     except Exception as error:  # whatever the reader trips over, the file is to blame
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
@@ -168,10 +174,27 @@ def _read_saved(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a folder written by Dataset.save_to_disk")
     reader = _datasets().load_from_disk
     try:
-        rows: list[dict[str, Any]] = reader(str(path)).to_list()
+        return _plain(reader(str(path)).to_list())
     except Exception as error:  # as above
         raise DataError(f"{path}: not a readable data set ({first_line(error)})") from error
-    return rows
+
+
+def _plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: _decoded(value) for name, value in row.items()} for row in rows]
+
+
+def _decoded(value: Any) -> Any:
+    """Binary text as text; other bytes stay, for a field that nothing reads may be a picture."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _decoded(each) for name, each in value.items()}
+    return value
 
 
 _READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
@@ -195,8 +218,7 @@ def text_of(row: Row, field: str, where: str) -> str:
         DataError: the field is missing, null or composite; ``where`` begins the message.
     """
     value = _value_of(row, field, where)
-    if not isinstance(value, (str, bool, int, float)):
-        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, not text")
+    _check(value, field, where, _TEXT)
     return str(value)
 
 
@@ -223,6 +245,17 @@ def _value_of(row: Row, field: str, where: str) -> Any:
     if row[field] is None:
         raise DataError(f"{where}: field {field!r} is null")
     return row[field]
+
+
+def _check(value: Any, field: str, where: str, kinds: tuple[type, ...], remedy: str = "") -> None:
+    """Refuse what no text comes from but Python's own for it."""
+    if value is None:
+        raise DataError(f"{where}: field {field!r} is null")
+    if isinstance(value, bytes):
+        raise DataError(f"{where}: field {field!r} is binary and not UTF-8 text; name another")
+    if not isinstance(value, kinds):
+        kind = type(value).__name__
+        raise DataError(f"{where}: field {field!r} is a {kind}, not text{remedy}")
 
 
 # Rows -> examples
@@ -358,6 +391,8 @@ def _prompt(
 ) -> list[int]:
     """The filled template in at most ``room`` tokens."""
     fields = {name: _value_of(row, name, where) for name in _template_fields(settings.template)}
+    for name in _replaced(settings.template):
+        _check_part(name, fields, where)
 
     texts = {name: value for name, value in fields.items() if isinstance(value, str)}
     longest = max(texts, key=lambda name: len(texts[name]), default="")
@@ -443,14 +478,42 @@ def _longest_fit(
 
 
 def _template_fields(template: str) -> list[str]:
+    """The fields of a row that a template needs."""
     try:
-        parsed = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parsed = _replaced(template)
     except ValueError as error:
         raise ConfigError(f"data.template = {template!r}: {error}") from None
-    names = [re.split(r"[.\[]", name, maxsplit=1)[0] for name in parsed]
+    names = [name.partition("[")[0] for name in parsed]
+    if any("." in re.sub(r"\[[^]]*\]", "", name) for name in parsed):
+        raise ConfigError(
+            f"data.template = {template!r}: no dots in the name of a field; rename the field,"
+            " or take a part of it as in {text[part]}"
+        )
     if not names or any(not name or name.isdecimal() for name in names):
         raise ConfigError(f"data.template = {template!r}: name the fields of a row, as in {{text}}")
     return names
+
+
+def _replaced(template: str) -> list[str]:
+    """What stands in the braces of a template, format specifications' included."""
+    found = []
+    for _, name, specification, _ in string.Formatter().parse(template):
+        if name is not None:
+            found += [name, *_replaced(specification or "")]
+    return found
+
+
+def _check_part(name: str, fields: Row, where: str) -> None:
+    """Refuse what ``name`` leads to in a row if it is no text, number or date."""
+    try:
+        value, _ = string.Formatter().get_field(name, (), fields)
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{where}: data.template cannot be filled: {error}") from None
+    remedy = ""
+    if isinstance(value, (list, dict)) and value:
+        part = 0 if isinstance(value, list) else next(iter(value))
+        remedy = f"; name a part of it, as in {{{name}[{part}]}}"
+    _check(value, name, where, _IN_TEMPLATE, remedy)
 
 
 def _back_to_space(text: str, size: int) -> int:

@@ -1,5 +1,6 @@
 """Rows, examples and batches, on a tokenizer of one token a byte."""
 
+import datetime as dt
 import json
 import random
 import re
@@ -228,6 +229,23 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
         read_rows(tmp_path / "a.parquet")
 
 
+def test_binary_columns_are_utf8_text(tmp_path: Path) -> None:
+    """As some writers store text; bytes that are no text only matter when they are used."""
+    import datasets
+
+    rows = [{"text": "hé".encode(), "tags": [b"t"], "raw": b"\xff", "label": b"x"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        read = read_rows(path)
+        assert read == [{"text": "hé", "tags": ["t"], "raw": b"\xff", "label": "x"}]
+        [example] = examples(read, data_settings(template="{text} {tags[0]}:"), TOKENIZER, path)
+        assert prompt_of(example) == "hé t:"
+        for changes in ({"template": "{raw}:"}, {"label_field": "raw"}):
+            with pytest.raises(DataError, match="row 1: field 'raw' is binary and not UTF-8 text"):
+                examples(read, data_settings(**changes), TOKENIZER, path)
+
+
 # Classification
 
 
@@ -372,6 +390,46 @@ def test_template_may_format_fields() -> None:
     row = {"score": 0.25, "tags": ["t"], "label": "a"}
     [example] = examples([row], settings, TOKENIZER, SOURCE)
     assert prompt_of(example) == "0.2 t {x}:"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a", "b"], "field 'text' is a list, not text; name a part of it, as in {text[0]}"),
+        ({"a": "b"}, "field 'text' is a dict, not text; name a part of it, as in {text[a]}"),
+        ([], "field 'text' is a list, not text"),
+    ],
+)
+def test_template_takes_text_only(value: Any, message: str) -> None:
+    """No model is trained on what Python shows of a list."""
+    with pytest.raises(DataError, match=re.escape(f"row 1: {message}")):
+        examples([{"text": value, "label": "a"}], data_settings(), TOKENIZER, SOURCE)
+
+
+def test_part_of_a_field_is_text_too() -> None:
+    """What an index leads to is looked at as a field is."""
+    settings = data_settings(template="{text[0]}:")
+    for inner, message in (([1], r"'text\[0\]' is a list"), (None, r"'text\[0\]' is null")):
+        with pytest.raises(DataError, match=f"row 1: field {message}"):
+            examples([{"text": [inner], "label": "a"}], settings, TOKENIZER, SOURCE)
+    with pytest.raises(DataError, match=r"row 1: data\.template cannot be filled"):
+        examples([{"text": [], "label": "a"}], settings, TOKENIZER, SOURCE)
+
+
+def test_template_writes_dates_as_they_are() -> None:
+    """A Parquet file's dates have one obvious text, and a format of their own."""
+    row = {"day": dt.date(2026, 3, 1), "label": "a"}
+    [example] = examples([row], data_settings(template="{day} {day:%d.%m.}:"), TOKENIZER, SOURCE)
+    assert prompt_of(example) == "2026-03-01 01.03.:"
+
+
+def test_template_names_no_attributes() -> None:
+    """They are Python's, not the row's."""
+    for template in ("{text.__class__}", "{text[0].real}", "{meta.text}", "{text:{text.real}}"):
+        with pytest.raises(ConfigError, match=r"data\.template = .*: no dots"):
+            examples(
+                [{"text": "t", "label": "a"}], data_settings(template=template), TOKENIZER, SOURCE
+            )
 
 
 def test_template_that_does_not_suit_the_row() -> None:
