@@ -29,6 +29,7 @@ from deca_node.config import DataSettings
 from deca_node.errors import ConfigError, DataError, first_line
 
 _MARK = "\0"  # stands for the text where its place in a template is looked for
+ROLES = ("system", "user", "assistant", "tool")  # of messages; what their chat templates know
 IGNORED = -100  # the target that cross entropy skips, in PyTorch and in Hugging Face models
 MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own 131,072 is less than a long article
 
@@ -332,7 +333,7 @@ def examples(
         DataError: a row does not fit the task, or no row gives an example.
         ConfigError: the template or the label words cannot be used.
     """
-    make: Callable[[Row, str], list[Example]]
+    make: Callable[[Row, str], list[Example] | str]  # or why there are none
     if settings.task == "classification":
         if words is None:
             values = (
@@ -348,18 +349,24 @@ def examples(
         make = partial(_text, settings, tokenizer)
 
     found: list[Example] = []
-    dropped = 0
+    reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
         made = make(row, place(source, index))
-        found += made
-        dropped += not made
+        if isinstance(made, str):
+            reasons[made] += 1
+        else:
+            found += made
+    why = "; ".join(f"in {count} {reason}" for reason, count in reasons.most_common())
     if not found:
-        raise DataError(
-            f"{source}: empty shard: none of {len(rows)} rows gives an example for"
-            f" data.task = {settings.task!r} with data.max_tokens = {settings.max_tokens}"
+        raise DataError(f"{source}: empty shard: none of {len(rows)} rows gives an example: {why}")
+    if reasons:
+        _log.warning(
+            "rows without an example",
+            source=str(source),
+            rows=len(rows),
+            dropped=reasons.total(),
+            why=why,
         )
-    if dropped:
-        _log.warning("rows without an example", source=str(source), rows=len(rows), dropped=dropped)
     return found
 
 
@@ -528,16 +535,42 @@ def _back_to_space(text: str, size: int) -> int:
 
 def _instruction(
     settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str
-) -> list[Example]:
+) -> list[Example] | str:
     messages = _messages(row, settings, where)
     try:
         segments = tokenizer.chat(messages)
     except ValueError as error:
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from None
-    ids = [token for segment, _ in segments for token in segment][: settings.max_tokens]
-    trained = [flag for segment, flag in segments for _ in segment][: settings.max_tokens]
+    if unheard := _unheard(messages, settings, where):
+        return unheard
+    ids = [token for segment, _ in segments for token in segment]
+    trained = [flag for segment, flag in segments for _ in segment]
     # Nothing predicts the first token, so it alone teaches nothing.
-    return [Example(ids, trained)] if any(trained[1:]) else []
+    if not any(trained[1:]):
+        return "the answer is empty; give it one"
+    size = settings.max_tokens
+    if not any(trained[1:size]):
+        return f"nothing is learned within data.max_tokens = {size}; raise it"
+    return [Example(ids[:size], trained[:size])]
+
+
+def _unheard(messages: list[dict[str, str]], settings: DataSettings, where: str) -> str:
+    """Why a chat without an answer teaches nothing; most templates take any role as it is."""
+    found = {message["role"] for message in messages}
+    said = f"no message has the role 'assistant' (found: {', '.join(sorted(found))})"
+    if found <= set(ROLES):
+        return "" if "assistant" in found else f"{said}; give them answers"
+    if "assistant" not in found:
+        raise DataError(f"{where}: {said}; rename them to user and assistant")
+    number, role = next(
+        (number, message["role"])
+        for number, message in enumerate(messages, start=1)
+        if message["role"] not in ROLES
+    )
+    raise DataError(
+        f"{where}: message {number} of {settings.messages_field!r} has the role {role!r}, not one"
+        f" of: {', '.join(ROLES)}; rename it"
+    )
 
 
 def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, str]]:
@@ -555,6 +588,8 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
     messages = row[field]
     if not isinstance(messages, list) or not all(isinstance(entry, Mapping) for entry in messages):
         raise DataError(f"{where}: field {field!r} is not a list of {{role, content}} objects")
+    if not messages:
+        raise DataError(f"{where}: field {field!r} has no messages; take the row out")
     return [
         {
             key: text_of(entry, key, f"{where}: message {number} of {field!r}")
@@ -564,17 +599,20 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
     ]
 
 
-def _text(settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str) -> list[Example]:
+def _text(
+    settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str
+) -> list[Example] | str:
     ids = tokenizer.encode(text_of(row, settings.text_field, where))
     if not ids:
-        return []
+        return "there is no text; see data.text_field"
     if tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]
     if tokenizer.eos_id is not None:
         ids = [*ids, tokenizer.eos_id]
     size = settings.max_tokens
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [Example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+    made = [Example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+    return made or "there is one token, and nothing to predict it from; lengthen the text"
 
 
 # Labels

@@ -512,6 +512,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
     assert len(example.input_ids) == 16
     assert completion_of(example) == "long"
     assert [(entry["rows"], entry["dropped"]) for entry in logs] == [(2, 1)]
+    assert logs[0]["why"] == "in 1 nothing is learned within data.max_tokens = 16; raise it"
 
 
 @pytest.mark.parametrize(
@@ -526,6 +527,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
             {"messages": [{"role": "elf", "content": "c"}]},
             "the model's chat template refuses it: unknown role elf",
         ),
+        ({"messages": []}, "field 'messages' has no messages; take the row out"),
     ],
 )
 def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
@@ -533,6 +535,43 @@ def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         examples([row], data_settings(task="instruction"), TOKENIZER, SOURCE)
     assert str(caught.value).startswith("shard.jsonl, row 1: ")
+
+
+class AnyRole(ByteTokenizer):
+    """With a chat template that takes any role, as most do."""
+
+    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+        """Each message as it is."""
+        return [(self.encode(each["content"]), each["role"] == "assistant") for each in messages]
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (
+            ("human", "gpt"),
+            "no message has the role 'assistant' (found: gpt, human); rename them to user and"
+            " assistant",
+        ),
+        (
+            ("user", "model", "assistant"),
+            "message 2 of 'messages' has the role 'model', not one of: system, user, assistant,"
+            " tool; rename it",
+        ),
+    ],
+)
+def test_unknown_roles_are_refused(roles: tuple[str, ...], message: str) -> None:
+    """A template that takes them would have them trained as they are."""
+    row = {"messages": [{"role": role, "content": role} for role in roles]}
+    with pytest.raises(DataError, match=re.escape(f"shard.jsonl, row 1: {message}")):
+        examples([row], data_settings(task="instruction"), AnyRole(), SOURCE)
+
+
+def test_tool_messages_are_no_strangers() -> None:
+    turns = [("user", "a"), ("tool", "b"), ("assistant", "c")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    [example] = examples([row], data_settings(task="instruction"), AnyRole(), SOURCE)
+    assert completion_of(example) == "c"
 
 
 # Text
@@ -555,19 +594,36 @@ def test_piece_of_one_token_is_dropped() -> None:
     assert [len(example.input_ids) for example in made] == [8]
 
 
+LOST = {"prompt": "much too long", "response": "lost"}
+ASKED = {"messages": [{"role": "user", "content": "a"}]}
+
+
 @pytest.mark.parametrize(
-    ("task", "row"),
+    ("task", "rows", "why"),
     [
-        ("text", {"text": ""}),
-        ("instruction", {"prompt": "much too long", "response": "lost"}),
-        ("instruction", {"messages": []}),
+        ("text", [{"text": ""}], "in 1 there is no text; see data.text_field"),
+        ("instruction", [LOST], "in 1 nothing is learned within data.max_tokens = 8; raise it"),
+        (
+            "instruction",
+            [ASKED, LOST, ASKED],
+            "in 2 no message has the role 'assistant' (found: user); give them answers;"
+            " in 1 nothing is learned within data.max_tokens = 8; raise it",
+        ),
+        (
+            "instruction",
+            [{"messages": [{"role": "assistant", "content": ""}]}],
+            "in 1 the answer is empty; give it one",
+        ),
     ],
 )
-def test_rows_without_an_example_are_an_empty_shard(task: str, row: dict[str, Any]) -> None:
-    """A node with nothing to learn says so before the run."""
+def test_rows_without_an_example_are_an_empty_shard(
+    task: str, rows: list[dict[str, Any]], why: str
+) -> None:
+    """A node with nothing to learn says so before the run, with a remedy for each reason."""
     settings = data_settings(task=task, max_tokens=8)
-    with pytest.raises(DataError, match=r"shard\.jsonl: empty shard: none of 1 rows"):
-        examples([row], settings, TOKENIZER, SOURCE)
+    message = f"shard.jsonl: empty shard: none of {len(rows)} rows gives an example: {why}"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        examples(rows, settings, AnyRole(None, None), SOURCE)
 
 
 @pytest.mark.parametrize(
