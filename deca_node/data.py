@@ -36,6 +36,7 @@ MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own 131,072 is less th
 _TEXT = (str, bool, int, float)
 # A template says how it writes them; that they were meant as a label or a whole text is a guess.
 _IN_TEMPLATE = (*_TEXT, dt.date, dt.time, dt.timedelta, decimal.Decimal)
+ROWS_AT_ONCE = 1024  # of a Parquet file
 
 _log = structlog.get_logger(__name__)
 
@@ -160,7 +161,9 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         # Streaming makes no Arrow copy of private data; all that the cache gets is a lock file.
         with tempfile.TemporaryDirectory() as cache:
             pattern = glob.escape(str(path.absolute()))
-            return _plain(reader(pattern, cache_dir=cache, streaming=True))
+            # By itself it reads in batches as large as the first row group, which may be empty.
+            found = reader(pattern, cache_dir=cache, streaming=True, batch_size=ROWS_AT_ONCE)
+            return _plain(found, found.features)
     except Exception as error:  # whatever the reader trips over, the file is to blame
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
@@ -175,13 +178,28 @@ def _read_saved(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a folder written by Dataset.save_to_disk")
     reader = _datasets().load_from_disk
     try:
-        return _plain(reader(str(path)).to_list())
+        found = reader(str(path))
+        return _plain(found.to_list(), found.features)
     except Exception as error:  # as above
         raise DataError(f"{path}: not a readable data set ({first_line(error)})") from error
 
 
-def _plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: _decoded(value) for name, value in row.items()} for row in rows]
+def _plain(rows: Iterable[dict[str, Any]], features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows with binary text as text, and with the names of labels that are kept as numbers."""
+    class_label = _datasets().ClassLabel
+    names = {
+        column: dict(enumerate(feature.names))
+        for column, feature in features.items()
+        if isinstance(feature, class_label)
+    }
+    return [
+        {
+            # -1 stands for no label, as in a test split whose labels are secret.
+            column: names[column].get(value) if column in names else _decoded(value)
+            for column, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def _decoded(value: Any) -> Any:

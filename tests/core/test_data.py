@@ -229,6 +229,21 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
         read_rows(tmp_path / "a.parquet")
 
 
+def test_parquet_groups_without_rows(tmp_path: Path) -> None:
+    """As pyarrow writes them; they hide neither that there are no rows nor those that follow."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    empty, full = (pa.table({"text": pa.array(rows, pa.string())}) for rows in ([], ["a", "b"]))
+    pq.write_table(empty, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: no rows"):
+        read_rows(tmp_path / "a.parquet")
+    with pq.ParquetWriter(tmp_path / "b.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+        writer.write_table(full)
+    assert read_rows(tmp_path / "b.parquet") == [{"text": "a"}, {"text": "b"}]
+
+
 def test_binary_columns_are_utf8_text(tmp_path: Path) -> None:
     """As some writers store text; bytes that are no text only matter when they are used."""
     import datasets
@@ -244,6 +259,29 @@ def test_binary_columns_are_utf8_text(tmp_path: Path) -> None:
         for changes in ({"template": "{raw}:"}, {"label_field": "raw"}):
             with pytest.raises(DataError, match="row 1: field 'raw' is binary and not UTF-8 text"):
                 examples(read, data_settings(**changes), TOKENIZER, path)
+
+
+def test_class_labels_are_read_by_name(tmp_path: Path) -> None:
+    """Both forms of a data set keep them; no label at all is a null."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    saved = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c", "d"], "label": [0, 1, -1, None]}, features=features
+    )
+    saved.to_parquet(tmp_path / "a.parquet")
+    saved.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        rows = read_rows(path)
+        assert [row["label"] for row in rows] == ["neg", "pos", None, None]
+        assert label_counts(examples(rows[:2], data_settings(), TOKENIZER, path)) == {
+            "neg": 1,
+            "pos": 1,
+        }
+        with pytest.raises(DataError, match=r"row 3: field 'label' is null"):
+            examples(rows, data_settings(), TOKENIZER, path)
 
 
 # Classification
