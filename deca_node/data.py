@@ -11,6 +11,7 @@ import decimal
 import glob
 import io
 import json
+import math
 import random
 import re
 import string
@@ -263,7 +264,14 @@ def _value_of(row: Row, field: str, where: str) -> Any:
         raise DataError(f"{where}: no field {field!r}; it has: {', '.join(map(str, row))}")
     if row[field] is None:
         raise DataError(f"{where}: field {field!r} is null")
+    _check_finite(row[field], field, where)
     return row[field]
+
+
+def _check_finite(value: Any, field: str, where: str) -> None:
+    # pandas writes NaN where there is no number; it would be a label of its own.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: field {field!r} is {value}, not a finite number; mend the row")
 
 
 def _check(value: Any, field: str, where: str, kinds: tuple[type, ...], remedy: str = "") -> None:
@@ -275,6 +283,7 @@ def _check(value: Any, field: str, where: str, kinds: tuple[type, ...], remedy: 
     if not isinstance(value, kinds):
         kind = type(value).__name__
         raise DataError(f"{where}: field {field!r} is a {kind}, not text{remedy}")
+    _check_finite(value, field, where)
 
 
 # Rows -> examples
@@ -359,6 +368,8 @@ def examples(
                 for index, row in enumerate(rows)
             )
             words = _label_words(values, settings)
+            if not settings.labels:
+                _warn_of_lookalikes(words, source)
         completions = label_token_ids(words, settings, tokenizer)
         make = partial(_classification, settings, tokenizer, completions)
     elif settings.task == "instruction":
@@ -649,6 +660,19 @@ def label_words(examples: Iterable[Example], settings: DataSettings) -> dict[str
 
 def _label_words(values: Iterable[str], settings: DataSettings) -> dict[str, str]:
     return dict(settings.labels) or {value: value for value in sorted(set(values)) if value.strip()}
+
+
+def _warn_of_lookalikes(labels: Iterable[str], source: Path) -> None:
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(label.strip().casefold(), []).append(label)
+    if twice := [group for group in alike.values() if len(group) > 1]:
+        _log.warning(
+            "labels that differ only by case or spaces around them are trained as different;"
+            " make them the same if they are",
+            source=str(source),
+            labels=twice,
+        )
 
 
 def label_token_ids(

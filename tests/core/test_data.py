@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import math
 import random
 import re
 import socket
@@ -342,6 +343,28 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
         examples(rows, data_settings(**given), TOKENIZER, SOURCE, words)
 
 
+def test_labels_that_look_the_same_are_told() -> None:
+    """They are trained as they are; that they are meant to differ is unlikely."""
+    labels = ["north", " north", "south", "North", "east", "1", "1.0"]
+    rows = [{"text": "t", "label": label} for label in labels]
+    with capture_logs() as logs:
+        made = examples(rows, data_settings(), TOKENIZER, SOURCE)
+        examples(rows, data_settings(), TOKENIZER, SOURCE, label_words(made, data_settings()))
+        examples(rows[2:3], data_settings(), TOKENIZER, SOURCE)
+    assert [entry["labels"] for entry in logs] == [[[" north", "North", "north"]]]
+    assert label_counts(made) == dict.fromkeys(sorted(labels), 1)
+
+
+def test_numbers_as_labels_are_taken_as_written() -> None:
+    """So that the same table says the same as CSV and as Parquet."""
+    rows = [{"text": "t", "label": label} for label in (1, 1.0, True)]
+    assert list(label_counts(examples(rows, data_settings(), TOKENIZER, SOURCE))) == [
+        "1",
+        "1.0",
+        "True",
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -351,6 +374,8 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
         ({"text": "t", "label": None}, "row 2: field 'label' is null"),
         ({"text": "t", "label": ["a"]}, "row 2: field 'label' is a list, not text"),
         ({"text": "t", "label": ""}, "row 2: label '' is not one of: a"),
+        ({"text": "t", "label": math.nan}, "row 2: field 'label' is nan, not a finite number"),
+        ({"text": -math.inf, "label": "a"}, "row 2: field 'text' is -inf, not a finite number"),
     ],
 )
 def test_unfit_row_is_named(row: dict[str, Any], message: str) -> None:
