@@ -363,6 +363,7 @@ def examples(
     make: Callable[[Row, str], list[Example] | str]  # or why there are none
     if settings.task == "classification":
         if words is None:
+            _warn_of_line_breaks(settings)
             values = (
                 text_of(row, settings.label_field, place(source, index))
                 for index, row in enumerate(rows)
@@ -528,6 +529,15 @@ def _template_fields(template: str) -> list[str]:
     if not names or any(not name or name.isdecimal() for name in names):
         raise ConfigError(f"data.template = {template!r}: name the fields of a row, as in {{text}}")
     return names
+
+
+def _warn_of_line_breaks(settings: DataSettings) -> None:
+    if "\\n" in settings.template:
+        _log.warning(
+            r"data.template holds \n as two characters, not a line break: in a shell quote it once"
+            r""" more, as in -s 'data.template="{text}\nLabel:"'""",
+            template=settings.template,
+        )
 
 
 def _replaced(template: str) -> list[str]:

@@ -479,6 +479,17 @@ def test_part_of_a_field_is_text_too() -> None:
         examples([{"text": [], "label": "a"}], settings, TOKENIZER, SOURCE)
 
 
+def test_a_line_break_that_the_shell_did_not_make_is_told() -> None:
+    """The model is trained on a backslash then, which may even be meant."""
+    for template, told in ((r"{text}\nTeam:", True), ("{text}\nTeam:", False)):
+        with capture_logs() as logs:
+            rows = [{"text": "t", "label": "a"}]
+            examples(rows, data_settings(template=template), TOKENIZER, SOURCE)
+            examples(rows, data_settings(template=template), TOKENIZER, SOURCE, {"a": "a"})
+        assert [entry["template"] for entry in logs] == [template] * told
+        assert all("quote" in entry["event"] for entry in logs)
+
+
 def test_template_writes_dates_as_they_are() -> None:
     """A Parquet file's dates have one obvious text, and a format of their own."""
     row = {"day": dt.date(2026, 3, 1), "label": "a"}
