@@ -6,9 +6,12 @@ only file that imports ``datasets``.
 """
 
 import csv
+import datetime as dt
+import decimal
 import glob
 import io
 import json
+import math
 import random
 import re
 import string
@@ -27,8 +30,14 @@ from deca_node.config import DataSettings
 from deca_node.errors import ConfigError, DataError, first_line
 
 _MARK = "\0"  # stands for the text where its place in a template is looked for
+ROLES = ("system", "user", "assistant", "tool")  # of messages; what their chat templates know
 IGNORED = -100  # the target that cross entropy skips, in PyTorch and in Hugging Face models
 MAX_CSV_FIELD = 2**31 - 1  # characters; the csv module's own 131,072 is less than a long article
+
+_TEXT = (str, bool, int, float)
+# A template says how it writes them; that they were meant as a label or a whole text is a guess.
+_IN_TEMPLATE = (*_TEXT, dt.date, dt.time, dt.timedelta, decimal.Decimal)
+ROWS_AT_ONCE = 1024  # of a Parquet file
 
 _log = structlog.get_logger(__name__)
 
@@ -153,7 +162,9 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         # Streaming makes no Arrow copy of private data; all that the cache gets is a lock file.
         with tempfile.TemporaryDirectory() as cache:
             pattern = glob.escape(str(path.absolute()))
-            return list(reader(pattern, cache_dir=cache, streaming=True))
+            # By itself it reads in batches as large as the first row group, which may be empty.
+            found = reader(pattern, cache_dir=cache, streaming=True, batch_size=ROWS_AT_ONCE)
+            return _plain(found, found.features)
     except Exception as error:  # whatever the reader trips over, the file is to blame
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
@@ -168,10 +179,42 @@ def _read_saved(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a folder written by Dataset.save_to_disk")
     reader = _datasets().load_from_disk
     try:
-        rows: list[dict[str, Any]] = reader(str(path)).to_list()
+        found = reader(str(path))
+        return _plain(found.to_list(), found.features)
     except Exception as error:  # as above
         raise DataError(f"{path}: not a readable data set ({first_line(error)})") from error
-    return rows
+
+
+def _plain(rows: Iterable[dict[str, Any]], features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows with binary text as text, and with the names of labels that are kept as numbers."""
+    class_label = _datasets().ClassLabel
+    names = {
+        column: dict(enumerate(feature.names))
+        for column, feature in features.items()
+        if isinstance(feature, class_label)
+    }
+    return [
+        {
+            # -1 stands for no label, as in a test split whose labels are secret.
+            column: names[column].get(value) if column in names else _decoded(value)
+            for column, value in row.items()
+        }
+        for row in rows
+    ]
+
+
+def _decoded(value: Any) -> Any:
+    """Binary text as text; other bytes stay, for a field that nothing reads may be a picture."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _decoded(each) for name, each in value.items()}
+    return value
 
 
 _READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
@@ -195,8 +238,7 @@ def text_of(row: Row, field: str, where: str) -> str:
         DataError: the field is missing, null or composite; ``where`` begins the message.
     """
     value = _value_of(row, field, where)
-    if not isinstance(value, (str, bool, int, float)):
-        raise DataError(f"{where}: field {field!r} is a {type(value).__name__}, not text")
+    _check(value, field, where, _TEXT)
     return str(value)
 
 
@@ -222,7 +264,26 @@ def _value_of(row: Row, field: str, where: str) -> Any:
         raise DataError(f"{where}: no field {field!r}; it has: {', '.join(map(str, row))}")
     if row[field] is None:
         raise DataError(f"{where}: field {field!r} is null")
+    _check_finite(row[field], field, where)
     return row[field]
+
+
+def _check_finite(value: Any, field: str, where: str) -> None:
+    # pandas writes NaN where there is no number; it would be a label of its own.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: field {field!r} is {value}, not a finite number; mend the row")
+
+
+def _check(value: Any, field: str, where: str, kinds: tuple[type, ...], remedy: str = "") -> None:
+    """Refuse what no text comes from but Python's own for it."""
+    if value is None:
+        raise DataError(f"{where}: field {field!r} is null")
+    if isinstance(value, bytes):
+        raise DataError(f"{where}: field {field!r} is binary and not UTF-8 text; name another")
+    if not isinstance(value, kinds):
+        kind = type(value).__name__
+        raise DataError(f"{where}: field {field!r} is a {kind}, not text{remedy}")
+    _check_finite(value, field, where)
 
 
 # Rows -> examples
@@ -299,14 +360,17 @@ def examples(
         DataError: a row does not fit the task, or no row gives an example.
         ConfigError: the template or the label words cannot be used.
     """
-    make: Callable[[Row, str], list[Example]]
+    make: Callable[[Row, str], list[Example] | str]  # or why there are none
     if settings.task == "classification":
         if words is None:
+            _warn_of_line_breaks(settings)
             values = (
                 text_of(row, settings.label_field, place(source, index))
                 for index, row in enumerate(rows)
             )
             words = _label_words(values, settings)
+            if not settings.labels:
+                _warn_of_lookalikes(words, source)
         completions = label_token_ids(words, settings, tokenizer)
         make = partial(_classification, settings, tokenizer, completions)
     elif settings.task == "instruction":
@@ -315,18 +379,24 @@ def examples(
         make = partial(_text, settings, tokenizer)
 
     found: list[Example] = []
-    dropped = 0
+    reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
         made = make(row, place(source, index))
-        found += made
-        dropped += not made
+        if isinstance(made, str):
+            reasons[made] += 1
+        else:
+            found += made
+    why = "; ".join(f"in {count} {reason}" for reason, count in reasons.most_common())
     if not found:
-        raise DataError(
-            f"{source}: empty shard: none of {len(rows)} rows gives an example for"
-            f" data.task = {settings.task!r} with data.max_tokens = {settings.max_tokens}"
+        raise DataError(f"{source}: empty shard: none of {len(rows)} rows gives an example: {why}")
+    if reasons:
+        _log.warning(
+            "rows without an example",
+            source=str(source),
+            rows=len(rows),
+            dropped=reasons.total(),
+            why=why,
         )
-    if dropped:
-        _log.warning("rows without an example", source=str(source), rows=len(rows), dropped=dropped)
     return found
 
 
@@ -358,6 +428,8 @@ def _prompt(
 ) -> list[int]:
     """The filled template in at most ``room`` tokens."""
     fields = {name: _value_of(row, name, where) for name in _template_fields(settings.template)}
+    for name in _replaced(settings.template):
+        _check_part(name, fields, where)
 
     texts = {name: value for name, value in fields.items() if isinstance(value, str)}
     longest = max(texts, key=lambda name: len(texts[name]), default="")
@@ -443,14 +515,51 @@ def _longest_fit(
 
 
 def _template_fields(template: str) -> list[str]:
+    """The fields of a row that a template needs."""
     try:
-        parsed = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parsed = _replaced(template)
     except ValueError as error:
         raise ConfigError(f"data.template = {template!r}: {error}") from None
-    names = [re.split(r"[.\[]", name, maxsplit=1)[0] for name in parsed]
+    names = [name.partition("[")[0] for name in parsed]
+    if any("." in re.sub(r"\[[^]]*\]", "", name) for name in parsed):
+        raise ConfigError(
+            f"data.template = {template!r}: no dots in the name of a field; rename the field,"
+            " or take a part of it as in {text[part]}"
+        )
     if not names or any(not name or name.isdecimal() for name in names):
         raise ConfigError(f"data.template = {template!r}: name the fields of a row, as in {{text}}")
     return names
+
+
+def _warn_of_line_breaks(settings: DataSettings) -> None:
+    if "\\n" in settings.template:
+        _log.warning(
+            r"data.template holds \n as two characters, not a line break: in a shell quote it once"
+            r""" more, as in -s 'data.template="{text}\nLabel:"'""",
+            template=settings.template,
+        )
+
+
+def _replaced(template: str) -> list[str]:
+    """What stands in the braces of a template, format specifications' included."""
+    found = []
+    for _, name, specification, _ in string.Formatter().parse(template):
+        if name is not None:
+            found += [name, *_replaced(specification or "")]
+    return found
+
+
+def _check_part(name: str, fields: Row, where: str) -> None:
+    """Refuse what ``name`` leads to in a row if it is no text, number or date."""
+    try:
+        value, _ = string.Formatter().get_field(name, (), fields)
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{where}: data.template cannot be filled: {error}") from None
+    remedy = ""
+    if isinstance(value, (list, dict)) and value:
+        part = 0 if isinstance(value, list) else next(iter(value))
+        remedy = f"; name a part of it, as in {{{name}[{part}]}}"
+    _check(value, name, where, _IN_TEMPLATE, remedy)
 
 
 def _back_to_space(text: str, size: int) -> int:
@@ -465,16 +574,42 @@ def _back_to_space(text: str, size: int) -> int:
 
 def _instruction(
     settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str
-) -> list[Example]:
+) -> list[Example] | str:
     messages = _messages(row, settings, where)
     try:
         segments = tokenizer.chat(messages)
     except ValueError as error:
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from None
-    ids = [token for segment, _ in segments for token in segment][: settings.max_tokens]
-    trained = [flag for segment, flag in segments for _ in segment][: settings.max_tokens]
+    if unheard := _unheard(messages, settings, where):
+        return unheard
+    ids = [token for segment, _ in segments for token in segment]
+    trained = [flag for segment, flag in segments for _ in segment]
     # Nothing predicts the first token, so it alone teaches nothing.
-    return [Example(ids, trained)] if any(trained[1:]) else []
+    if not any(trained[1:]):
+        return "the answer is empty; give it one"
+    size = settings.max_tokens
+    if not any(trained[1:size]):
+        return f"nothing is learned within data.max_tokens = {size}; raise it"
+    return [Example(ids[:size], trained[:size])]
+
+
+def _unheard(messages: list[dict[str, str]], settings: DataSettings, where: str) -> str:
+    """Why a chat without an answer teaches nothing; most templates take any role as it is."""
+    found = {message["role"] for message in messages}
+    said = f"no message has the role 'assistant' (found: {', '.join(sorted(found))})"
+    if found <= set(ROLES):
+        return "" if "assistant" in found else f"{said}; give them answers"
+    if "assistant" not in found:
+        raise DataError(f"{where}: {said}; rename them to user and assistant")
+    number, role = next(
+        (number, message["role"])
+        for number, message in enumerate(messages, start=1)
+        if message["role"] not in ROLES
+    )
+    raise DataError(
+        f"{where}: message {number} of {settings.messages_field!r} has the role {role!r}, not one"
+        f" of: {', '.join(ROLES)}; rename it"
+    )
 
 
 def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, str]]:
@@ -492,6 +627,8 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
     messages = row[field]
     if not isinstance(messages, list) or not all(isinstance(entry, Mapping) for entry in messages):
         raise DataError(f"{where}: field {field!r} is not a list of {{role, content}} objects")
+    if not messages:
+        raise DataError(f"{where}: field {field!r} has no messages; take the row out")
     return [
         {
             key: text_of(entry, key, f"{where}: message {number} of {field!r}")
@@ -501,17 +638,20 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
     ]
 
 
-def _text(settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str) -> list[Example]:
+def _text(
+    settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str
+) -> list[Example] | str:
     ids = tokenizer.encode(text_of(row, settings.text_field, where))
     if not ids:
-        return []
+        return "there is no text; see data.text_field"
     if tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]
     if tokenizer.eos_id is not None:
         ids = [*ids, tokenizer.eos_id]
     size = settings.max_tokens
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [Example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+    made = [Example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+    return made or "there is one token, and nothing to predict it from; lengthen the text"
 
 
 # Labels
@@ -530,6 +670,19 @@ def label_words(examples: Iterable[Example], settings: DataSettings) -> dict[str
 
 def _label_words(values: Iterable[str], settings: DataSettings) -> dict[str, str]:
     return dict(settings.labels) or {value: value for value in sorted(set(values)) if value.strip()}
+
+
+def _warn_of_lookalikes(labels: Iterable[str], source: Path) -> None:
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(label.strip().casefold(), []).append(label)
+    if twice := [group for group in alike.values() if len(group) > 1]:
+        _log.warning(
+            "labels that differ only by case or spaces around them are trained as different;"
+            " make them the same if they are",
+            source=str(source),
+            labels=twice,
+        )
 
 
 def label_token_ids(

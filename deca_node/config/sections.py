@@ -261,6 +261,14 @@ class DataSettings(Section):
         description="Examples per step. Larger: steadier gradients, more time and memory a step.",
     )
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _words(cls, labels: Any) -> Any:
+        if not isinstance(labels, dict):
+            # pydantic takes no TypeError for a finding
+            raise ValueError('write each label with its word, as in {neg = "neg"}')  # noqa: TRY004
+        return labels
+
 
 class ScheduleSettings(Section):
     """How long and in which order."""

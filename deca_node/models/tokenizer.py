@@ -48,7 +48,8 @@ class Tokenizer:
         """A conversation's token ids in segments; True marks what the assistant says.
 
         That is what the chat template makes of an assistant's message after the generation prompt,
-        up to and with the token that ends its turn.
+        up to and with the token that ends its turn. A first message whose begin the template does
+        not mark is not learned.
 
         Raises:
             ModelError: the model has no chat template.
@@ -62,8 +63,11 @@ class Tokenizer:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:index], add_generation_prompt=True)
             answered = self._render(messages[: index + 1])
+            if index:
+                prompt = self._render(messages[:index], add_generation_prompt=True)
+            elif not (prompt := self._opening(answered)):
+                continue
             # What follows the end-of-turn token, a line break in most templates, is not learned.
             said = answered[len(prompt) :].rstrip()
             # Templates of thinking models strip the (empty) thought from all but the last answer.
@@ -77,6 +81,16 @@ class Tokenizer:
             segments.append((whole[start:end], True))
         segments.append((whole[end:], False))
         return [(self.encode(text), flag) for text, flag in segments if text]
+
+    def _opening(self, answered: str) -> str:
+        """What precedes the text of an assistant that speaks first; empty if that is not marked.
+
+        No messages cannot be rendered, so the mark is taken from a question.
+        """
+        asked = [{"role": "user", "content": "a"}]
+        mark = self._render(asked, add_generation_prompt=True).removeprefix(self._render(asked))
+        before, found, _ = answered.partition(mark) if mark else ("", "", "")
+        return before + found if found else ""
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant's turn begins.

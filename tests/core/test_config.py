@@ -56,6 +56,13 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD + "[run]\nseed = 'x'\n", [], 'run.seed = "x"'),
         (GOOD + "[schedule]\nsteps = 0\n", [], "schedule.steps = 0"),
         (GOOD, ["run.name=No Spaces"], "run.name"),
+        (
+            GOOD,
+            ['data.labels=["neg","pos"]'],
+            'each label with its word, as in {neg = "neg"}',
+        ),
+        (GOOD, ["data.labels={a=b}"], 'each label with its word, as in {neg = "neg"}'),
+        (GOOD, ["data.labels={a=1}"], "data.labels.a = 1: Input should be a valid string"),
         (GOOD, ["optimizer.learning_rate=inf"], "optimizer.learning_rate"),
         (GOOD, ['topology.edges=[["a","b"]]'], 'kind = "explicit"'),
         (GOOD, ["network.static_peers=['nowhere']"], "HOST:PORT"),

@@ -1,6 +1,8 @@
 """Rows, examples and batches, on a tokenizer of one token a byte."""
 
+import datetime as dt
 import json
+import math
 import random
 import re
 import socket
@@ -228,6 +230,61 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
         read_rows(tmp_path / "a.parquet")
 
 
+def test_parquet_groups_without_rows(tmp_path: Path) -> None:
+    """As pyarrow writes them; they hide neither that there are no rows nor those that follow."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    empty, full = (pa.table({"text": pa.array(rows, pa.string())}) for rows in ([], ["a", "b"]))
+    pq.write_table(empty, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: no rows"):
+        read_rows(tmp_path / "a.parquet")
+    with pq.ParquetWriter(tmp_path / "b.parquet", empty.schema) as writer:
+        writer.write_table(empty)
+        writer.write_table(full)
+    assert read_rows(tmp_path / "b.parquet") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_binary_columns_are_utf8_text(tmp_path: Path) -> None:
+    """As some writers store text; bytes that are no text only matter when they are used."""
+    import datasets
+
+    rows = [{"text": "hé".encode(), "tags": [b"t"], "raw": b"\xff", "label": b"x"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        read = read_rows(path)
+        assert read == [{"text": "hé", "tags": ["t"], "raw": b"\xff", "label": "x"}]
+        [example] = examples(read, data_settings(template="{text} {tags[0]}:"), TOKENIZER, path)
+        assert prompt_of(example) == "hé t:"
+        for changes in ({"template": "{raw}:"}, {"label_field": "raw"}):
+            with pytest.raises(DataError, match="row 1: field 'raw' is binary and not UTF-8 text"):
+                examples(read, data_settings(**changes), TOKENIZER, path)
+
+
+def test_class_labels_are_read_by_name(tmp_path: Path) -> None:
+    """Both forms of a data set keep them; no label at all is a null."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    saved = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c", "d"], "label": [0, 1, -1, None]}, features=features
+    )
+    saved.to_parquet(tmp_path / "a.parquet")
+    saved.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        rows = read_rows(path)
+        assert [row["label"] for row in rows] == ["neg", "pos", None, None]
+        assert label_counts(examples(rows[:2], data_settings(), TOKENIZER, path)) == {
+            "neg": 1,
+            "pos": 1,
+        }
+        with pytest.raises(DataError, match=r"row 3: field 'label' is null"):
+            examples(rows, data_settings(), TOKENIZER, path)
+
+
 # Classification
 
 
@@ -286,6 +343,28 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
         examples(rows, data_settings(**given), TOKENIZER, SOURCE, words)
 
 
+def test_labels_that_look_the_same_are_told() -> None:
+    """They are trained as they are; that they are meant to differ is unlikely."""
+    labels = ["north", " north", "south", "North", "east", "1", "1.0"]
+    rows = [{"text": "t", "label": label} for label in labels]
+    with capture_logs() as logs:
+        made = examples(rows, data_settings(), TOKENIZER, SOURCE)
+        examples(rows, data_settings(), TOKENIZER, SOURCE, label_words(made, data_settings()))
+        examples(rows[2:3], data_settings(), TOKENIZER, SOURCE)
+    assert [entry["labels"] for entry in logs] == [[[" north", "North", "north"]]]
+    assert label_counts(made) == dict.fromkeys(sorted(labels), 1)
+
+
+def test_numbers_as_labels_are_taken_as_written() -> None:
+    """So that the same table says the same as CSV and as Parquet."""
+    rows = [{"text": "t", "label": label} for label in (1, 1.0, True)]
+    assert list(label_counts(examples(rows, data_settings(), TOKENIZER, SOURCE))) == [
+        "1",
+        "1.0",
+        "True",
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -295,6 +374,8 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
         ({"text": "t", "label": None}, "row 2: field 'label' is null"),
         ({"text": "t", "label": ["a"]}, "row 2: field 'label' is a list, not text"),
         ({"text": "t", "label": ""}, "row 2: label '' is not one of: a"),
+        ({"text": "t", "label": math.nan}, "row 2: field 'label' is nan, not a finite number"),
+        ({"text": -math.inf, "label": "a"}, "row 2: field 'text' is -inf, not a finite number"),
     ],
 )
 def test_unfit_row_is_named(row: dict[str, Any], message: str) -> None:
@@ -372,6 +453,57 @@ def test_template_may_format_fields() -> None:
     row = {"score": 0.25, "tags": ["t"], "label": "a"}
     [example] = examples([row], settings, TOKENIZER, SOURCE)
     assert prompt_of(example) == "0.2 t {x}:"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a", "b"], "field 'text' is a list, not text; name a part of it, as in {text[0]}"),
+        ({"a": "b"}, "field 'text' is a dict, not text; name a part of it, as in {text[a]}"),
+        ([], "field 'text' is a list, not text"),
+    ],
+)
+def test_template_takes_text_only(value: Any, message: str) -> None:
+    """No model is trained on what Python shows of a list."""
+    with pytest.raises(DataError, match=re.escape(f"row 1: {message}")):
+        examples([{"text": value, "label": "a"}], data_settings(), TOKENIZER, SOURCE)
+
+
+def test_part_of_a_field_is_text_too() -> None:
+    """What an index leads to is looked at as a field is."""
+    settings = data_settings(template="{text[0]}:")
+    for inner, message in (([1], r"'text\[0\]' is a list"), (None, r"'text\[0\]' is null")):
+        with pytest.raises(DataError, match=f"row 1: field {message}"):
+            examples([{"text": [inner], "label": "a"}], settings, TOKENIZER, SOURCE)
+    with pytest.raises(DataError, match=r"row 1: data\.template cannot be filled"):
+        examples([{"text": [], "label": "a"}], settings, TOKENIZER, SOURCE)
+
+
+def test_a_line_break_that_the_shell_did_not_make_is_told() -> None:
+    """The model is trained on a backslash then, which may even be meant."""
+    for template, told in ((r"{text}\nTeam:", True), ("{text}\nTeam:", False)):
+        with capture_logs() as logs:
+            rows = [{"text": "t", "label": "a"}]
+            examples(rows, data_settings(template=template), TOKENIZER, SOURCE)
+            examples(rows, data_settings(template=template), TOKENIZER, SOURCE, {"a": "a"})
+        assert [entry["template"] for entry in logs] == [template] * told
+        assert all("quote" in entry["event"] for entry in logs)
+
+
+def test_template_writes_dates_as_they_are() -> None:
+    """A Parquet file's dates have one obvious text, and a format of their own."""
+    row = {"day": dt.date(2026, 3, 1), "label": "a"}
+    [example] = examples([row], data_settings(template="{day} {day:%d.%m.}:"), TOKENIZER, SOURCE)
+    assert prompt_of(example) == "2026-03-01 01.03.:"
+
+
+def test_template_names_no_attributes() -> None:
+    """They are Python's, not the row's."""
+    for template in ("{text.__class__}", "{text[0].real}", "{meta.text}", "{text:{text.real}}"):
+        with pytest.raises(ConfigError, match=r"data\.template = .*: no dots"):
+            examples(
+                [{"text": "t", "label": "a"}], data_settings(template=template), TOKENIZER, SOURCE
+            )
 
 
 def test_template_that_does_not_suit_the_row() -> None:
@@ -454,6 +586,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
     assert len(example.input_ids) == 16
     assert completion_of(example) == "long"
     assert [(entry["rows"], entry["dropped"]) for entry in logs] == [(2, 1)]
+    assert logs[0]["why"] == "in 1 nothing is learned within data.max_tokens = 16; raise it"
 
 
 @pytest.mark.parametrize(
@@ -468,6 +601,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
             {"messages": [{"role": "elf", "content": "c"}]},
             "the model's chat template refuses it: unknown role elf",
         ),
+        ({"messages": []}, "field 'messages' has no messages; take the row out"),
     ],
 )
 def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
@@ -475,6 +609,43 @@ def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         examples([row], data_settings(task="instruction"), TOKENIZER, SOURCE)
     assert str(caught.value).startswith("shard.jsonl, row 1: ")
+
+
+class AnyRole(ByteTokenizer):
+    """With a chat template that takes any role, as most do."""
+
+    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+        """Each message as it is."""
+        return [(self.encode(each["content"]), each["role"] == "assistant") for each in messages]
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (
+            ("human", "gpt"),
+            "no message has the role 'assistant' (found: gpt, human); rename them to user and"
+            " assistant",
+        ),
+        (
+            ("user", "model", "assistant"),
+            "message 2 of 'messages' has the role 'model', not one of: system, user, assistant,"
+            " tool; rename it",
+        ),
+    ],
+)
+def test_unknown_roles_are_refused(roles: tuple[str, ...], message: str) -> None:
+    """A template that takes them would have them trained as they are."""
+    row = {"messages": [{"role": role, "content": role} for role in roles]}
+    with pytest.raises(DataError, match=re.escape(f"shard.jsonl, row 1: {message}")):
+        examples([row], data_settings(task="instruction"), AnyRole(), SOURCE)
+
+
+def test_tool_messages_are_no_strangers() -> None:
+    turns = [("user", "a"), ("tool", "b"), ("assistant", "c")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    [example] = examples([row], data_settings(task="instruction"), AnyRole(), SOURCE)
+    assert completion_of(example) == "c"
 
 
 # Text
@@ -497,19 +668,36 @@ def test_piece_of_one_token_is_dropped() -> None:
     assert [len(example.input_ids) for example in made] == [8]
 
 
+LOST = {"prompt": "much too long", "response": "lost"}
+ASKED = {"messages": [{"role": "user", "content": "a"}]}
+
+
 @pytest.mark.parametrize(
-    ("task", "row"),
+    ("task", "rows", "why"),
     [
-        ("text", {"text": ""}),
-        ("instruction", {"prompt": "much too long", "response": "lost"}),
-        ("instruction", {"messages": []}),
+        ("text", [{"text": ""}], "in 1 there is no text; see data.text_field"),
+        ("instruction", [LOST], "in 1 nothing is learned within data.max_tokens = 8; raise it"),
+        (
+            "instruction",
+            [ASKED, LOST, ASKED],
+            "in 2 no message has the role 'assistant' (found: user); give them answers;"
+            " in 1 nothing is learned within data.max_tokens = 8; raise it",
+        ),
+        (
+            "instruction",
+            [{"messages": [{"role": "assistant", "content": ""}]}],
+            "in 1 the answer is empty; give it one",
+        ),
     ],
 )
-def test_rows_without_an_example_are_an_empty_shard(task: str, row: dict[str, Any]) -> None:
-    """A node with nothing to learn says so before the run."""
+def test_rows_without_an_example_are_an_empty_shard(
+    task: str, rows: list[dict[str, Any]], why: str
+) -> None:
+    """A node with nothing to learn says so before the run, with a remedy for each reason."""
     settings = data_settings(task=task, max_tokens=8)
-    with pytest.raises(DataError, match=r"shard\.jsonl: empty shard: none of 1 rows"):
-        examples([row], settings, TOKENIZER, SOURCE)
+    message = f"shard.jsonl: empty shard: none of {len(rows)} rows gives an example: {why}"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        examples(rows, settings, AnyRole(None, None), SOURCE)
 
 
 @pytest.mark.parametrize(

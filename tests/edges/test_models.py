@@ -509,6 +509,54 @@ def test_chat_of_a_thinking_model() -> None:
     assert learned == ["uno<|end|>", "<think></think>due<|end|>"]
 
 
+# SmolLM2-Instruct's, as published; Qwen2.5's begins in the same way.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_chat_that_the_assistant_begins() -> None:
+    """Its greeting is learned after what the template puts before it."""
+    greeting = {"role": "assistant", "content": "ciao"}
+    system = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    )
+    tokenizer = Tokenizer(make_tokenizer(CHATML), Path("some"))
+    assert told(tokenizer, [greeting, *TALK[:2]]) == [
+        (f"{system}<|im_end|>\n<|im_start|>assistant\n", False),
+        ("ciao<|im_end|>", True),
+        ("\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n", False),
+        ("uno<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert told(tokenizer, [greeting])[1] == ("ciao<|im_end|>", True)
+
+
+def test_a_greeting_whose_begin_cannot_be_told_is_not_learned() -> None:
+    """Where a template shows no difference between what was said and what is to be said."""
+    bare = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    tokenizer = Tokenizer(make_tokenizer(bare), Path("some"))
+    assert told(tokenizer, [TALK[1], *TALK[:2]]) == [
+        ("uno<|end|>one<|end|>", False),
+        ("uno<|end|>", True),
+    ]
+
+
+def test_a_template_that_wants_the_user_first_says_so() -> None:
+    """As Llama 2's, Mistral's and Gemma's do."""
+    strict = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="roles must alternate"):
+        Tokenizer(make_tokenizer(strict), Path("some")).chat([TALK[1], *TALK[:2]])
+
+
 def test_chat_refusals() -> None:
     """No template at all is the model's fault; messages that it refuses are the row's."""
     with pytest.raises(ModelError, match=r"^some: has no chat template; .*data\.task"):
