@@ -325,6 +325,7 @@ class Node:
             schedule,
             await self._compute(model.config_digest),
             await self._compute(model.weights_digest),
+            await self._compute(model.tokenizer.digest),
             model.dtype,
         )
         await self._compute(partial(prepare, settings, model))

@@ -132,7 +132,12 @@ def _full_weights(facts: Facts) -> Iterable[Check]:
     chosen = facts.settings.model.model_copy(update={"dtype": facts.dtype})
     model = LanguageModel.load(chosen, torch.device("cpu"))
     facts.weights = model.weights_digest()
-    facts.model = replace(facts.model, config_digest=model.config_digest(), to_convert=False)
+    facts.model = replace(
+        facts.model,
+        config_digest=model.config_digest(),
+        tokenizer_digest=model.tokenizer.digest(),
+        to_convert=False,
+    )
     yield Check("weights", Verdict.OK, f"readable, digest {facts.weights[:12]}… in {facts.dtype}")
 
 

@@ -26,6 +26,7 @@ class Outline:
         shape: its sizes.
         config_digest: as ``LanguageModel.config_digest``; None for a GGUF file that was not
             converted yet.
+        tokenizer_digest: as ``Tokenizer.digest``; None likewise, as its conversion may tell more.
         weight_bytes: of its files of weights.
         to_convert: it is a GGUF file that was not converted yet.
         tokenizer: the model's.
@@ -36,6 +37,7 @@ class Outline:
     architecture: str
     shape: Shape
     config_digest: str | None
+    tokenizer_digest: str | None
     weight_bytes: int
     to_convert: bool
     tokenizer: Tokenizer
@@ -60,6 +62,7 @@ def outline(settings: ModelSettings) -> Outline:
     config, module = read_shapes(folder, path, **options)
     files = [path] if options else weight_files(folder, path)
     stack, layers = layer_stack(module, path)
+    tokenizer = Tokenizer(read_tokenizer(folder, path, **options), path)
     hidden = int(getattr(config, "hidden_size", 0))
     return Outline(
         architecture=type(module).__name__,
@@ -73,9 +76,10 @@ def outline(settings: ModelSettings) -> Outline:
             eager=getattr(config, "_attn_implementation", "") == "eager",
         ),
         config_digest=None if options else config_digest(config),
+        tokenizer_digest=None if options else tokenizer.digest(),
         weight_bytes=sum(file.stat().st_size for file in files),
         to_convert=bool(options),
-        tokenizer=Tokenizer(read_tokenizer(folder, path, **options), path),
+        tokenizer=tokenizer,
         module=module,
         stack=stack,
     )

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import shutil
 import socket
 import time
 import uuid
@@ -20,6 +21,7 @@ from deca_node.errors import CheckError
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.server import GrpcTransport
 from tests.cluster.daemons import Daemon
+from tests.edges.test_models import swapped
 from tests.tiny import make_model
 from tests.trust import Run
 
@@ -276,6 +278,18 @@ async def test_settings_that_differ_are_told_by_field_at_both_ends(words):
     assert (here.verdict, there.verdict) == (Verdict.FAIL, Verdict.FAIL)
     assert "optimizer.bma is 'on' here, 'off' there" in here.found
     assert "optimizer.bma is 'off' here, 'on' there" in there.found
+
+
+async def test_tokenizers_that_differ_are_told_at_both_ends(words, tmp_path, model):
+    """The weights are the same, and so is the configuration."""
+    shutil.copytree(model, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(swapped(file.read_text()))
+    own, others = await both(words, second=[f"model.path={tmp_path / 'other'}"])
+    (here,), (there,) = by_name(own)["peer"], by_name(others)["peer"]
+    assert (here.verdict, there.verdict) == (Verdict.FAIL, Verdict.FAIL)
+    assert "model.tokenizer is " in here.found
+    assert "model.tokenizer is " in there.found
 
 
 async def test_weights_that_were_not_read_are_said_to_be_uncompared(words, monkeypatch):

@@ -19,6 +19,7 @@ from deca_node.config import ModelSettings
 from deca_node.data import Batch, Example, collate
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
 from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, reading
+from deca_node.models.tokenizer import tokenizer_digest
 from deca_node.models.writing import written_whole
 from deca_node.moments import Rule, half_step
 from tests.tiny import FAMILIES, make_model, make_tokenizer
@@ -311,6 +312,75 @@ def test_digests(folder: Callable[[str], Path], tmp_path: Path) -> None:
     assert copy.weights_digest() == model.weights_digest()
     block.master.view(torch.int32)[5] ^= 1
     assert copy.weights_digest() != model.weights_digest()
+
+
+BPE = {"type": "BPE", "vocab": {"a": 1, "b": 2}, "merges": ["a b"], "dropout": None}
+WORDS = {"a": 1, "b": 2, "<s>": 0}
+BACKEND: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [{"id": 0, "content": "<s>"}, {"id": 9, "content": "<x>", "lstrip": False}],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    "model": BPE,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        ({"version": "2.0"}, True),
+        ({"truncation": {"max_length": 7}, "padding": {"length": 7}}, True),
+        ({"model": {**BPE, "merges": [["a", "b"]], "ignore_merges": False}}, True),
+        ({"model": {**BPE, "vocab": {"b": 2, "a": 1}}}, True),
+        ({"added_tokens": BACKEND["added_tokens"][::-1]}, True),
+        ({"model": {**BPE, "merges": ["b a"]}}, False),
+        ({"normalizer": {"type": "Lowercase"}}, False),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, False),
+        ({"added_tokens": BACKEND["added_tokens"][:1]}, False),
+    ],
+)
+def test_a_tokenizers_digest_is_of_what_makes_tokens(change: dict[str, Any], equal: bool) -> None:
+    """Not of the order in which it is written, by which release, and who cuts with it."""
+    own = tokenizer_digest(WORDS, json.dumps(BACKEND), 0, 2)
+    other = tokenizer_digest(dict(reversed(WORDS.items())), json.dumps({**BACKEND, **change}), 0, 2)
+    assert (own == other) == equal
+
+
+def test_a_tokenizers_digest_sees_ids_and_ends() -> None:
+    """Of a slow tokenizer the vocabulary is all there is."""
+    own = tokenizer_digest(WORDS, "", None, 2)
+    assert own != tokenizer_digest({**WORDS, "a": 2, "b": 1}, "", None, 2)
+    assert own != tokenizer_digest(WORDS, "", 0, 2)
+    assert own != tokenizer_digest(WORDS, "", None, 0)
+
+
+def test_a_tokenizer_is_the_same_wherever_it_was_read(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Copied, exported, used, or in a converted GGUF file twice; with two ids swapped it is not."""
+    model = load(folder("llama"))
+    digest = model.tokenizer.digest()
+    model.tokenizer.hf(["a b c", "a"], padding=True, truncation=True, max_length=2)
+    assert model.tokenizer.digest() == digest
+    model.export(tmp_path / "out")
+    assert load(tmp_path / "out").tokenizer.digest() == digest
+    write_gguf(tmp_path / "tiny.gguf", model)
+    first, second = (
+        load(tmp_path / "tiny.gguf", cache=tmp_path / each).tokenizer.digest() for each in "ab"
+    )
+    assert first == second
+
+    file = tmp_path / "out" / "tokenizer.json"
+    file.write_text(swapped(file.read_text()))
+    assert load(tmp_path / "out").tokenizer.digest() != digest
+
+
+def swapped(tokenizer: str) -> str:
+    """A tokenizer.json in which two letters have each other's id."""
+    tree = json.loads(tokenizer)
+    ids = tree["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    return json.dumps(tree)
 
 
 # What cannot be trained
