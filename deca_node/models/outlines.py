@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from deca_node import sizes
 from deca_node.config import ModelSettings
 from deca_node.estimate import Shape
 from deca_node.models.layers import layer_stack
@@ -63,17 +64,17 @@ def outline(settings: ModelSettings) -> Outline:
     files = [path] if options else weight_files(folder, path)
     stack, layers = layer_stack(module, path)
     tokenizer = Tokenizer(read_tokenizer(folder, path, **options), path)
-    hidden = int(getattr(config, "hidden_size", 0))
+    text, hidden = sizes.text_config(module), sizes.hidden(module)
     return Outline(
         architecture=type(module).__name__,
         shape=Shape(
             parameters=sum(each.numel() for each in module.parameters()),
             layers=tuple(sum(each.numel() for each in layer.parameters()) for layer in layers),
             hidden=hidden,
-            inner=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-            heads=int(getattr(config, "num_attention_heads", None) or 1),
-            vocabulary=int(config.vocab_size),
-            eager=getattr(config, "_attn_implementation", "") == "eager",
+            inner=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+            heads=int(getattr(text, "num_attention_heads", None) or 1),
+            vocabulary=sizes.vocabulary(module),
+            eager=getattr(text, "_attn_implementation", "") == "eager",
         ),
         config_digest=None if options else config_digest(config),
         tokenizer_digest=None if options else tokenizer.digest(),

@@ -95,6 +95,32 @@ async def test_a_test_that_the_node_trains_on_is_a_warning(words, tmp_path):
     assert "8 rows of data.test ask what" in by_name(checks)["data"][1].found
 
 
+LONG = {"text": "0123456789 " * 6, "label": "a"}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "verdict", "said"),
+    [
+        ("llama", {"vocab_size": 264}, Verdict.FAIL, "ids up to 268, its embedding has 264 rows"),
+        ("gpt2", {"n_positions": 48}, Verdict.FAIL, "can take 48"),
+        ("llama", {"max_position_embeddings": 48}, Verdict.WARN, "was made for 48"),
+        ("llama", {"vocab_size": 300}, Verdict.OK, "examples"),
+    ],
+)
+async def test_examples_that_the_model_cannot_take(words, tmp_path, family, change, verdict, said):
+    """Ids without a row and tokens without a position end a step; a padded embedding is well."""
+    path = make_model(tmp_path / "small", family, layers=1, **change)
+    (tmp_path / "long.jsonl").write_text(json.dumps(LONG) + "\n")
+    more = [] if verdict == Verdict.OK else [f"data.train={tmp_path / 'long.jsonl'}"]
+    label = "data.labels={a='h'}" if "vocab_size" in change else "data.labels={a='a'}"
+    more += [label] if more else []
+    found = await look(words, "run.start_when=1", f"model.path={path}", *more)
+    (*_, last) = by_name(found)["data"]
+    assert last.verdict == verdict
+    assert said in last.found
+    assert verdict == Verdict.OK or last.remedy
+
+
 async def test_the_trust_of_a_node_for_others_is_looked_at(words, tmp_path):
     """No certificate, a good one, plain text by wish; two under TLS meet."""
     run = next(w for w in words() if w.startswith("run.name=")).partition("=")[2]

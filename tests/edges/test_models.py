@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from deca_node import sizes
 from deca_node.config import ModelSettings
 from deca_node.data import Batch, Example, collate
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
@@ -381,6 +383,45 @@ def swapped(tokenizer: str) -> str:
     ids = tree["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]
     return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    ("family", "made"),
+    [("llama", (256, False)), ("gpt2", (256, True)), ("gpt_neox", (256, False))],
+)
+def test_positions_are_a_bound_where_each_has_a_row(
+    folder: Callable[[str], Path], family: str, made: tuple[int, bool]
+) -> None:
+    """Elsewhere they merely are those that were trained."""
+    assert sizes.positions(load(folder(family)).module) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "bound"),
+    [
+        ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}, True),
+        ("GPTJConfig", {"rotary_dim": 4}, True),
+        ("MptConfig", {"max_seq_len": 64}, True),
+        ("MistralConfig", {"num_key_value_heads": 4}, False),
+    ],
+)
+def test_positions_of_other_architectures(name: str, config: dict[str, Any], bound: bool) -> None:
+    """A row too many is an error exactly where they are said to be a bound."""
+    import transformers
+
+    kind = getattr(transformers, name)(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **config,
+    )
+    module = transformers.AutoModelForCausalLM.from_config(kind)
+    assert sizes.positions(module) == (64, bound)
+    module(input_ids=torch.ones(1, 64, dtype=torch.int64))
+    with pytest.raises((IndexError, RuntimeError)) if bound else nullcontext():
+        module(input_ids=torch.ones(1, 65, dtype=torch.int64))
 
 
 # What cannot be trained
