@@ -27,7 +27,7 @@ import structlog
 import torch
 
 from deca_node.config import DataSettings
-from deca_node.errors import ConfigError, DataError, first_line
+from deca_node.errors import ConfigError, DataError, ModelError, first_line
 
 _MARK = "\0"  # stands for the text where its place in a template is looked for
 ROLES = ("system", "user", "assistant", "tool")  # of messages; what their chat templates know
@@ -735,6 +735,17 @@ class Corpus:
     completions: dict[str, list[int]]
     twins: int = 0
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, to train on or to evaluate with."""
+        return max(len(each.input_ids) for each in (*self.train, *self.test))
+
+    @property
+    def highest(self) -> int:
+        """The largest id of a token in an example or a label."""
+        ids = (each.input_ids for each in (*self.train, *self.test))
+        return max(map(max, (*ids, *self.completions.values())))
+
     def warning(self) -> str:
         """What is wrong with the test; empty when nothing is."""
         if not self.twins:
@@ -763,6 +774,46 @@ def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
     known = set(_questions(rows, settings, settings.train))
     twins = sum(asked in known for asked in _questions(held, settings, settings.test))
     return Corpus(len(rows), train, test, completions, twins)
+
+
+def check_room(
+    corpus: Corpus, pad_id: int, model: Path, rows: int, positions: tuple[int, bool]
+) -> str:
+    """Whether a model can take examples: their ids, and as many tokens in a row.
+
+    Args:
+        corpus: what the model is to read.
+        pad_id: what examples are padded with.
+        model: its path.
+        rows: of its input embedding; larger ids than its tokenizer has are no harm.
+        positions: as ``sizes.positions`` gives them.
+
+    Returns:
+        What may do harm; empty when nothing may.
+
+    Raises:
+        ModelError: an id has no row.
+        ConfigError: an example is longer than the model can take.
+    """
+    if (highest := max(corpus.highest, pad_id)) >= rows:
+        raise ModelError(
+            f"{model}: its tokenizer gives ids up to {highest}, its embedding has {rows} rows; put "
+            "the tokenizer that belongs to the model into its folder, or enlarge the embedding "
+            "(resize_token_embeddings of transformers), the same on all nodes"
+        )
+    made, bound = positions
+    longest = corpus.longest
+    if not made or longest <= made:
+        return ""
+    if bound:
+        raise ConfigError(
+            f"data.max_tokens: the longest example has {longest} tokens, and {model} can take "
+            f"{made}; lower it to {made}"
+        )
+    return (
+        f"the longest example has {longest} tokens, and {model} was made for {made}: beyond, it "
+        f"may learn little; set data.max_tokens = {made}"
+    )
 
 
 def _questions(rows: Sequence[Row], settings: DataSettings, source: Path) -> list[str]:

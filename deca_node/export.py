@@ -59,7 +59,12 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     model = LanguageModel.load(base, torch.device("cpu"))
     schedule = schedule_for(settings, model.n_layers)
     marks = fingerprint(
-        settings, schedule, model.config_digest(), model.weights_digest(), model.dtype
+        settings,
+        schedule,
+        model.config_digest(),
+        model.weights_digest(),
+        model.tokenizer.digest(),
+        model.dtype,
     )
     prepare(settings, model)
     store = Checkpoint(folder, {**marks, "node": settings.node.name}, schedule)

@@ -31,7 +31,12 @@ def schedule_for(settings: Settings, n_layers: int) -> Schedule:
 
 
 def fingerprint(
-    settings: Settings, schedule: Schedule, model_config: str, base_weights: str, dtype: str
+    settings: Settings,
+    schedule: Schedule,
+    model_config: str,
+    base_weights: str,
+    tokenizer: str,
+    dtype: str,
 ) -> dict[str, str]:
     """Named values of a run; two nodes work together when all are equal.
 
@@ -40,6 +45,7 @@ def fingerprint(
         schedule: blocks, rounds, steps and order.
         model_config: digest of the model's configuration.
         base_weights: digest of the weights that the run starts from.
+        tokenizer: digest of what makes tokens of a text.
         dtype: precision of the frozen weights, as used.
     """
     random_graph = settings.topology.kind == "erdos_renyi"
@@ -50,6 +56,7 @@ def fingerprint(
         "model.config": model_config,
         "model.dtype": dtype,  # before the digest of the weights, which it changes
         "model.weights": base_weights,
+        "model.tokenizer": tokenizer,
         "schedule.rounds": str(schedule.rounds),
         "schedule.steps": str(schedule.steps),
         "schedule.order": schedule.order,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from deca_node import sizes
 from deca_node.errors import ModelError
 
 FILE = "adapters.safetensors"
@@ -80,7 +81,7 @@ class Houlsby:
         for index, layer in enumerate(module.get_submodule(stack)):
             pair = {}
             for name, part in _parts(layer, index).items():
-                adapter = Bottleneck(module.config.hidden_size, width, generator)
+                adapter = Bottleneck(sizes.hidden(module), width, generator)
                 adapter.to(next(part.parameters()).device).requires_grad_(False)
                 hooks.append((part, adapter))
                 pair[name] = adapter
@@ -119,7 +120,7 @@ def added(module: Any, stack: str, width: int) -> int:
     Raises:
         ModelError: as ``Houlsby``.
     """
-    hidden = int(module.config.hidden_size)
+    hidden = sizes.hidden(module)
     parts = [_parts(layer, index) for index, layer in enumerate(module.get_submodule(stack))]
     return sum(map(len, parts)) * (2 * hidden * width + hidden + width)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deca_node import __version__, logs, memory, registry
+from deca_node import __version__, logs, memory, registry, sizes
 from deca_node.addresses import as_called_here, joined
 from deca_node.agreement import Agreeing, Agreement
 from deca_node.blocks import Schedule
@@ -23,7 +23,7 @@ from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.consensus import extends
 from deca_node.control import Control
-from deca_node.data import BatchStream, Corpus, label_counts, read_corpus
+from deca_node.data import BatchStream, Corpus, check_room, label_counts, read_corpus
 from deca_node.disk import replace_folder
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
@@ -325,6 +325,7 @@ class Node:
             schedule,
             await self._compute(model.config_digest),
             await self._compute(model.weights_digest),
+            await self._compute(model.tokenizer.digest),
             model.dtype,
         )
         await self._compute(partial(prepare, settings, model))
@@ -336,7 +337,9 @@ class Node:
         standing.waiting_for = "the data"
         corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
         standing.label_counts = label_counts(corpus.train)
-        if warning := corpus.warning():
+        rows, made = sizes.embedding(model.module)[0], sizes.positions(model.module)
+        room = check_room(corpus, model.tokenizer.pad_id, settings.model.path, rows, made)
+        for warning in filter(None, (corpus.warning(), room)):
             standing.warn(warning)
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from deca_node import config
+from deca_node import config, sizes
 from deca_node.blocks import Visit
 from deca_node.config import Settings
 from deca_node.data import IGNORED, Batch
@@ -212,7 +212,12 @@ def _cost(plan: Plan, settings: Settings) -> Cost:
     model = _Timed.untrained(
         plan.model, plan.device, plan.dtype, layers=plan.layers, checkpointing=plan.checkpointing
     )
-    batch = _batch(plan, int(model.module.config.vocab_size))
+    made, bound = sizes.positions(model.module)
+    if bound and plan.tokens > made:
+        raise ConfigError(
+            f"--tokens {plan.tokens}: {plan.model.stem} can take {made} tokens in a row; lower it"
+        )
+    batch = _batch(plan, sizes.embedding(model.module)[0])
     weights = sum(_storages(model.module.parameters()).values())
     choose.prepare(settings, model)
     blocks = schedule_for(settings, model.n_layers).blocks

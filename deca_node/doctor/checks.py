@@ -103,6 +103,7 @@ class Facts:
             self.schedule or Schedule((), 0, 0, "ascending", 0),
             (self.model and self.model.config_digest) or "",
             self.weights or "",
+            (self.model and self.model.tokenizer_digest) or "",
             self.dtype or "",
         )
         if self.schedule is None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from deca_node import estimate, status
+from deca_node import estimate, sizes, status
 from deca_node.checkpoint.mark import check_mark
 from deca_node.config import is_loopback
-from deca_node.data import Example, label_counts, read_corpus, read_rows
+from deca_node.data import Example, check_room, label_counts, read_corpus, read_rows
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
 from deca_node.errors import OutputError
 from deca_node.fingerprint import schedule_for
@@ -112,6 +112,12 @@ def _data(facts: Facts) -> Iterable[Check]:
     yield Check("data", Verdict.OK, found + (f"; {labels}" if labels else ""))
     if warning := corpus.warning():
         yield Check("data", Verdict.WARN, warning)
+    model = facts.model
+    rows, made = sizes.embedding(model.module)[0], sizes.positions(model.module)
+    path = facts.settings.model.path
+    if warning := check_room(corpus, model.tokenizer.pad_id, path, rows, made):
+        found, _, remedy = warning.partition("; ")
+        yield Check("data", Verdict.WARN, found, remedy)
 
 
 def _sizes(found: Sequence[Example]) -> tuple[int, int]:
@@ -132,7 +138,12 @@ def _full_weights(facts: Facts) -> Iterable[Check]:
     chosen = facts.settings.model.model_copy(update={"dtype": facts.dtype})
     model = LanguageModel.load(chosen, torch.device("cpu"))
     facts.weights = model.weights_digest()
-    facts.model = replace(facts.model, config_digest=model.config_digest(), to_convert=False)
+    facts.model = replace(
+        facts.model,
+        config_digest=model.config_digest(),
+        tokenizer_digest=model.tokenizer.digest(),
+        to_convert=False,
+    )
     yield Check("weights", Verdict.OK, f"readable, digest {facts.weights[:12]}… in {facts.dtype}")
 
 

@@ -253,7 +253,8 @@ def _peer(peer: Peer, called: bool, facts: Facts, port: int, waited: float) -> C
             f"open port {port}/tcp in the firewall here, or set node.advertise to an address "
             "that others can call",
         )
-    unknown = sorted({"model.config", "model.weights", "model.dtype"} - facts.marks().keys())
+    compared = {f"model.{name}" for name in ("config", "dtype", "tokenizer", "weights")}
+    unknown = sorted(compared - facts.marks().keys())
     same = "same settings and model"
     if unknown:
         same = f"same settings; {', '.join(unknown)} not compared"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from deca_node import sizes
 from deca_node.config import ModelSettings
 from deca_node.estimate import Shape
 from deca_node.models.layers import layer_stack
@@ -26,6 +27,7 @@ class Outline:
         shape: its sizes.
         config_digest: as ``LanguageModel.config_digest``; None for a GGUF file that was not
             converted yet.
+        tokenizer_digest: as ``Tokenizer.digest``; None likewise, as its conversion may tell more.
         weight_bytes: of its files of weights.
         to_convert: it is a GGUF file that was not converted yet.
         tokenizer: the model's.
@@ -36,6 +38,7 @@ class Outline:
     architecture: str
     shape: Shape
     config_digest: str | None
+    tokenizer_digest: str | None
     weight_bytes: int
     to_convert: bool
     tokenizer: Tokenizer
@@ -60,22 +63,24 @@ def outline(settings: ModelSettings) -> Outline:
     config, module = read_shapes(folder, path, **options)
     files = [path] if options else weight_files(folder, path)
     stack, layers = layer_stack(module, path)
-    hidden = int(getattr(config, "hidden_size", 0))
+    tokenizer = Tokenizer(read_tokenizer(folder, path, **options), path)
+    text, hidden = sizes.text_config(module), sizes.hidden(module)
     return Outline(
         architecture=type(module).__name__,
         shape=Shape(
             parameters=sum(each.numel() for each in module.parameters()),
             layers=tuple(sum(each.numel() for each in layer.parameters()) for layer in layers),
             hidden=hidden,
-            inner=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-            heads=int(getattr(config, "num_attention_heads", None) or 1),
-            vocabulary=int(config.vocab_size),
-            eager=getattr(config, "_attn_implementation", "") == "eager",
+            inner=int(getattr(text, "intermediate_size", None) or 4 * hidden),
+            heads=int(getattr(text, "num_attention_heads", None) or 1),
+            vocabulary=sizes.vocabulary(module),
+            eager=getattr(text, "_attn_implementation", "") == "eager",
         ),
         config_digest=None if options else config_digest(config),
+        tokenizer_digest=None if options else tokenizer.digest(),
         weight_bytes=sum(file.stat().st_size for file in files),
         to_convert=bool(options),
-        tokenizer=Tokenizer(read_tokenizer(folder, path, **options), path),
+        tokenizer=tokenizer,
         module=module,
         stack=stack,
     )

@@ -150,10 +150,16 @@ def read_architecture(
     deepest = 0
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
+        name = tree.pop("model_type")
+        kind = transformers.AutoConfig.for_model(name, **tree)
         if layers is not None:
-            deepest, tree["num_hidden_layers"] = int(tree["num_hidden_layers"]), layers
-            tree.pop("layer_types", None)  # transformers lists them anew
-        kind = transformers.AutoConfig.for_model(tree.pop("model_type"), **tree)
+            text = kind.get_text_config()
+            deepest = int(text.num_hidden_layers)
+            part = tree if text is kind else tree["text_config"]
+            # GPT-2 calls it n_layer.
+            part[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layers
+            part.pop("layer_types", None)  # transformers lists them anew
+            kind = transformers.AutoConfig.for_model(name, **tree)
         with _LOADING, device:
             module = transformers.AutoModelForCausalLM.from_config(kind, dtype=dtype)
     except OSError as error:

@@ -1,9 +1,58 @@
 """A Hugging Face tokenizer, as rows of data are made into tokens by it."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from deca_node.errors import ModelError, first_line
+
+# Of a fast tokenizer's JSON, what decides which ids a text gets. What it puts around a text is seen
+# from outside, how ids become a text again plays no part in training, and how much it cuts and pads
+# depends on who called it last.
+_BACKEND = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+
+
+def tokenizer_digest(
+    vocabulary: Mapping[str, int], backend: str, bos_id: int | None, eos_id: int | None
+) -> str:
+    """xxh3_128 of what makes tokens of a text; pure.
+
+    Args:
+        vocabulary: token -> id, added tokens included.
+        backend: the fast tokenizer as JSON; empty of a slow one.
+        bos_id: what is put before a text.
+        eos_id: what ends it.
+    """
+    tree = json.loads(backend) if backend else {}
+    parts = {name: _said(tree.get(name)) for name in _BACKEND}
+    parts["added_tokens"] = sorted(parts["added_tokens"] or [], key=lambda token: token["id"])
+    model = parts["model"] or {}
+    if isinstance(model.get("vocab"), dict):  # in the vocabulary; a Unigram's list has its scores
+        del model["vocab"]
+    # Releases of tokenizers write a merge as "a b" or as ["a", "b"].
+    if "merges" in model:
+        model["merges"] = [
+            each if isinstance(each, str) else " ".join(each) for each in model["merges"]
+        ]
+    whole = [vocabulary, parts, bos_id, eos_id]
+    text = json.dumps(whole, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _said(tree: Any) -> Any:
+    """Without what is off or empty: each release of tokenizers adds some such fields."""
+    if isinstance(tree, list):
+        return [_said(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: _said(value)
+        for key, value in tree.items()
+        if value is not None and value is not False and value != ""
+    }
 
 
 class Tokenizer:
@@ -28,6 +77,11 @@ class Tokenizer:
         self.eos_id: int | None = tokenizer.eos_token_id
         pads = (tokenizer.pad_token_id, self.eos_id, 0)
         self.pad_id: int = next(token for token in pads if token is not None)
+
+    def digest(self) -> str:
+        """Equal on all nodes whose texts become the same tokens."""
+        backend = "" if self._fast is None else self._fast.to_str()
+        return tokenizer_digest(self.hf.get_vocab(), backend, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""

@@ -188,7 +188,7 @@ def test_the_fingerprint_tells_what_matters_and_nothing_else(file):
             settings.schedule.order,
             settings.run.seed,
         )
-        return fingerprint(settings, schedule, "c", "w", "fp32")
+        return fingerprint(settings, schedule, "c", "w", "t", "fp32")
 
     own = marks()
     for private in (

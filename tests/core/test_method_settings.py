@@ -76,7 +76,7 @@ def test_all_nodes_mix_by_one_rule(file):
 
     def marks(*overrides):
         settings = load(file, overrides)
-        return fingerprint(settings, schedule_for(settings, 4), "c", "w", "fp32")
+        return fingerprint(settings, schedule_for(settings, 4), "c", "w", "t", "fp32")
 
     assert not [name for name in marks() if name.startswith("aggregation")]
     clipped = marks("aggregation.rule=clipped")
@@ -90,7 +90,7 @@ def test_the_fingerprint_has_the_settings_of_the_method(file):
 
     def marks(*overrides):
         settings = load(file, overrides)
-        return fingerprint(settings, schedule_for(settings, 4), "c", "w", "fp32")
+        return fingerprint(settings, schedule_for(settings, 4), "c", "w", "t", "fp32")
 
     assert marks("run.method=decaf", "lora.rank=4")["lora.rank"] == "4"
     assert "lora.split" in marks("run.method=decaf")

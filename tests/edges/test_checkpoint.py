@@ -20,6 +20,7 @@ from deca_node import checkpoint
 from deca_node.blocks import Schedule
 from deca_node.checkpoint import Changed, Checkpoint, sealing
 from deca_node.checkpoint.manifest import Progress
+from deca_node.checkpoint.mark import check_mark
 from deca_node.curve import Curve
 from deca_node.disk import translated
 from deca_node.errors import DiskFullError, OutputError, PayloadError
@@ -338,6 +339,15 @@ def test_an_edit_is_recognised(kept):
     manifest.write_text(manifest.read_text().replace('"visit": 3', '"visit": 4'))
     with pytest.raises(OutputError, match=r"manifest\.json: damaged"):
         Checkpoint(kept, IDENTITY, SCHEDULE).claim()
+
+
+def test_a_folder_that_says_nothing_of_the_tokenizer_is_still_the_runs(tmp_path):
+    """An earlier version made it; one that names another tokenizer is another run's."""
+    (tmp_path / "run.json").write_bytes(sealing.sealed({"run.seed": "0"}))
+    assert check_mark(tmp_path, {"run.seed": "0", "model.tokenizer": "t"})
+    (tmp_path / "run.json").write_bytes(sealing.sealed({"run.seed": "0", "model.tokenizer": "u"}))
+    with pytest.raises(OutputError, match=r"model\.tokenizer is 'u' there, 't' here"):
+        check_mark(tmp_path, {"run.seed": "0", "model.tokenizer": "t"})
 
 
 @pytest.mark.parametrize("name", ["run.json", "state/manifest.json"])

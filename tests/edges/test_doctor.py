@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import shutil
 import socket
 import time
 import uuid
@@ -20,6 +21,7 @@ from deca_node.errors import CheckError
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.server import GrpcTransport
 from tests.cluster.daemons import Daemon
+from tests.edges.test_models import swapped
 from tests.tiny import make_model
 from tests.trust import Run
 
@@ -91,6 +93,32 @@ async def test_a_test_that_the_node_trains_on_is_a_warning(words, tmp_path):
     checks = await look(words, f"data.test={tmp_path / 'train.jsonl'}")
     assert verdicts(checks, "data") == [Verdict.OK, Verdict.WARN]
     assert "8 rows of data.test ask what" in by_name(checks)["data"][1].found
+
+
+LONG = {"text": "0123456789 " * 6, "label": "a"}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "verdict", "said"),
+    [
+        ("llama", {"vocab_size": 264}, Verdict.FAIL, "ids up to 268, its embedding has 264 rows"),
+        ("gpt2", {"n_positions": 48}, Verdict.FAIL, "can take 48"),
+        ("llama", {"max_position_embeddings": 48}, Verdict.WARN, "was made for 48"),
+        ("llama", {"vocab_size": 300}, Verdict.OK, "examples"),
+    ],
+)
+async def test_examples_that_the_model_cannot_take(words, tmp_path, family, change, verdict, said):
+    """Ids without a row and tokens without a position end a step; a padded embedding is well."""
+    path = make_model(tmp_path / "small", family, layers=1, **change)
+    (tmp_path / "long.jsonl").write_text(json.dumps(LONG) + "\n")
+    more = [] if verdict == Verdict.OK else [f"data.train={tmp_path / 'long.jsonl'}"]
+    label = "data.labels={a='h'}" if "vocab_size" in change else "data.labels={a='a'}"
+    more += [label] if more else []
+    found = await look(words, "run.start_when=1", f"model.path={path}", *more)
+    (*_, last) = by_name(found)["data"]
+    assert last.verdict == verdict
+    assert said in last.found
+    assert verdict == Verdict.OK or last.remedy
 
 
 async def test_the_trust_of_a_node_for_others_is_looked_at(words, tmp_path):
@@ -276,6 +304,18 @@ async def test_settings_that_differ_are_told_by_field_at_both_ends(words):
     assert (here.verdict, there.verdict) == (Verdict.FAIL, Verdict.FAIL)
     assert "optimizer.bma is 'on' here, 'off' there" in here.found
     assert "optimizer.bma is 'off' here, 'on' there" in there.found
+
+
+async def test_tokenizers_that_differ_are_told_at_both_ends(words, tmp_path, model):
+    """The weights are the same, and so is the configuration."""
+    shutil.copytree(model, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(swapped(file.read_text()))
+    own, others = await both(words, second=[f"model.path={tmp_path / 'other'}"])
+    (here,), (there,) = by_name(own)["peer"], by_name(others)["peer"]
+    assert (here.verdict, there.verdict) == (Verdict.FAIL, Verdict.FAIL)
+    assert "model.tokenizer is " in here.found
+    assert "model.tokenizer is " in there.found
 
 
 async def test_weights_that_were_not_read_are_said_to_be_uncompared(words, monkeypatch):

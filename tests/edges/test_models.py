@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from deca_node import sizes
 from deca_node.config import ModelSettings
 from deca_node.data import Batch, Example, collate
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
 from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, reading
+from deca_node.models.tokenizer import tokenizer_digest
 from deca_node.models.writing import written_whole
 from deca_node.moments import Rule, half_step
 from tests.tiny import FAMILIES, make_model, make_tokenizer
@@ -311,6 +314,114 @@ def test_digests(folder: Callable[[str], Path], tmp_path: Path) -> None:
     assert copy.weights_digest() == model.weights_digest()
     block.master.view(torch.int32)[5] ^= 1
     assert copy.weights_digest() != model.weights_digest()
+
+
+BPE = {"type": "BPE", "vocab": {"a": 1, "b": 2}, "merges": ["a b"], "dropout": None}
+WORDS = {"a": 1, "b": 2, "<s>": 0}
+BACKEND: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [{"id": 0, "content": "<s>"}, {"id": 9, "content": "<x>", "lstrip": False}],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    "model": BPE,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        ({"version": "2.0"}, True),
+        ({"truncation": {"max_length": 7}, "padding": {"length": 7}}, True),
+        ({"model": {**BPE, "merges": [["a", "b"]], "ignore_merges": False}}, True),
+        ({"model": {**BPE, "vocab": {"b": 2, "a": 1}}}, True),
+        ({"added_tokens": BACKEND["added_tokens"][::-1]}, True),
+        ({"model": {**BPE, "merges": ["b a"]}}, False),
+        ({"normalizer": {"type": "Lowercase"}}, False),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, False),
+        ({"added_tokens": BACKEND["added_tokens"][:1]}, False),
+    ],
+)
+def test_a_tokenizers_digest_is_of_what_makes_tokens(change: dict[str, Any], equal: bool) -> None:
+    """Not of the order in which it is written, by which release, and who cuts with it."""
+    own = tokenizer_digest(WORDS, json.dumps(BACKEND), 0, 2)
+    other = tokenizer_digest(dict(reversed(WORDS.items())), json.dumps({**BACKEND, **change}), 0, 2)
+    assert (own == other) == equal
+
+
+def test_a_tokenizers_digest_sees_ids_and_ends() -> None:
+    """Of a slow tokenizer the vocabulary is all there is."""
+    own = tokenizer_digest(WORDS, "", None, 2)
+    assert own != tokenizer_digest({**WORDS, "a": 2, "b": 1}, "", None, 2)
+    assert own != tokenizer_digest(WORDS, "", 0, 2)
+    assert own != tokenizer_digest(WORDS, "", None, 0)
+
+
+def test_a_tokenizer_is_the_same_wherever_it_was_read(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Copied, exported, used, or in a converted GGUF file twice; with two ids swapped it is not."""
+    model = load(folder("llama"))
+    digest = model.tokenizer.digest()
+    model.tokenizer.hf(["a b c", "a"], padding=True, truncation=True, max_length=2)
+    assert model.tokenizer.digest() == digest
+    model.export(tmp_path / "out")
+    assert load(tmp_path / "out").tokenizer.digest() == digest
+    write_gguf(tmp_path / "tiny.gguf", model)
+    first, second = (
+        load(tmp_path / "tiny.gguf", cache=tmp_path / each).tokenizer.digest() for each in "ab"
+    )
+    assert first == second
+
+    file = tmp_path / "out" / "tokenizer.json"
+    file.write_text(swapped(file.read_text()))
+    assert load(tmp_path / "out").tokenizer.digest() != digest
+
+
+def swapped(tokenizer: str) -> str:
+    """A tokenizer.json in which two letters have each other's id."""
+    tree = json.loads(tokenizer)
+    ids = tree["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    ("family", "made"),
+    [("llama", (256, False)), ("gpt2", (256, True)), ("gpt_neox", (256, False))],
+)
+def test_positions_are_a_bound_where_each_has_a_row(
+    folder: Callable[[str], Path], family: str, made: tuple[int, bool]
+) -> None:
+    """Elsewhere they merely are those that were trained."""
+    assert sizes.positions(load(folder(family)).module) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "bound"),
+    [
+        ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}, True),
+        ("GPTJConfig", {"rotary_dim": 4}, True),
+        ("MptConfig", {"max_seq_len": 64}, True),
+        ("MistralConfig", {"num_key_value_heads": 4}, False),
+    ],
+)
+def test_positions_of_other_architectures(name: str, config: dict[str, Any], bound: bool) -> None:
+    """A row too many is an error exactly where they are said to be a bound."""
+    import transformers
+
+    kind = getattr(transformers, name)(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **config,
+    )
+    module = transformers.AutoModelForCausalLM.from_config(kind)
+    assert sizes.positions(module) == (64, bound)
+    module(input_ids=torch.ones(1, 64, dtype=torch.int64))
+    with pytest.raises((IndexError, RuntimeError)) if bound else nullcontext():
+        module(input_ids=torch.ones(1, 65, dtype=torch.int64))
 
 
 # What cannot be trained

@@ -138,6 +138,45 @@ def test_fewer_layers_are_said_to_be_extrapolated(small, capsys):
     assert "NOT MEASURED" in shown
 
 
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 100,
+}
+EYES = {  # smaller than two layers of the rest
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT = {**SMALL, "model_type": "gemma3_text", "head_dim": 8, "num_hidden_layers": 4}
+GEMMA3 = {"model_type": "gemma3", "text_config": TEXT, "vision_config": EYES}
+
+
+@pytest.mark.parametrize("tree", [GPT2, GEMMA3])
+def test_architectures_with_other_names_for_sizes_are_measured(tmp_path, tree):
+    """GPT-2 has names of its own, Gemma 3 those of its language model in a part."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    assert depth(path) == 4
+    costs = measure(Plan(path, META, "fp32", ("deca", "dec-adapter"), tokens=16, layers=2))
+    assert all(cost.trained > 0 for cost in costs)
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path, capsys):
+    """Where each position has a row in a table."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GPT2))
+    words = ("profile", "--model-config", path, "--device", "meta", "--method", "deca", "--tokens")
+    assert deca_node(*words, 300) == 2
+    assert "--tokens 300: config can take 128 tokens in a row" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

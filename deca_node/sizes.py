@@ -1,0 +1,59 @@
+"""Sizes of a Hugging Face model, which may be without values."""
+
+from typing import Any
+
+# How modules and buffers are called whose rows belong to positions.
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+
+
+def text_config(module: Any) -> Any:
+    """The configuration of the language model, within that of a model that also sees or hears."""
+    return module.config.get_text_config()
+
+
+def embedding(module: Any) -> tuple[int, int]:
+    """Rows and width of the input embedding."""
+    rows, width = module.get_input_embeddings().weight.shape
+    return int(rows), int(width)
+
+
+def hidden(module: Any) -> int:
+    """Width of what goes from layer to layer."""
+    return int(getattr(text_config(module), "hidden_size", None) or embedding(module)[1])
+
+
+def vocabulary(module: Any) -> int:
+    """How many logits a position has."""
+    return int(getattr(text_config(module), "vocab_size", None) or embedding(module)[0])
+
+
+def positions(module: Any) -> tuple[int, bool]:
+    """For how many tokens in a row a model is made, and whether it cannot take more.
+
+    It cannot where positions have a row each in a table (GPT-2, OPT, GPT-J). Where they turn
+    (RoPE) it merely has not been trained on more.
+
+    Returns:
+        The number, 0 when the configuration names none, and True when it is a bound.
+    """
+    config = text_config(module)
+    if length := getattr(config, "max_seq_len", None):  # MPT, whose biases have that size
+        return int(length), True
+    made = int(getattr(config, "max_position_embeddings", None) or 0)
+    if made < 1:  # XLNet says -1
+        return 0, False
+    tables = [
+        *((name, each.weight, each) for name, each in module.named_modules() if _is_table(each)),
+        *((name, each, None) for name, each in module.named_buffers()),
+    ]
+    bound = any(
+        # OPT's rows begin with some of padding.
+        len(rows) - int(getattr(owner, "offset", 0)) == made
+        for name, rows, owner in tables
+        if name.rpartition(".")[2] in _POSITION_TABLES
+    )
+    return made, bound
+
+
+def _is_table(module: Any) -> bool:
+    return getattr(module, "num_embeddings", None) is not None
