@@ -259,6 +259,11 @@ def question(row: Row, settings: DataSettings, where: str) -> str:
     return text_of(row, settings.text_field, where)
 
 
+def questions(rows: Sequence[Row], settings: DataSettings, source: Path) -> list[str]:
+    """:func:`question` of each row, in their order."""
+    return [question(row, settings, place(source, index)) for index, row in enumerate(rows)]
+
+
 def _value_of(row: Row, field: str, where: str) -> Any:
     if field not in row:
         raise DataError(f"{where}: no field {field!r}; it has: {', '.join(map(str, row))}")
@@ -771,8 +776,8 @@ def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
         return Corpus(len(rows), train, [], completions)
     held = read_rows(settings.test)
     test = examples(held, settings, tokenizer, settings.test, words or None)
-    known = set(_questions(rows, settings, settings.train))
-    twins = sum(asked in known for asked in _questions(held, settings, settings.test))
+    known = set(questions(rows, settings, settings.train))
+    twins = sum(asked in known for asked in questions(held, settings, settings.test))
     return Corpus(len(rows), train, test, completions, twins)
 
 
@@ -814,10 +819,6 @@ def check_room(
         f"the longest example has {longest} tokens, and {model} was made for {made}: beyond, it "
         f"may learn little; set data.max_tokens = {made}"
     )
-
-
-def _questions(rows: Sequence[Row], settings: DataSettings, source: Path) -> list[str]:
-    return [question(row, settings, place(source, index)) for index, row in enumerate(rows)]
 
 
 # Examples -> batches

@@ -33,7 +33,7 @@ from deca_node.data import (
     examples,
     label_token_ids,
     place,
-    question,
+    questions,
     read_rows,
     text_of,
 )
@@ -44,7 +44,7 @@ from deca_node.experiment import Cell, Experiment, read
 from deca_node.fingerprint import schedule_for
 from deca_node.methods import choose
 from deca_node.models import LanguageModel, pick_device
-from deca_node.partition import balanced_holdout, dirichlet, without_twins
+from deca_node.partition import deal
 from deca_node.record import finite
 from deca_node.simulator import Material, Simulation, summary
 
@@ -337,18 +337,17 @@ class Laboratory:
         ]
         try:
             held = 0 if self._test else chosen.test_per_label
-            train, test = balanced_holdout(labels, held, cell.seed)
-            own = [labels[row] for row in train]
-            dealt = dirichlet(own, cell.world.experiment.nodes, chosen.alpha, cell.seed)
-            shards = [[train[index] for index in shard] for shard in dealt]
-            if test:
-                questions = [
-                    question(row, data, place(source, index)) for index, row in enumerate(rows)
-                ]
-                dealt, shards = shards, without_twins(shards, test, questions)
-                self._has_twins |= dealt != shards
+            shards, test = deal(
+                labels,
+                cell.world.experiment.nodes,
+                chosen.alpha,
+                cell.seed,
+                held,
+                partial(questions, rows, data, source),
+            )
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
+        self._has_twins |= sum(map(len, shards)) + len(test) < len(rows)
         parts = [[rows[index] for index in shard] for shard in shards]
         return parts, self._test or [rows[index] for index in test]
 

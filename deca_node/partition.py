@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deca_node.config import DataSettings
-from deca_node.data import place, question, read_rows, text_of
+from deca_node.data import place, questions, read_rows, text_of
 from deca_node.disk import is_full
 from deca_node.errors import DataError, DiskFullError, OutputError
 
@@ -115,6 +115,36 @@ def without_twins(
     return kept
 
 
+def deal(
+    labels: Sequence[str],
+    nodes: int,
+    concentration: float,
+    seed: int,
+    test_per_label: int,
+    asked: Callable[[], Sequence[str]],
+) -> tuple[list[list[int]], list[int]]:
+    """Set test rows aside and deal the others out, but for the test rows' twins.
+
+    Args:
+        labels: of each row.
+        nodes: how many shards.
+        concentration: of the Dirichlet distribution.
+        seed: decides all.
+        test_per_label: rows of each label to test on.
+        asked: gives what each row asks; called where there is a test.
+
+    Returns:
+        (row indices of each node, row indices to test on).
+
+    Raises:
+        ValueError: as of the three functions that this combines.
+    """
+    train, test = balanced_holdout(labels, test_per_label, seed)
+    dealt = dirichlet([labels[row] for row in train], nodes, concentration, seed)
+    shards = [[train[index] for index in shard] for shard in dealt]
+    return (without_twins(shards, test, asked()) if test else shards), test
+
+
 def _shuffled_by_label(
     labels: Sequence[str], rng: np.random.Generator
 ) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
@@ -157,19 +187,14 @@ def write_shards(
     """
     rows = read_rows(source)
     labels = [text_of(row, label_field, place(source, index)) for index, row in enumerate(rows)]
+
+    def asked() -> list[str]:
+        if settings is not None:
+            return questions(rows, settings, source)
+        return [_all_but(row, label_field) for row in rows]
+
     try:
-        train, test = balanced_holdout(labels, test_per_label, seed)
-        train_labels = [labels[row] for row in train]
-        dealt = dirichlet(train_labels, nodes, concentration, seed)
-        shards = [[train[row] for row in shard] for shard in dealt]
-        if test:
-            questions = [
-                question(row, settings, place(source, index))
-                if settings is not None
-                else _all_but(row, label_field)
-                for index, row in enumerate(rows)
-            ]
-            shards = without_twins(shards, test, questions)
+        shards, test = deal(labels, nodes, concentration, seed, test_per_label, asked)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None
 
