@@ -554,6 +554,14 @@ def _replaced(template: str) -> list[str]:
     return found
 
 
+def _end(template: str) -> str:
+    """What stands after the last field of a template."""
+    end = ""
+    for text, name, _, _ in string.Formatter().parse(template):
+        end = end + text if name is None else ""
+    return end
+
+
 def _check_part(name: str, fields: Row, where: str) -> None:
     """Refuse what ``name`` leads to in a row if it is no text, number or date."""
     try:
@@ -695,15 +703,25 @@ def label_token_ids(
 ) -> dict[str, list[int]]:
     """Label value -> the token ids of its completion, exactly as examples hold them.
 
+    They are those of the word after a space, unless the template ends in one, in its place after
+    the template's end: alone, SentencePiece would put its mark of a word's begin before it.
+
     Raises:
         ConfigError: a word has no tokens, or two labels have the same.
     """
+    _template_fields(settings.template)
     gap = "" if settings.template[-1:].isspace() else " "
+    end = _end(settings.template) or "."  # for what a row ends with
+    before = tokenizer.encode(end)
     ids: dict[str, list[int]] = {}
     owner: dict[tuple[int, ...], str] = {}
     for label, word in words.items():
-        ids[label] = tokenizer.encode(gap + word) if word.strip() else []
-        if not ids[label]:
+        after = tokenizer.encode(end + gap + word)
+        if after[: len(before)] == before:
+            ids[label] = after[len(before) :]
+        else:  # the word and what precedes it make other tokens together
+            ids[label] = tokenizer.encode(gap + word)
+        if not word.strip() or not ids[label]:
             raise ConfigError(f"data.labels: label {label!r} has no word")
         if (other := owner.setdefault(tuple(ids[label]), label)) != label:
             raise ConfigError(

@@ -134,7 +134,31 @@ class Tokenizer:
             end = start + len(spoken)
             segments.append((whole[start:end], True))
         segments.append((whole[end:], False))
-        return [(self.encode(text), flag) for text, flag in segments if text]
+        texts = [text for text, _ in segments]
+        made = zip(self._in_place(texts), segments, strict=True)
+        return [(ids, flag) for ids, (_, flag) in made if ids]
+
+    def _in_place(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of consecutive texts, by text, as those of all of them together.
+
+        Not of each alone: SentencePiece puts its mark of a word's begin before a text's first, so
+        that each would begin in another way than the model ever saw or will be asked to say. What
+        stands before a cut must be what it is without what follows, as when it is a prompt. Where
+        it is not, a text of its own begins there.
+        """
+        whole = "".join(texts)
+        ids = self.encode(whole)
+        made: list[list[int]] = []
+        end = taken = 0
+        for text in texts:
+            end += len(text)
+            before = self.encode(whole[:end])
+            made.append(before[taken:])
+            taken = len(before)
+            if ids[:taken] != before:
+                whole, end, taken = whole[end:], 0, 0
+                ids = self.encode(whole)
+        return made
 
     def _opening(self, answered: str) -> str:
         """What precedes the text of an assistant that speaks first; empty if that is not marked.

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deca_node import sizes
-from deca_node.config import ModelSettings
-from deca_node.data import Batch, Example, collate
+from deca_node.config import DataSettings, ModelSettings
+from deca_node.data import Batch, Example, collate, label_token_ids
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
 from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, reading
 from deca_node.models.tokenizer import tokenizer_digest
@@ -666,6 +666,86 @@ def test_a_template_that_wants_the_user_first_says_so() -> None:
     )
     with pytest.raises(ValueError, match="roles must alternate"):
         Tokenizer(make_tokenizer(strict), Path("some")).chat([TALK[1], *TALK[:2]])
+
+
+def marking(chat_template: str | None = None) -> Any:
+    """As Llama 2's: a mark before a text's first word and in the place of spaces, no merges."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    letters = [*map(chr, range(33, 127)), "▁"]
+    vocabulary = {token: index for index, token in enumerate([*special, *letters, "\n"])}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    mark = letters[-1]
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(mark), normalizers.Replace(" ", mark)]
+    )
+    backend.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
+
+
+# As Llama 2's, without its system message.
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_chat_of_a_tokenizer_that_marks_a_texts_first_word() -> None:
+    """Its tokens are those of the whole, and a prompt's continue as the answer does."""
+    tokenizer = Tokenizer(marking(INST), Path("some"))
+    segments = tokenizer.chat(TALK)
+    whole = tokenizer.hf.apply_chat_template(TALK, tokenize=False)
+    assert [token for ids, _ in segments for token in ids] == tokenizer.encode(whole)
+    said = [(tokenizer.hf.convert_ids_to_tokens(ids), flag) for ids, flag in segments]
+    assert [tokens for tokens, flag in said if flag] == [
+        ["▁", "u", "n", "o", "▁", "</s>"],
+        ["▁", "d", "u", "e", "▁", "</s>"],
+    ]
+    asked = tokenizer.prompt(TALK[:3])
+    assert asked == [token for ids, _ in segments[:3] for token in ids]
+
+
+def test_chat_that_would_be_other_tokens_than_its_prompt() -> None:
+    """A token over the answer's begin is what no prompt ends with."""
+    from tokenizers import models
+
+    hf = make_tokenizer("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}")
+    backend = json.loads(hf.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["xu"] = len(backend["model"]["vocab"])
+    backend["model"]["merges"].append(["x", "u"])
+    hf.backend_tokenizer.model = models.BPE(
+        vocab=backend["model"]["vocab"], merges=[tuple(m) for m in backend["model"]["merges"]]
+    )
+    hf.chat_template = (
+        "{% for m in messages %}{{ 'x' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}x{% endif %}"
+    )
+    tokenizer = Tokenizer(hf, Path("some"))
+    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.encode("xuno")) == ["xu", "n", "o"]
+    said = tokenizer.chat(TALK)
+    assert [(tokenizer.hf.convert_ids_to_tokens(ids), flag) for ids, flag in said] == [
+        (["x", "o", "n", "e", "x"], False),
+        (["u", "n", "o"], True),
+        (["xu", "n", "o", "x"], False),
+        (["d", "u", "e"], True),
+    ]
+
+
+def test_label_words_are_tokens_as_after_the_prompt() -> None:
+    for template, expected in (
+        ("{text}\nTopic:", ["▁", "a", "b"]),
+        ("{text}\nTopic:\n", ["a", "b"]),
+        ("{text}", ["▁", "a", "b"]),
+    ):
+        settings = DataSettings(train=Path("some"), template=template)
+        tokenizer = Tokenizer(marking(), Path("some"))
+        [ids] = label_token_ids({"x": "ab"}, settings, tokenizer).values()
+        assert tokenizer.hf.convert_ids_to_tokens(ids) == expected
 
 
 def test_chat_refusals() -> None:
