@@ -14,10 +14,10 @@ from pathlib import Path
 
 from deca_node import houlsby
 from deca_node.config import ModelSettings
-from deca_node.data import read_rows
 from deca_node.disk import translated
 from deca_node.errors import DataError, OutputError
 from deca_node.models import LanguageModel, pick_device
+from deca_node.rows import read_rows
 
 # What a line of answers begins with, also one that a crash has torn.
 _BEGIN = b'{"question_id"'

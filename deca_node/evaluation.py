@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from deca_node import metrics
-from deca_node.data import Example, collate
+from deca_node.batches import Example, collate
 from deca_node.models import LanguageModel
 
 

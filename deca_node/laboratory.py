@@ -26,17 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deca_node import __version__, config, rehearsal, status, virtual_time
+from deca_node.batches import Example
 from deca_node.config import Settings
-from deca_node.data import (
-    Example,
-    Row,
-    examples,
-    label_token_ids,
-    place,
-    questions,
-    read_rows,
-    text_of,
-)
+from deca_node.data import Row, examples, label_token_ids, questions, text_of
 from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
@@ -46,6 +38,7 @@ from deca_node.methods import choose
 from deca_node.models import LanguageModel, pick_device
 from deca_node.partition import deal
 from deca_node.record import finite
+from deca_node.rows import place, read_rows
 from deca_node.simulator import Material, Simulation, summary
 
 # Without a terminal a line now and then shows that it is alive.

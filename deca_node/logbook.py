@@ -10,9 +10,9 @@ from typing import Any
 
 from deca_node import logs
 from deca_node.agreement import BlockAgreement
+from deca_node.batches import BatchStream
 from deca_node.blocks import Visit
 from deca_node.consensus import Plan
-from deca_node.data import BatchStream
 from deca_node.kept import KeptBlocks
 from deca_node.member import Member
 from deca_node.membership import Edges

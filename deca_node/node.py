@@ -17,13 +17,14 @@ import torch
 from deca_node import __version__, logs, memory, registry, sizes
 from deca_node.addresses import as_called_here, joined
 from deca_node.agreement import Agreeing, Agreement
+from deca_node.batches import BatchStream
 from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.consensus import extends
 from deca_node.control import Control
-from deca_node.data import BatchStream, Corpus, check_room, label_counts, read_corpus
+from deca_node.data import Corpus, check_room, label_counts, read_corpus
 from deca_node.disk import replace_folder
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from deca_node.config import DataSettings
-from deca_node.data import place, questions, read_rows, text_of
+from deca_node.data import questions, text_of
 from deca_node.disk import is_full
 from deca_node.errors import DataError, DiskFullError, OutputError
+from deca_node.rows import place, read_rows
 
 MAX_DRAWS = 1000
 

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from deca_node import config, sizes
+from deca_node.batches import IGNORED, Batch
 from deca_node.blocks import Visit
 from deca_node.config import Settings
-from deca_node.data import IGNORED, Batch
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import ConfigError
 from deca_node.fingerprint import schedule_for

@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from deca_node.batches import Batch
 from deca_node.blocks import Schedule, Visit
 from deca_node.compression import Format
-from deca_node.data import Batch
 from deca_node.exchange import Exchange, Gathered
 from deca_node.membership import Edges
 from deca_node.methods import Local, Method, Settled

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from deca_node import topology, wire
+from deca_node.batches import Batch, BatchStream, Example
 from deca_node.blocks import Schedule, Visit
 from deca_node.compression import FLOAT_MAX, Format
-from deca_node.data import Batch, BatchStream, Example
 from deca_node.errors import PayloadError
 from deca_node.evaluation import evaluate
 from deca_node.experiment import Cell, LinksSection

@@ -2,7 +2,7 @@
 
 import torch
 
-from deca_node.data import Batch
+from deca_node.batches import Batch
 from deca_node.models import ActiveBlock, LanguageModel, Prefix
 
 

@@ -13,9 +13,10 @@ import psutil
 import torch
 
 from deca_node import estimate, sizes, status
+from deca_node.batches import Example
 from deca_node.checkpoint.mark import check_mark
 from deca_node.config import is_loopback
-from deca_node.data import Example, check_room, label_counts, read_corpus, read_rows
+from deca_node.data import check_room, label_counts, read_corpus
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
 from deca_node.errors import OutputError
 from deca_node.fingerprint import schedule_for
@@ -23,6 +24,7 @@ from deca_node.guard import Guard
 from deca_node.keyring import Keyring
 from deca_node.methods.choose import added
 from deca_node.models import LanguageModel, outline, pick_device
+from deca_node.rows import read_rows
 
 # Up to this size the weights are read for their digest without being asked for: some seconds.
 QUICK_BYTES = 2 << 30

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from deca_node.batches import Batch
 from deca_node.blocks import Visit
-from deca_node.data import Batch
 from deca_node.exchange import Mix
 from deca_node.wire import Layout, Snapshot
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deca_node import trainer
+from deca_node.batches import Batch
 from deca_node.blocks import Visit
-from deca_node.data import Batch
 from deca_node.exchange import Mix
 from deca_node.methods import Local, Settled
 from deca_node.mixing import STALE_STEP, mix_arrival

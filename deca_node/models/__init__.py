@@ -14,8 +14,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deca_node.batches import IGNORED, Batch
 from deca_node.config import ModelSettings
-from deca_node.data import IGNORED, Batch
 from deca_node.errors import ModelError, OutputError
 from deca_node.models.active import FP16_LOSS_SCALE, ActiveBlock
 from deca_node.models.devices import DTYPES, pick_device, pick_dtype

@@ -10,10 +10,11 @@ import torch
 
 from deca_node import template
 from deca_node.config import Settings, load
-from deca_node.data import place, read_rows, text_of
+from deca_node.data import text_of
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import DataError
 from deca_node.partition import write_shards
+from deca_node.rows import place, read_rows
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node import trainer
+from deca_node.batches import BatchStream
 from deca_node.config import load
-from deca_node.data import BatchStream, examples, read_rows
+from deca_node.data import examples
 from deca_node.methods.choose import prepare
 from deca_node.models import LanguageModel
+from deca_node.rows import read_rows
 from tests import oracle_methods
 from tests.cluster.daemons import DEADLINE, Daemon, end_all
 from tests.tiny import make_model

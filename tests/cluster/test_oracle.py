@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node import trainer
+from deca_node.batches import BatchStream
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import DataSettings, ModelSettings
-from deca_node.data import BatchStream, examples, read_rows
+from deca_node.data import examples
 from deca_node.models import LanguageModel
+from deca_node.rows import read_rows
 from tests import oracle
 from tests.cluster.daemons import Daemon
 from tests.tiny import make_model

@@ -1,39 +1,23 @@
-"""Rows, examples and batches, on a tokenizer of one token a byte."""
+"""Examples, on a tokenizer of one token a byte."""
 
 import datetime as dt
 import json
 import math
-import random
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from deca_node.batches import Example
 from deca_node.config import DataSettings
-from deca_node.data import (
-    IGNORED,
-    Batch,
-    BatchStream,
-    Example,
-    batches,
-    collate,
-    examples,
-    label_counts,
-    label_token_ids,
-    label_words,
-    read_corpus,
-    read_rows,
-)
+from deca_node.data import examples, label_counts, label_token_ids, label_words, read_corpus
 from deca_node.errors import ConfigError, DataError
+from deca_node.rows import read_rows
 
 SOURCE = Path("shard.jsonl")
 BOS, EOS, PAD = 256, 257, 258
@@ -94,155 +78,6 @@ def prompt_of(example: Example) -> str:
 def completion_of(example: Example) -> str:
     pairs = zip(example.input_ids, example.completion, strict=True)
     return decode([token for token, trained in pairs if trained])
-
-
-# Files -> rows
-
-ROWS = [{"text": "a, \u2028 b", "label": "x"}, {"text": 'line\none "q"', "label": "é"}]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "A.JSONL"])
-def test_json_lines(tmp_path: Path, name: str) -> None:
-    """Blank lines, a byte order mark and Windows line ends do not matter."""
-    lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\n"
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    assert read_rows(tmp_path / name) == ROWS
-
-
-def test_csv(tmp_path: Path) -> None:
-    """Quotes, line ends within quotes and blank lines are read as RFC 4180 has them."""
-    content = 'text,label\r\n"a, \u2028 b",x\r\n\r\n"line\none ""q""",é\r\n'
-    (tmp_path / "a.csv").write_bytes(content.encode())
-    assert read_rows(tmp_path / "a.csv") == ROWS
-
-
-def test_csv_values_stay_as_written(tmp_path: Path) -> None:
-    """Nothing is guessed: a code keeps its zero, NA is a word, long articles are welcome."""
-    article = "x" * 200_000
-    (tmp_path / "a.csv").write_text(f"text,label\n{article},007\nb,NA\n")
-    assert read_rows(tmp_path / "a.csv") == [
-        {"text": article, "label": "007"},
-        {"text": "b", "label": "NA"},
-    ]
-
-
-@pytest.fixture(scope="module")
-def columnar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ROWS as Parquet, as a saved Dataset and as a saved DatasetDict."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    folder = tmp_path_factory.mktemp("columnar")
-    saved = datasets.Dataset.from_list(ROWS)
-    saved.to_parquet(folder / "a [1]*.parquet")
-    saved.save_to_disk(folder / "saved")
-    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(folder / "splits")
-    return folder
-
-
-def test_parquet_and_saved_folder(columnar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both give the rows, leave the folder as it was and open no connection."""
-
-    def refuse(*args: Any) -> None:
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    before = sorted(columnar.rglob("*"))
-    assert read_rows(columnar / "a [1]*.parquet") == ROWS
-    assert read_rows(columnar / "saved") == ROWS
-    assert sorted(columnar.rglob("*")) == before
-
-
-def test_parquet_needs_no_home(columnar: Path) -> None:
-    """A daemon whose home folder cannot be written reads Parquet in silence."""
-    code = "import sys, pathlib, deca_node.data as d; d.read_rows(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(columnar / "a [1]*.parquet")],
-        env={"HOME": "/proc/nothing", "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_data_set_dict_names_its_splits(columnar: Path) -> None:
-    """A split's folder can be read, and the message says which there are."""
-    with pytest.raises(DataError, match="splits: a DatasetDict with the splits test, train;"):
-        read_rows(columnar / "splits")
-    assert read_rows(columnar / "splits" / "test") == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl, line 3: not valid JSON (Expecting value)"),
-        ("a.jsonl", b"[\n1]", "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl, line 2: a JSON array; each line must be one"),
-        ("a.jsonl", b"null", "a.jsonl, line 1: a JSON null"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', "a.jsonl, line 2: not UTF-8 text"),
-        ("a.jsonl", b'{"a": "\\ud800"}', "a.jsonl, line 1: holds half of a surrogate pair"),
-        ("a.jsonl", b"", "a.jsonl: no rows"),
-        ("a.jsonl", b"\n \n", "a.jsonl: no rows"),
-        ("a.csv", b'a,b\n"x\ny",1\n2\n', "a.csv, line 4: 1 fields where the header has 2"),
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: 3 fields where the header has 2"),
-        ("a.csv", b'a,b\n1,2\n"1,2\n3,4\n', "a.csv, line 3: not valid CSV"),
-        ("a.csv", b"a,a\n1,2\n", "a.csv, line 1: two columns are named 'a'"),
-        ("a.csv", b"a\n1\n\xe9\n", "a.csv, line 3: not UTF-8 text"),
-        ("a.csv", b"a,b\n", "a.csv: no rows"),
-        ("a.csv", b"", "a.csv: no rows"),
-        ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
-        ("a.txt", b"hello", "a.txt: unknown kind of data file; use one of .jsonl, .ndjson, .json"),
-    ],
-)
-def test_broken_file_is_named_with_its_line(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    """Whoever mends the file is told where to look."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(message)):
-        read_rows(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_missing_file(tmp_path: Path, name: str) -> None:
-    """A file that is not there is said to be so, whatever its kind."""
-    with pytest.raises(DataError, match=f"{name}: no such file or folder"):
-        read_rows(tmp_path / name)
-
-
-def test_other_folders(tmp_path: Path) -> None:
-    """A folder that is no data set, or a damaged one, is not taken for one."""
-    with pytest.raises(DataError, match=r"not a folder written by Dataset\.save_to_disk"):
-        read_rows(tmp_path)
-    (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(DataError, match="not a readable data set"):
-        read_rows(tmp_path)
-
-
-def test_parquet_without_rows(tmp_path: Path) -> None:
-    """A Parquet file with columns only is empty, too."""
-    import datasets
-
-    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: no rows"):
-        read_rows(tmp_path / "a.parquet")
-
-
-def test_parquet_groups_without_rows(tmp_path: Path) -> None:
-    """As pyarrow writes them; they hide neither that there are no rows nor those that follow."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    empty, full = (pa.table({"text": pa.array(rows, pa.string())}) for rows in ([], ["a", "b"]))
-    pq.write_table(empty, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: no rows"):
-        read_rows(tmp_path / "a.parquet")
-    with pq.ParquetWriter(tmp_path / "b.parquet", empty.schema) as writer:
-        writer.write_table(empty)
-        writer.write_table(full)
-    assert read_rows(tmp_path / "b.parquet") == [{"text": "a"}, {"text": "b"}]
 
 
 def test_binary_columns_are_utf8_text(tmp_path: Path) -> None:
@@ -721,86 +556,3 @@ def test_what_is_trained_on_is_no_test(
         assert len(corpus.test) == len(found)
         assert corpus.twins == twins
         assert ("2 rows of data.test" in corpus.warning()) == bool(twins)
-
-
-# Batches
-
-
-def numbered(count: int) -> list[Example]:
-    """Examples of 1 to 3 tokens, each with its own number as first token."""
-    return [
-        Example([number] * (1 + number % 3), [True] * (1 + number % 3)) for number in range(count)
-    ]
-
-
-def numbers(batch: Batch) -> list[int]:
-    return [int(number) for number in batch.input_ids[:, 0]]
-
-
-def test_collate() -> None:
-    """Padding is on the right, masked from attention and, like the prompt, from the loss."""
-    made = [Example([5, 6, 7], [False, True, True]), Example([8], [True])]
-    batch = collate(made, PAD)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, PAD, PAD]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
-        assert tensor.dtype == torch.int64
-
-
-def test_evaluation_batches_are_in_order() -> None:
-    """Every example comes once; the last batch is smaller."""
-    assert [numbers(batch) for batch in batches(numbered(5), 2, PAD)] == [[0, 1], [2, 3], [4]]
-
-
-@hypothesis_settings(max_examples=50, deadline=None)
-@given(count=st.integers(1, 12), size=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
-def test_every_example_once_an_epoch(count: int, size: int, seed: int) -> None:
-    """Three epochs are three permutations, across the bounds of batches."""
-    stream = BatchStream(numbered(count), size, seed, PAD)
-    drawn: list[int] = []
-    while len(drawn) < 3 * count:
-        drawn += numbers(stream.next())
-        assert stream.position == len(drawn)
-    for epoch in range(3):
-        assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
-
-
-@hypothesis_settings(max_examples=50, deadline=None)
-@given(count=st.integers(1, 12), size=st.integers(1, 7), steps=st.integers(0, 9))
-def test_position_resumes_the_stream(count: int, size: int, steps: int) -> None:
-    """A new stream set to an old position gives the same batches from there."""
-    old = BatchStream(numbered(count), size, 1, PAD)
-    for _ in range(steps):
-        old.next()
-    new = BatchStream(numbered(count), size, 1, PAD)
-    new.position = old.position
-    for _ in range(4):
-        assert torch.equal(old.next().labels, new.next().labels)
-
-
-def test_position_can_be_set_back() -> None:
-    """The stream keeps no state besides its position."""
-    stream = BatchStream(numbered(5), 2, 0, PAD)
-    first = [numbers(stream.next()) for _ in range(6)]
-    stream.position = 0
-    assert [numbers(stream.next()) for _ in range(6)] == first
-
-
-def test_order_depends_on_seed_and_epoch() -> None:
-    """The permutation is the documented one, another for each epoch and each seed."""
-    stream = BatchStream(numbered(30), 30, 4, PAD)
-    expected = []
-    for epoch in range(2):
-        order = list(range(30))
-        random.Random(f"deca/data/4/{epoch}").shuffle(order)
-        expected.append(order)
-    assert [numbers(stream.next()), numbers(stream.next())] == expected
-    assert expected[0] != expected[1]
-    assert numbers(BatchStream(numbered(30), 30, 5, PAD).next()) != expected[0]
-
-
-def test_stream_of_nothing_is_refused() -> None:
-    """Without examples there is no batch to wait for."""
-    with pytest.raises(ValueError, match="at least one example"):
-        BatchStream([], 1, 0, PAD)

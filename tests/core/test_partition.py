@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_node.config import DataSettings
-from deca_node.data import read_rows
 from deca_node.errors import DataError, DiskFullError, OutputError
 from deca_node.partition import balanced_holdout, dirichlet, table, without_twins, write_shards
+from deca_node.rows import read_rows
 
 LABELS = ["sport"] * 40 + ["tech"] * 40 + ["arts"] * 40
 

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from deca_node import chaos, cli, config, rehearsal
 from deca_node.chaos.arena import Arena
-from deca_node.data import read_rows
 from deca_node.errors import ConfigError, OutputError, SwarmError
 from deca_node.faults import Fault, Kind
 from deca_node.pb import node_pb2 as pb
+from deca_node.rows import read_rows
 from deca_node.testbed import processes
 
 STEPS = 4

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from deca_node import rehearsal
+from deca_node.batches import BatchStream
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.compression import Format
 from deca_node.config import DataSettings, ModelSettings
-from deca_node.data import BatchStream, examples, label_token_ids, label_words, read_rows
+from deca_node.data import examples, label_token_ids, label_words
 from deca_node.evaluation import evaluate
 from deca_node.methods.deca import Deca
 from deca_node.mixing import metropolis_hastings
@@ -18,6 +19,7 @@ from deca_node.models import LanguageModel
 from deca_node.moments import Rule
 from deca_node.partition import dirichlet
 from deca_node.references import Followed, OwnReferences
+from deca_node.rows import read_rows
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Receiver
 

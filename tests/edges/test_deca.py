@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deca_node import trainer, wire
+from deca_node.batches import Example, collate
 from deca_node.blocks import Visit
 from deca_node.config import ModelSettings
-from deca_node.data import Example, collate
 from deca_node.methods import deca
 from deca_node.methods.deca import Deca
 from deca_node.mixing import metropolis_hastings

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deca_node import estimate
+from deca_node.batches import Batch
 from deca_node.blocks import Visit, partition_layers
 from deca_node.config import ModelSettings
-from deca_node.data import Batch
 from deca_node.errors import ModelError
 from deca_node.estimate import Work
 from deca_node.methods.deca import Deca

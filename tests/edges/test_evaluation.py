@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deca_node import metrics
+from deca_node.batches import Example, collate
 from deca_node.config import ModelSettings
-from deca_node.data import Example, collate
 from deca_node.evaluation import Evaluation, evaluate
 from deca_node.models import LanguageModel
 from deca_node.trainer import gradient

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node import estimate, houlsby, trainer
+from deca_node.batches import Example, collate
 from deca_node.blocks import Visit
 from deca_node.config import load
-from deca_node.data import Example, collate
 from deca_node.errors import ConfigError, ModelError
 from deca_node.export import export
 from deca_node.fingerprint import schedule_for

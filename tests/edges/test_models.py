@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deca_node import sizes
+from deca_node.batches import Batch, Example, collate
 from deca_node.config import DataSettings, ModelSettings
-from deca_node.data import Batch, Example, collate, label_token_ids
+from deca_node.data import label_token_ids
 from deca_node.errors import DeviceError, DiskFullError, ModelError, OutputError
 from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, reading
 from deca_node.models.tokenizer import tokenizer_digest

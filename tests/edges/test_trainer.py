@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from deca_node.batches import Batch, Example, collate
 from deca_node.config import ModelSettings
-from deca_node.data import Batch, Example, collate
 from deca_node.models import FP16_LOSS_SCALE, ActiveBlock, LanguageModel
 from deca_node.trainer import gradient
 from tests.tiny import make_model
