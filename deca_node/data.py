@@ -19,6 +19,7 @@ from deca_node.batches import Example
 from deca_node.config import DataSettings
 from deca_node.errors import ConfigError, DataError, ModelError
 from deca_node.rows import place, read_rows
+from deca_node.sizes import Room
 
 _MARK = "\0"  # stands for the text where its place in a template is looked for
 ROLES = ("system", "user", "assistant", "tool")  # of messages; what their chat templates know
@@ -587,17 +588,14 @@ def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
     return Corpus(len(rows), train, test, completions, twins)
 
 
-def check_room(
-    corpus: Corpus, pad_id: int, model: Path, rows: int, positions: tuple[int, bool]
-) -> str:
+def check_room(corpus: Corpus, pad_id: int, model: Path, room: Room) -> str:
     """Whether a model can take examples: their ids, and as many tokens in a row.
 
     Args:
         corpus: what the model is to read.
         pad_id: what examples are padded with.
         model: its path.
-        rows: of its input embedding; larger ids than its tokenizer has are no harm.
-        positions: as ``sizes.positions`` gives them.
+        room: what it can take.
 
     Returns:
         What may do harm; empty when nothing may.
@@ -606,17 +604,16 @@ def check_room(
         ModelError: an id has no row.
         ConfigError: an example is longer than the model can take.
     """
-    if (highest := max(corpus.highest, pad_id)) >= rows:
+    if (highest := max(corpus.highest, pad_id)) >= room.ids:
         raise ModelError(
-            f"{model}: its tokenizer gives ids up to {highest}, its embedding has {rows} rows; put "
-            "the tokenizer that belongs to the model into its folder, or enlarge the embedding "
-            "(resize_token_embeddings of transformers), the same on all nodes"
+            f"{model}: its tokenizer gives ids up to {highest}, its embedding has {room.ids} rows;"
+            " put the tokenizer that belongs to the model into its folder, or enlarge the embedding"
+            " (resize_token_embeddings of transformers), the same on all nodes"
         )
-    made, bound = positions
-    longest = corpus.longest
+    made, longest = room.positions, corpus.longest
     if not made or longest <= made:
         return ""
-    if bound:
+    if room.bound:
         raise ConfigError(
             f"data.max_tokens: the longest example has {longest} tokens, and {model} can take "
             f"{made}; lower it to {made}"

@@ -20,15 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deca_node import __version__, config, rehearsal, status, virtual_time
+from deca_node import __version__, config, rehearsal, sizes, status, virtual_time
 from deca_node.batches import Example
 from deca_node.config import Settings
-from deca_node.data import Row, examples, label_token_ids, questions, text_of
+from deca_node.data import Corpus, Row, check_room, examples, label_token_ids, questions, text_of
 from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
@@ -47,6 +48,8 @@ SAY_SECONDS = 10.0
 _MARK = ".rehearsal"
 # Settings that say where a file is; what is in it is in the folder's identity.
 _PLACES = ("model.path", "model.cache", "data.train", "data.test")
+
+_log = structlog.get_logger(__name__)
 
 
 def run(path: Path, out: Path | None = None, *, keep_models: bool = False) -> Path:
@@ -137,6 +140,7 @@ class Laboratory:
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
         self._has_twins = False
+        self._warned: set[str] = set()
         if not self._shards:
             dealt = {self._material_key(cell): cell for cell in experiment.cells}
             for cell in dealt.values():  # now, likewise
@@ -308,13 +312,22 @@ class Laboratory:
         shards: list[list[Example]] = [
             make(part, source=path) for part, path in zip(parts, sources, strict=True)
         ]
-        return Material(
-            self._model,
-            schedule_for(cell.settings, self._model.n_layers),
-            shards,
+        corpus = Corpus(
+            sum(map(len, parts)),
+            [example for shard in shards for example in shard],
             make(test, source=data.test or source) if test else [],
             label_token_ids(words, data, tokenizer) if words else {},
         )
+        self._check_room(corpus, cell.settings.model.path)
+        schedule = schedule_for(cell.settings, self._model.n_layers)
+        return Material(self._model, schedule, shards, corpus.test, corpus.completions)
+
+    def _check_room(self, corpus: Corpus, model: Path) -> None:
+        room = sizes.room(self._model.module)
+        warning = check_room(corpus, self._model.tokenizer.pad_id, model, room)
+        if warning and warning not in self._warned:
+            self._warned.add(warning)
+            _log.warning(warning)
 
     def _split(self, cell: Cell) -> tuple[Sequence[Sequence[Row]], Sequence[Row]]:
         """Rows of each node, and those to test on."""

@@ -338,17 +338,15 @@ class Node:
         standing.waiting_for = "the data"
         corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
         standing.label_counts = label_counts(corpus.train)
-        rows, made = sizes.embedding(model.module)[0], sizes.positions(model.module)
-        room = check_room(corpus, model.tokenizer.pad_id, settings.model.path, rows, made)
-        for warning in filter(None, (corpus.warning(), room)):
+        room, pad_id = sizes.room(model.module), model.tokenizer.pad_id
+        tight = check_room(corpus, pad_id, settings.model.path, room)
+        for warning in filter(None, (corpus.warning(), tight)):
             standing.warn(warning)
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
         self._met_before = checkpoint.state.peers
-        batches = BatchStream(
-            corpus.train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
-        )
+        batches = BatchStream(corpus.train, settings.data.batch_size, settings.run.seed, pad_id)
         batches.position = standing.progress.data_position
         return _Loaded(model, schedule, marks, checkpoint, resumed, corpus, batches)
 

@@ -212,12 +212,13 @@ def _cost(plan: Plan, settings: Settings) -> Cost:
     model = _Timed.untrained(
         plan.model, plan.device, plan.dtype, layers=plan.layers, checkpointing=plan.checkpointing
     )
-    made, bound = sizes.positions(model.module)
-    if bound and plan.tokens > made:
+    room = sizes.room(model.module)
+    if room.bound and plan.tokens > room.positions:
         raise ConfigError(
-            f"--tokens {plan.tokens}: {plan.model.stem} can take {made} tokens in a row; lower it"
+            f"--tokens {plan.tokens}: {plan.model.stem} can take {room.positions} tokens in a row;"
+            " lower it"
         )
-    batch = _batch(plan, sizes.embedding(model.module)[0])
+    batch = _batch(plan, room.ids)
     weights = sum(_storages(model.module.parameters()).values())
     choose.prepare(settings, model)
     blocks = schedule_for(settings, model.n_layers).blocks

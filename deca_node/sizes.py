@@ -1,9 +1,25 @@
 """Sizes of a Hugging Face model, which may be without values."""
 
+from dataclasses import dataclass
 from typing import Any
 
 # How modules and buffers are called whose rows belong to positions.
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a model can take.
+
+    Attributes:
+        ids: rows of the input embedding; a token's id must be less.
+        positions: for how many tokens in a row it is made; 0 when its configuration names none.
+        bound: whether it cannot take more.
+    """
+
+    ids: int
+    positions: int
+    bound: bool
 
 
 def text_config(module: Any) -> Any:
@@ -27,15 +43,16 @@ def vocabulary(module: Any) -> int:
     return int(getattr(text_config(module), "vocab_size", None) or embedding(module)[0])
 
 
-def positions(module: Any) -> tuple[int, bool]:
-    """For how many tokens in a row a model is made, and whether it cannot take more.
+def room(module: Any) -> Room:
+    """What a model can take.
 
-    It cannot where positions have a row each in a table (GPT-2, OPT, GPT-J). Where they turn
+    Positions are a bound where each has a row in a table (GPT-2, OPT, GPT-J). Where they turn
     (RoPE) it merely has not been trained on more.
-
-    Returns:
-        The number, 0 when the configuration names none, and True when it is a bound.
     """
+    return Room(embedding(module)[0], *_positions(module))
+
+
+def _positions(module: Any) -> tuple[int, bool]:
     config = text_config(module)
     if length := getattr(config, "max_seq_len", None):  # MPT, whose biases have that size
         return int(length), True

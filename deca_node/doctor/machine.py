@@ -115,9 +115,8 @@ def _data(facts: Facts) -> Iterable[Check]:
     if warning := corpus.warning():
         yield Check("data", Verdict.WARN, warning)
     model = facts.model
-    rows, made = sizes.embedding(model.module)[0], sizes.positions(model.module)
-    path = facts.settings.model.path
-    if warning := check_room(corpus, model.tokenizer.pad_id, path, rows, made):
+    room, path = sizes.room(model.module), facts.settings.model.path
+    if warning := check_room(corpus, model.tokenizer.pad_id, path, room):
         found, _, remedy = warning.partition("; ")
         yield Check("data", Verdict.WARN, found, remedy)
 

@@ -394,7 +394,8 @@ def test_positions_are_a_bound_where_each_has_a_row(
     folder: Callable[[str], Path], family: str, made: tuple[int, bool]
 ) -> None:
     """Elsewhere they merely are those that were trained."""
-    assert sizes.positions(load(folder(family)).module) == made
+    room = sizes.room(load(folder(family)).module)
+    assert (room.positions, room.bound) == made
 
 
 @pytest.mark.parametrize(
@@ -419,7 +420,8 @@ def test_positions_of_other_architectures(name: str, config: dict[str, Any], bou
         **config,
     )
     module = transformers.AutoModelForCausalLM.from_config(kind)
-    assert sizes.positions(module) == (64, bound)
+    room = sizes.room(module)
+    assert (room.positions, room.bound) == (64, bound)
     module(input_ids=torch.ones(1, 64, dtype=torch.int64))
     with pytest.raises((IndexError, RuntimeError)) if bound else nullcontext():
         module(input_ids=torch.ones(1, 65, dtype=torch.int64))
