@@ -7,7 +7,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from deca_node.batches import Example
 from deca_node.config import DataSettings
 from deca_node.errors import ConfigError, DataError, ModelError
 from deca_node.rows import place, read_rows
-from deca_node.sizes import Room
+from deca_node.sizes import Capacity
 
 _MARK = "\0"  # stands for the text where its place in a template is looked for
 ROLES = ("system", "user", "assistant", "tool")  # of messages; what their chat templates know
@@ -117,10 +117,14 @@ class Tokenizer(Protocol):
     def starts(self, text: str) -> tuple[list[int], list[int] | None]:
         """``encode``, and by token where in ``text`` it begins; None if that cannot be told."""
 
-    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+    def in_place(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Token ids of consecutive texts, by text, each as it is after those before it."""
+
+    def chat(self, messages: list[dict[str, str]], limit: int) -> list[tuple[list[int], bool]]:
         """A conversation's token ids in order, in segments.
 
-        The flag is True where the segment is an assistant's text, which is to be learned.
+        The flag is True where the segment is an assistant's text, which is to be learned. What
+        follows once there are more than ``limit`` tokens may be left out.
 
         Raises:
             ValueError: the model's chat template does not take these messages.
@@ -377,9 +381,9 @@ def _back_to_space(text: str, size: int) -> int:
 def _instruction(
     settings: DataSettings, tokenizer: Tokenizer, row: Row, where: str
 ) -> list[Example] | str:
-    messages = _messages(row, settings, where)
+    messages, size = _messages(row, settings, where), settings.max_tokens
     try:
-        segments = tokenizer.chat(messages)
+        segments = tokenizer.chat(messages, size)
     except ValueError as error:
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from None
     if unheard := _unheard(messages, settings, where):
@@ -387,11 +391,10 @@ def _instruction(
     ids = [token for segment, _ in segments for token in segment]
     trained = [flag for segment, flag in segments for _ in segment]
     # Nothing predicts the first token, so it alone teaches nothing.
-    if not any(trained[1:]):
-        return "the answer is empty; give it one"
-    size = settings.max_tokens
     if not any(trained[1:size]):
-        return f"nothing is learned within data.max_tokens = {size}; raise it"
+        if len(ids) > size:
+            return f"nothing is learned within data.max_tokens = {size}; raise it"
+        return "the answer is empty; give it one"
     return [Example(ids[:size], trained[:size])]
 
 
@@ -492,8 +495,8 @@ def label_token_ids(
 ) -> dict[str, list[int]]:
     """Label value -> the token ids of its completion, exactly as examples hold them.
 
-    They are those of the word after a space, unless the template ends in one, in its place after
-    the template's end: alone, SentencePiece would put its mark of a word's begin before it.
+    They are those of the word as it stands after the template's end, and after a space, unless the
+    template ends in white space.
 
     Raises:
         ConfigError: a word has no tokens, or two labels have the same.
@@ -501,15 +504,10 @@ def label_token_ids(
     _template_fields(settings.template)
     gap = "" if settings.template[-1:].isspace() else " "
     end = _end(settings.template) or "."  # for what a row ends with
-    before = tokenizer.encode(end)
     ids: dict[str, list[int]] = {}
     owner: dict[tuple[int, ...], str] = {}
     for label, word in words.items():
-        after = tokenizer.encode(end + gap + word)
-        if after[: len(before)] == before:
-            ids[label] = after[len(before) :]
-        else:  # the word and what precedes it make other tokens together
-            ids[label] = tokenizer.encode(gap + word)
+        *_, ids[label] = tokenizer.in_place([end, gap + word])
         if not word.strip() or not ids[label]:
             raise ConfigError(f"data.labels: label {label!r} has no word")
         if (other := owner.setdefault(tuple(ids[label]), label)) != label:
@@ -547,17 +545,6 @@ class Corpus:
     completions: dict[str, list[int]]
     twins: int = 0
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest example, to train on or to evaluate with."""
-        return max(len(each.input_ids) for each in (*self.train, *self.test))
-
-    @property
-    def highest(self) -> int:
-        """The largest id of a token in an example or a label."""
-        ids = (each.input_ids for each in (*self.train, *self.test))
-        return max(map(max, (*ids, *self.completions.values())))
-
     def warning(self) -> str:
         """What is wrong with the test; empty when nothing is."""
         if not self.twins:
@@ -588,14 +575,21 @@ def read_corpus(settings: DataSettings, tokenizer: Tokenizer) -> Corpus:
     return Corpus(len(rows), train, test, completions, twins)
 
 
-def check_room(corpus: Corpus, pad_id: int, model: Path, room: Room) -> str:
+def check_capacity(
+    examples: Sequence[Example],
+    completions: Iterable[Sequence[int]],
+    pad_id: int,
+    model: Path,
+    capacity: Capacity,
+) -> str:
     """Whether a model can take examples: their ids, and as many tokens in a row.
 
     Args:
-        corpus: what the model is to read.
+        examples: to train on and to evaluate with; at least one.
+        completions: of the labels.
         pad_id: what examples are padded with.
         model: its path.
-        room: what it can take.
+        capacity: what it can take.
 
     Returns:
         What may do harm; empty when nothing may.
@@ -604,16 +598,17 @@ def check_room(corpus: Corpus, pad_id: int, model: Path, room: Room) -> str:
         ModelError: an id has no row.
         ConfigError: an example is longer than the model can take.
     """
-    if (highest := max(corpus.highest, pad_id)) >= room.ids:
+    texts = [example.input_ids for example in examples]
+    if (highest := max(pad_id, *map(max, texts), *map(max, completions))) >= capacity.ids:
         raise ModelError(
-            f"{model}: its tokenizer gives ids up to {highest}, its embedding has {room.ids} rows;"
-            " put the tokenizer that belongs to the model into its folder, or enlarge the embedding"
-            " (resize_token_embeddings of transformers), the same on all nodes"
+            f"{model}: its tokenizer gives ids up to {highest}, its embedding has {capacity.ids} "
+            "rows; put the tokenizer that belongs to the model into its folder, or enlarge the "
+            "embedding (resize_token_embeddings of transformers), the same on all nodes"
         )
-    made, longest = room.positions, corpus.longest
+    made, longest = capacity.positions, max(map(len, texts))
     if not made or longest <= made:
         return ""
-    if room.bound:
+    if capacity.bound:
         raise ConfigError(
             f"data.max_tokens: the longest example has {longest} tokens, and {model} can take "
             f"{made}; lower it to {made}"

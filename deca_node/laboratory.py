@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deca_node import __version__, config, rehearsal, sizes, status, virtual_time
 from deca_node.batches import Example
 from deca_node.config import Settings
-from deca_node.data import Corpus, Row, check_room, examples, label_token_ids, questions, text_of
+from deca_node.data import Row, check_capacity, examples, label_token_ids, questions, text_of
 from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
@@ -140,11 +140,19 @@ class Laboratory:
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
         self._has_twins = False
-        self._warned: set[str] = set()
         if not self._shards:
             dealt = {self._material_key(cell): cell for cell in experiment.cells}
             for cell in dealt.values():  # now, likewise
                 self._split(cell)
+        # All that are dealt of the same rows have the same in all, but for twins.
+        largest = sorted(experiment.cells, key=lambda cell: cell.world.experiment.nodes)
+        for cell in {cell.settings.data.model_dump_json(): cell for cell in largest}.values():
+            try:
+                warning = self._check_rows(cell)
+            except ConfigError as error:
+                raise ConfigError(f"{experiment.path}: {error}") from None
+            if warning:
+                _log.warning(warning)
         self._materials: dict[str, tuple[Material, dict[str, Any]]] = {}
         contents = {
             "model": f"{self._model.config_digest()} {self._weights}",
@@ -312,22 +320,24 @@ class Laboratory:
         shards: list[list[Example]] = [
             make(part, source=path) for part, path in zip(parts, sources, strict=True)
         ]
-        corpus = Corpus(
-            sum(map(len, parts)),
-            [example for shard in shards for example in shard],
+        return Material(
+            self._model,
+            schedule_for(cell.settings, self._model.n_layers),
+            shards,
             make(test, source=data.test or source) if test else [],
             label_token_ids(words, data, tokenizer) if words else {},
         )
-        self._check_room(corpus, cell.settings.model.path)
-        schedule = schedule_for(cell.settings, self._model.n_layers)
-        return Material(self._model, schedule, shards, corpus.test, corpus.completions)
 
-    def _check_room(self, corpus: Corpus, model: Path) -> None:
-        room = sizes.room(self._model.module)
-        warning = check_room(corpus, self._model.tokenizer.pad_id, model, room)
-        if warning and warning not in self._warned:
-            self._warned.add(warning)
-            _log.warning(warning)
+    def _check_rows(self, cell: Cell) -> str:
+        """Whether the model can take a cell's rows; what may do harm."""
+        material = self._dealt(cell)
+        return check_capacity(
+            [example for part in (*material.shards, material.test) for example in part],
+            material.completions.values(),
+            self._model.tokenizer.pad_id,
+            cell.settings.model.path,
+            sizes.capacity(self._model.module),
+        )
 
     def _split(self, cell: Cell) -> tuple[Sequence[Sequence[Row]], Sequence[Row]]:
         """Rows of each node, and those to test on."""

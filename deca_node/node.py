@@ -24,7 +24,7 @@ from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.consensus import extends
 from deca_node.control import Control
-from deca_node.data import Corpus, check_room, label_counts, read_corpus
+from deca_node.data import Corpus, check_capacity, label_counts, read_corpus
 from deca_node.disk import replace_folder
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
@@ -338,8 +338,14 @@ class Node:
         standing.waiting_for = "the data"
         corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
         standing.label_counts = label_counts(corpus.train)
-        room, pad_id = sizes.room(model.module), model.tokenizer.pad_id
-        tight = check_room(corpus, pad_id, settings.model.path, room)
+        pad_id = model.tokenizer.pad_id
+        tight = check_capacity(
+            [*corpus.train, *corpus.test],
+            corpus.completions.values(),
+            pad_id,
+            settings.model.path,
+            sizes.capacity(model.module),
+        )
         for warning in filter(None, (corpus.warning(), tight)):
             standing.warn(warning)
         resumed = await self._compute(checkpoint.claim)

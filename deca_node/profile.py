@@ -212,13 +212,13 @@ def _cost(plan: Plan, settings: Settings) -> Cost:
     model = _Timed.untrained(
         plan.model, plan.device, plan.dtype, layers=plan.layers, checkpointing=plan.checkpointing
     )
-    room = sizes.room(model.module)
-    if room.bound and plan.tokens > room.positions:
+    takes = sizes.capacity(model.module)
+    if takes.bound and plan.tokens > takes.positions:
         raise ConfigError(
-            f"--tokens {plan.tokens}: {plan.model.stem} can take {room.positions} tokens in a row;"
+            f"--tokens {plan.tokens}: {plan.model.stem} can take {takes.positions} tokens in a row;"
             " lower it"
         )
-    batch = _batch(plan, room.ids)
+    batch = _batch(plan, takes.ids)
     weights = sum(_storages(model.module.parameters()).values())
     choose.prepare(settings, model)
     blocks = schedule_for(settings, model.n_layers).blocks

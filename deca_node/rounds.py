@@ -75,7 +75,7 @@ class Start:
 
 
 class Batches(Protocol):
-    """Resumable mini-batches; data.BatchStream is one."""
+    """Resumable mini-batches; batches.BatchStream is one."""
 
     position: int
 

@@ -8,8 +8,8 @@ _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a model can take.
+class Capacity:
+    """Bounds on what a model can take.
 
     Attributes:
         ids: rows of the input embedding; a token's id must be less.
@@ -43,13 +43,13 @@ def vocabulary(module: Any) -> int:
     return int(getattr(text_config(module), "vocab_size", None) or embedding(module)[0])
 
 
-def room(module: Any) -> Room:
-    """What a model can take.
+def capacity(module: Any) -> Capacity:
+    """How large ids and how many tokens in a row a model can take.
 
     Positions are a bound where each has a row in a table (GPT-2, OPT, GPT-J). Where they turn
     (RoPE) it merely has not been trained on more.
     """
-    return Room(embedding(module)[0], *_positions(module))
+    return Capacity(embedding(module)[0], *_positions(module))
 
 
 def _positions(module: Any) -> tuple[int, bool]:

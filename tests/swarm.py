@@ -169,7 +169,7 @@ class Keeping:
 
 
 class Batches:
-    """data.BatchStream without data."""
+    """batches.BatchStream without data."""
 
     position = 0
 

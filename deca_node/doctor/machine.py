@@ -16,7 +16,7 @@ from deca_node import estimate, sizes, status
 from deca_node.batches import Example
 from deca_node.checkpoint.mark import check_mark
 from deca_node.config import is_loopback
-from deca_node.data import check_room, label_counts, read_corpus
+from deca_node.data import check_capacity, label_counts, read_corpus
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
 from deca_node.errors import OutputError
 from deca_node.fingerprint import schedule_for
@@ -115,8 +115,13 @@ def _data(facts: Facts) -> Iterable[Check]:
     if warning := corpus.warning():
         yield Check("data", Verdict.WARN, warning)
     model = facts.model
-    room, path = sizes.room(model.module), facts.settings.model.path
-    if warning := check_room(corpus, model.tokenizer.pad_id, path, room):
+    if warning := check_capacity(
+        [*corpus.train, *corpus.test],
+        corpus.completions.values(),
+        model.tokenizer.pad_id,
+        facts.settings.model.path,
+        sizes.capacity(model.module),
+    ):
         found, _, remedy = warning.partition("; ")
         yield Check("data", Verdict.WARN, found, remedy)
 

@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer, as rows of data are made into tokens by it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from deca_node.errors import ModelError, first_line
 # from outside, how ids become a text again plays no part in training, and how much it cuts and pads
 # depends on who called it last.
 _BACKEND = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+
+# A line break ends whatever word was before and is no part of the next.
+_NEUTRAL = "\n"
 
 
 def tokenizer_digest(
@@ -98,8 +101,10 @@ class Tokenizer:
         encoding = self._fast.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
-    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+    def chat(self, messages: list[dict[str, str]], limit: int) -> list[tuple[list[int], bool]]:
         """A conversation's token ids in segments; True marks what the assistant says.
+
+        Segments end once there are more than ``limit`` tokens.
 
         That is what the chat template makes of an assistant's message after the generation prompt,
         up to and with the token that ends its turn. A first message whose begin the template does
@@ -134,31 +139,38 @@ class Tokenizer:
             end = start + len(spoken)
             segments.append((whole[start:end], True))
         segments.append((whole[end:], False))
+        found = []
+        tokens = 0
         texts = [text for text, _ in segments]
-        made = zip(self._in_place(texts), segments, strict=True)
-        return [(ids, flag) for ids, (_, flag) in made if ids]
+        for ids, (_, flag) in zip(self.in_place(texts), segments, strict=False):
+            found.append((ids, flag))
+            tokens += len(ids)
+            if tokens > limit:
+                break
+        return [(ids, flag) for ids, flag in found if ids]
 
-    def _in_place(self, texts: list[str]) -> list[list[int]]:
+    def in_place(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Token ids of consecutive texts, by text, as those of all of them together.
 
         Not of each alone: SentencePiece puts its mark of a word's begin before a text's first, so
         that each would begin in another way than the model ever saw or will be asked to say. What
-        stands before a cut must be what it is without what follows, as when it is a prompt. Where
-        it is not, a text of its own begins there.
+        stands before a text is what it is without it, as a prompt is; where a token would go
+        over the border, a text of its own begins there, without a mark.
         """
         whole = "".join(texts)
-        ids = self.encode(whole)
-        made: list[list[int]] = []
-        end = taken = 0
+        before, done = "", list[int]()
+        begin = end = 0
         for text in texts:
-            end += len(text)
-            before = self.encode(whole[:end])
-            made.append(before[taken:])
-            taken = len(before)
-            if ids[:taken] != before:
-                whole, end, taken = whole[end:], 0, 0
-                ids = self.encode(whole)
-        return made
+            last, end = end, end + len(text)
+            ids = self.encode(before + whole[begin:end])
+            if ids[: len(done)] != done:
+                begin, before, done = last, _NEUTRAL, self.encode(_NEUTRAL)
+                ids = self.encode(before + text)
+                if ids[: len(done)] != done:
+                    before, done = "", []
+                    ids = self.encode(text)
+            yield ids[len(done) :]
+            done = ids
 
     def _opening(self, answered: str) -> str:
         """What precedes the text of an assistant that speaks first; empty if that is not marked.

@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import math
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,11 @@ class ByteTokenizer:
             return self.encode(text), None
         return self.encode(text), [i for i, char in enumerate(text) for _ in char.encode()]
 
-    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+    def in_place(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """No byte depends on another."""
+        return map(self.encode, texts)
+
+    def chat(self, messages: list[dict[str, str]], limit: int) -> list[tuple[list[int], bool]]:
         """``<u>hi`` EOS ``<a>ho`` EOS, of which ``ho`` EOS is learned."""
         segments = []
         for message in messages:
@@ -449,7 +454,11 @@ def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
 class AnyRole(ByteTokenizer):
     """With a chat template that takes any role, as most do."""
 
-    def chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
+    def in_place(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """No byte depends on another."""
+        return map(self.encode, texts)
+
+    def chat(self, messages: list[dict[str, str]], limit: int) -> list[tuple[list[int], bool]]:
         """Each message as it is."""
         return [(self.encode(each["content"]), each["role"] == "assistant") for each in messages]
 

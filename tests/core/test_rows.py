@@ -70,7 +70,7 @@ def test_parquet_and_saved_folder(columnar: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_parquet_needs_no_home(columnar: Path) -> None:
     """A daemon whose home folder cannot be written reads Parquet in silence."""
-    code = "import sys, pathlib, deca_node.data as d; d.read_rows(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, deca_node.rows as r; r.read_rows(pathlib.Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(columnar / "a [1]*.parquet")],
         env={"HOME": "/proc/nothing", "PYTHONPATH": ":".join(sys.path)},

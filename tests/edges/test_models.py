@@ -13,6 +13,9 @@ from typing import Any
 import filelock
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -394,8 +397,8 @@ def test_positions_are_a_bound_where_each_has_a_row(
     folder: Callable[[str], Path], family: str, made: tuple[int, bool]
 ) -> None:
     """Elsewhere they merely are those that were trained."""
-    room = sizes.room(load(folder(family)).module)
-    assert (room.positions, room.bound) == made
+    found = sizes.capacity(load(folder(family)).module)
+    assert (found.positions, found.bound) == made
 
 
 @pytest.mark.parametrize(
@@ -420,8 +423,8 @@ def test_positions_of_other_architectures(name: str, config: dict[str, Any], bou
         **config,
     )
     module = transformers.AutoModelForCausalLM.from_config(kind)
-    room = sizes.room(module)
-    assert (room.positions, room.bound) == (64, bound)
+    found = sizes.capacity(module)
+    assert (found.positions, found.bound) == (64, bound)
     module(input_ids=torch.ones(1, 64, dtype=torch.int64))
     with pytest.raises((IndexError, RuntimeError)) if bound else nullcontext():
         module(input_ids=torch.ones(1, 65, dtype=torch.int64))
@@ -595,7 +598,7 @@ TALK = [
 
 
 def told(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
-    return [(tokenizer.hf.decode(ids), flag) for ids, flag in tokenizer.chat(messages)]
+    return [(tokenizer.hf.decode(ids), flag) for ids, flag in tokenizer.chat(messages, 999)]
 
 
 def test_chat_marks_what_the_assistant_says() -> None:
@@ -668,7 +671,7 @@ def test_a_template_that_wants_the_user_first_says_so() -> None:
         "{{ m.content }}{% endfor %}"
     )
     with pytest.raises(ValueError, match="roles must alternate"):
-        Tokenizer(make_tokenizer(strict), Path("some")).chat([TALK[1], *TALK[:2]])
+        Tokenizer(make_tokenizer(strict), Path("some")).chat([TALK[1], *TALK[:2]], 99)
 
 
 def marking(chat_template: str | None = None) -> Any:
@@ -701,7 +704,7 @@ INST = (
 def test_chat_of_a_tokenizer_that_marks_a_texts_first_word() -> None:
     """Its tokens are those of the whole, and a prompt's continue as the answer does."""
     tokenizer = Tokenizer(marking(INST), Path("some"))
-    segments = tokenizer.chat(TALK)
+    segments = tokenizer.chat(TALK, 99)
     whole = tokenizer.hf.apply_chat_template(TALK, tokenize=False)
     assert [token for ids, _ in segments for token in ids] == tokenizer.encode(whole)
     said = [(tokenizer.hf.convert_ids_to_tokens(ids), flag) for ids, flag in segments]
@@ -713,30 +716,49 @@ def test_chat_of_a_tokenizer_that_marks_a_texts_first_word() -> None:
     assert asked == [token for ids, _ in segments[:3] for token in ids]
 
 
-def test_chat_that_would_be_other_tokens_than_its_prompt() -> None:
-    """A token over the answer's begin is what no prompt ends with."""
+def merging(*merges: tuple[str, str]) -> Any:
+    """Of single letters, with some pairs of them as tokens of their own."""
+    from tokenizers import Tokenizer as Backend
     from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
 
-    hf = make_tokenizer("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}")
-    backend = json.loads(hf.backend_tokenizer.to_str())
-    backend["model"]["vocab"]["xu"] = len(backend["model"]["vocab"])
-    backend["model"]["merges"].append(["x", "u"])
-    hf.backend_tokenizer.model = models.BPE(
-        vocab=backend["model"]["vocab"], merges=[tuple(m) for m in backend["model"]["merges"]]
-    )
-    hf.chat_template = (
-        "{% for m in messages %}{{ 'x' + m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}x{% endif %}"
-    )
-    tokenizer = Tokenizer(hf, Path("some"))
-    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.encode("xuno")) == ["xu", "n", "o"]
-    said = tokenizer.chat(TALK)
-    assert [(tokenizer.hf.convert_ids_to_tokens(ids), flag) for ids, flag in said] == [
-        (["x", "o", "n", "e", "x"], False),
-        (["u", "n", "o"], True),
-        (["xu", "n", "o", "x"], False),
-        (["d", "u", "e"], True),
-    ]
+    tokens = ["<unk>", "<s>", "</s>", "\n", *"xyz", *map("".join, merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=list(merges)))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def in_place(hf: Any, *texts: str) -> list[list[str]]:
+    made = Tokenizer(hf, Path("some")).in_place(texts)
+    return [hf.convert_ids_to_tokens(ids) for ids in made]
+
+
+def test_a_token_never_goes_over_a_border() -> None:
+    """What precedes an answer is what it is as a prompt; the answer begins a text of its own."""
+    hf = merging(("x", "y"))
+    assert in_place(hf, "xy", "y") == [["xy"], ["y"]]
+    assert in_place(hf, "yx", "yx", "yx") == [["y", "x"], ["y", "x"], ["y", "x"]]
+    assert in_place(hf, "x", "", "z") == [["x"], [], ["z"]]
+
+
+PAIRS = st.tuples(*[st.sampled_from("xyz")] * 2)
+
+
+@given(
+    merges=st.lists(PAIRS, max_size=4, unique=True),
+    texts=st.lists(st.text("xyz", max_size=3), min_size=1, max_size=5),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_nothing_of_a_text_is_lost(merges: list[tuple[str, str]], texts: list[str]) -> None:
+    """Whatever merges with whatever, each text's tokens are that text."""
+    assert ["".join(tokens) for tokens in in_place(merging(*merges), *texts)] == texts
+
+
+def test_a_chat_ends_soon_after_its_limit() -> None:
+    """What would be cut off is not made tokens of."""
+    tokenizer = Tokenizer(make_tokenizer(), Path("some"))
+    whole = tokenizer.chat(TALK, 999)
+    assert tokenizer.chat(TALK, len(whole[0][0])) == whole[:2]
 
 
 def test_label_words_are_tokens_as_after_the_prompt() -> None:
@@ -744,6 +766,8 @@ def test_label_words_are_tokens_as_after_the_prompt() -> None:
         ("{text}\nTopic:", ["▁", "a", "b"]),
         ("{text}\nTopic:\n", ["a", "b"]),
         ("{text}", ["▁", "a", "b"]),
+        ("{text}\nTopic: ", ["a", "b"]),
+        ("{{x}} {text:>9} {{", ["▁", "a", "b"]),
     ):
         settings = DataSettings(train=Path("some"), template=template)
         tokenizer = Tokenizer(marking(), Path("some"))
@@ -754,13 +778,13 @@ def test_label_words_are_tokens_as_after_the_prompt() -> None:
 def test_chat_refusals() -> None:
     """No template at all is the model's fault; messages that it refuses are the row's."""
     with pytest.raises(ModelError, match=r"^some: has no chat template; .*data\.task"):
-        Tokenizer(make_tokenizer(None), Path("some")).chat(TALK)
+        Tokenizer(make_tokenizer(None), Path("some")).chat(TALK, 99)
     strict = "{{ raise_exception('only users speak') }}"
     with pytest.raises(ValueError, match="only users speak"):
-        Tokenizer(make_tokenizer(strict), Path("some")).chat(TALK)
+        Tokenizer(make_tokenizer(strict), Path("some")).chat(TALK, 99)
     shifting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="message 2 cannot be told apart"):
-        Tokenizer(make_tokenizer(shifting), Path("some")).chat(TALK)
+        Tokenizer(make_tokenizer(shifting), Path("some")).chat(TALK, 99)
 
 
 # Writing
@@ -896,7 +920,7 @@ def test_gguf_is_converted_once(
     for name, tensor in original.module.state_dict().items():
         assert torch.equal(tensor, model.module.state_dict()[name]), name
     assert model.tokenizer.encode("a b<|end|>") == original.tokenizer.encode("a b<|end|>")
-    assert model.tokenizer.chat(TALK)
+    assert model.tokenizer.chat(TALK, 99)
 
     monkeypatch.setattr(reading, "_convert", lambda *_: pytest.fail("converted twice"))
     load(file.rename(tmp_path / "other.gguf"), "bf16", cache=cache)

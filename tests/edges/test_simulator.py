@@ -542,21 +542,24 @@ def test_a_row_without_a_label_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("family", "change", "code", "said"),
     [
-        ("gpt2", {"n_positions": 12}, 2, "can take 12; lower it to 12"),
+        ("gpt2", {"n_positions": 12}, 2, "own.toml: data.max_tokens: the longest example has 22"),
+        ("llama", {"vocab_size": 264}, 5, "its embedding has 264 rows"),
         ("llama", {"max_position_embeddings": 12}, 0, "was made for 12: beyond"),
     ],
 )
-def test_rows_longer_than_the_model_are_told(tmp_path, capsys, family, change, code, said):
-    """Where it cannot take them that is the end, before a step; else it is said once."""
-    lines = [{"text": f"0123456789 {n}", "label": "x" if n % 2 else "y"} for n in range(20)]
+def test_rows_that_the_model_cannot_take(tmp_path, capsys, family, change, code, said):
+    """That is the end, before the first cell; what may merely do harm is said once."""
+    lines = [{"text": f"0123456789 {n}", "label": "g" if n % 2 else "h"} for n in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     make_model(tmp_path / "model", family, **change)
     (tmp_path / "own.toml").write_text(
         'model.path = "model"\ndata.train = "data.jsonl"\nexperiment.nodes = 2\n'
         "schedule.rounds = 1\nschedule.steps = 1\nexperiment.seeds = [0, 1]\n"
+        "grid.data.max_tokens = [12, 64]\n"
     )
     assert deca_node("simulate", tmp_path / "own.toml", "-o", tmp_path / "out") == code
     assert capsys.readouterr().err.count(said) == 1
+    assert (tmp_path / "out" / "cells").exists() == (code == 0)
 
 
 def check_report(out, capsys):
