@@ -6,6 +6,7 @@ from functools import partial
 from deca_node.config import Settings, Timing
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.dns import NamedPeers
+from deca_node.errors import ListenError
 from deca_node.fingerprint import PROTOCOL_VERSION
 from deca_node.swarm import Swarm
 
@@ -42,12 +43,19 @@ class Search:
         node, network = self._settings.node, self._settings.network
         if not network.zeroconf:
             return
+        try:
+            addresses = await asyncio.to_thread(own_addresses, node.advertise or node.host)
+        except OSError as error:
+            raise ListenError(
+                f"zeroconf cannot be used (this machine's addresses: {error}); set node.advertise,"
+                " or network.zeroconf = false with network.static_peers"
+            ) from None
         discovery = Discovery(
             run=self._settings.run.name,
             node=node.name,
             port=self._port,
             protocol=PROTOCOL_VERSION,
-            addresses=await asyncio.to_thread(own_addresses, node.advertise or node.host),
+            addresses=addresses,
             addresses_now=None if node.advertise else partial(own_addresses, node.host),
             interfaces=network.interfaces,
             browse_every=self._timing.browse,

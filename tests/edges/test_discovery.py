@@ -1,6 +1,7 @@
 """Real multicast DNS on the loopback interface."""
 
 import asyncio
+import errno
 import uuid
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import pytest
 from zeroconf import ServiceStateChange
 
 from deca_node import discovery as discovery_module
+from deca_node.config import load
 from deca_node.discovery import Discovery, inviters, inviting, loops_back, own_addresses
 from deca_node.errors import ListenError
+from deca_node.search import Search
 
 PATIENCE = 30.0  # a bound on failure; multicast answers within two seconds
 
@@ -254,6 +257,23 @@ async def test_an_unknown_interface_is_one_clear_error():
     lost = discovery("run", "a", 7001, Sightings(), interfaces=("203.0.113.9",))
     with pytest.raises(ListenError, match=r"network\.interfaces"):
         await lost.start()
+
+
+async def test_a_machine_that_cannot_tell_its_addresses_is_one_clear_error(monkeypatch):
+    """Addresses and names that the node was given are called all the same."""
+
+    def refused():
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(discovery_module.ifaddr, "get_adapters", refused)
+    given = ["model.path=m", "data.train=d", 'network.static_peers=["10.0.0.2:7000"]']
+    settings, proposed = load(None, given), []
+    swarm = SimpleNamespace(propose=lambda address, **_: proposed.append(address))
+    search = Search(settings, settings.timing(), 7001, swarm)
+    with pytest.raises(ListenError, match=r"addresses: .*not permitted.*set node\.advertise"):
+        await search.start()
+    assert proposed == ["10.0.0.2:7000"]
+    await search.stop()
 
 
 def test_addresses_to_announce():
