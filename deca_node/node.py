@@ -339,12 +339,15 @@ class Node:
         corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
         standing.label_counts = label_counts(corpus.train)
         pad_id = model.tokenizer.pad_id
-        tight = check_capacity(
-            [*corpus.train, *corpus.test],
-            corpus.completions.values(),
-            pad_id,
-            settings.model.path,
-            sizes.capacity(model.module),
+        tight = await self._compute(
+            partial(
+                check_capacity,
+                [*corpus.train, *corpus.test],
+                corpus.completions.values(),
+                pad_id,
+                settings.model.path,
+                sizes.capacity(model.module),
+            )
         )
         for warning in filter(None, (corpus.warning(), tight)):
             standing.warn(warning)
