@@ -171,7 +171,9 @@ def test_different_settings_are_named_on_both_sides(make):
     for daemon in (one, other):
         status = daemon.until(lambda s: s.peers and s.peers[0].state == "refused")
         assert "optimizer.bma is" in status.peers[0].detail
-        assert "optimizer.bma" in status.waiting_for
+        # For whom a node waits it works out once a second.
+        daemon.until(lambda s: "optimizer.bma" in s.waiting_for)
+    for daemon in (one, other):
         daemon.end(signal.SIGINT)
     assert [d.wait() for d in (one, other)] == [0, 0]
     for daemon in (one, other):
