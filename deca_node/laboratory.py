@@ -251,7 +251,7 @@ class Laboratory:
             "values": dict(cell.values),
             "seed": cell.seed,
             "version": __version__,
-            "settings": _told(cell),
+            "settings": _told(cell, self._folder.absolute()),
             "world": cell.world.model_dump(mode="json"),
         }
         last = {**summary(simulation, rows, measures), **before}
@@ -400,9 +400,19 @@ def _make(experiment: Experiment, folder: Path) -> None:
         rehearsal.write_data(folder / "data.jsonl", chosen.rows, chosen.seed)
 
 
-def _told(cell: Cell) -> dict[str, Any]:
-    """A cell's settings as its file has them."""
-    return cell.settings.model_dump(mode="json", exclude={"node", "network"})
+def _told(cell: Cell, folder: Path | None = None) -> dict[str, Any]:
+    """A cell's settings as its file has them, for others to read.
+
+    Not where this machine keeps its converted models; what was made in ``folder``, the results', by
+    its place there.
+    """
+    told = cell.settings.model_dump(mode="json", exclude={"node", "network"})
+    del told["model"]["cache"]
+    for section, name in (("model", "path"), ("data", "train"), ("data", "test")):
+        place = told[section][name]
+        if folder and place and (path := Path(place)).is_relative_to(folder):
+            told[section][name] = path.relative_to(folder).as_posix()
+    return told
 
 
 def _compared(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import socket
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -419,6 +420,17 @@ def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, c
 
     check_report(out, capsys)
     check_refusals(file, out, capsys)
+
+
+def test_results_can_be_shown_to_others(tmp_path):
+    """No cell says where on this machine it was made."""
+    (tmp_path / "toy.toml").write_text(TOY)
+    assert deca_node("simulate", tmp_path / "toy.toml", "-o", tmp_path / "out") == 0
+    for cell in (tmp_path / "out" / "cells").iterdir():
+        settings = read_cell(cell)[0]["settings"]
+        assert (settings["model"]["path"], settings["data"]["train"]) == ("model", "data.jsonl")
+        for place in (tmp_path, Path.home()):
+            assert str(place) not in cell.read_text()
 
 
 DIVERGING = TOY.partition("[grid]")[0].replace("steps = 2", "steps = 12")
