@@ -24,6 +24,16 @@ class Example:
     completion: list[bool]
     label: str | None = None
 
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The tokens that are given, not learned; all of them where nothing is only given."""
+        given = tuple(
+            token
+            for token, learned in zip(self.input_ids, self.completion, strict=True)
+            if not learned
+        )
+        return given or tuple(self.input_ids)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

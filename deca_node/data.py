@@ -158,24 +158,7 @@ def examples(
         DataError: a row does not fit the task, or no row gives an example.
         ConfigError: the template or the label words cannot be used.
     """
-    make: Callable[[Row, str], list[Example] | str]  # or why there are none
-    if settings.task == "classification":
-        if words is None:
-            _warn_of_line_breaks(settings)
-            values = (
-                text_of(row, settings.label_field, place(source, index))
-                for index, row in enumerate(rows)
-            )
-            words = _label_words(values, settings)
-            if not settings.labels:
-                _warn_of_lookalikes(words, source)
-        completions = label_token_ids(words, settings, tokenizer)
-        make = partial(_classification, settings, tokenizer, completions)
-    elif settings.task == "instruction":
-        make = partial(_instruction, settings, tokenizer)
-    else:
-        make = partial(_text, settings, tokenizer)
-
+    make = _maker(rows, settings, tokenizer, source, words)
     found: list[Example] = []
     reasons: Counter[str] = Counter()
     for index, row in enumerate(rows):
@@ -196,6 +179,53 @@ def examples(
             why=why,
         )
     return found
+
+
+def asked(
+    rows: Sequence[Row],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    source: Path,
+    words: Mapping[str, str] | None = None,
+) -> list[tuple[object, ...]]:
+    """What each row gives the model before what it is to learn, in the tokens that are left of it.
+
+    Rows with the same are twins, as :func:`question` has it; here those are, too, that differ only
+    behind where ``settings.max_tokens`` cuts them. A row without an example is nobody's twin.
+
+    Arguments and errors are those of ``examples``.
+    """
+    make = _maker(rows, settings, tokenizer, source, words)
+    found: list[tuple[object, ...]] = []
+    for index, row in enumerate(rows):
+        made = make(row, place(source, index))
+        found.append((made, index) if isinstance(made, str) else tuple(e.asked for e in made))
+    return found
+
+
+def _maker(
+    rows: Sequence[Row],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    source: Path,
+    words: Mapping[str, str] | None,
+) -> Callable[[Row, str], list[Example] | str]:
+    """What makes a row's examples, or says why there are none."""
+    if settings.task == "classification":
+        if words is None:
+            _warn_of_line_breaks(settings)
+            values = (
+                text_of(row, settings.label_field, place(source, index))
+                for index, row in enumerate(rows)
+            )
+            words = _label_words(values, settings)
+            if not settings.labels:
+                _warn_of_lookalikes(words, source)
+        completions = label_token_ids(words, settings, tokenizer)
+        return partial(_classification, settings, tokenizer, completions)
+    if settings.task == "instruction":
+        return partial(_instruction, settings, tokenizer)
+    return partial(_text, settings, tokenizer)
 
 
 def _classification(

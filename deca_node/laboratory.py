@@ -13,7 +13,7 @@ A cell's file is written in one piece when the cell is done. What was interrupte
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,8 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deca_node import __version__, config, rehearsal, sizes, status, virtual_time
 from deca_node.batches import Example
-from deca_node.config import Settings
-from deca_node.data import Row, check_capacity, examples, label_token_ids, questions, text_of
+from deca_node.config import DataSettings, Settings
+from deca_node.data import Row, asked, check_capacity, examples, label_token_ids, text_of
 from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
@@ -139,6 +139,7 @@ class Laboratory:
         self._shards = experiment.world.partition.shards
         self._rows: Sequence[Row] = [] if self._shards else read_rows(base.data.train)
         self._test: Sequence[Row] = read_rows(base.data.test) if base.data.test else []
+        self._questions: dict[str, list[tuple[object, ...]]] = {}
         self._has_twins = False
         if not self._shards:
             dealt = {self._material_key(cell): cell for cell in experiment.cells}
@@ -158,8 +159,8 @@ class Laboratory:
             "model": f"{self._model.config_digest()} {self._weights}",
             "data": _digest([self._rows or self._shard_digests(experiment), self._test]),
         }
-        if self._has_twins:  # earlier versions trained on them
-            contents["split"] = "without twins of test rows"
+        if self._has_twins:  # earlier versions trained on some of them
+            contents["split"] = "without twins of test rows, in tokens"
         _claim(folder, experiment.identity(contents))
 
     def _refuse_the_same_run_twice(self, experiment: Experiment) -> None:
@@ -339,6 +340,16 @@ class Laboratory:
             sizes.capacity(self._model.module),
         )
 
+    def _asked(self, data: DataSettings, labels: Iterable[str]) -> list[tuple[object, ...]]:
+        """What each row asks; the same in all cells of equal data settings."""
+        key = data.model_dump_json()
+        if key not in self._questions:
+            words = dict(data.labels) or {value: value for value in sorted(set(labels))}
+            found = asked(self._rows, data, self._model.tokenizer, data.train, words)
+            self._questions[key] = found
+            self._has_twins |= len(set(found)) < len(found)
+        return self._questions[key]
+
     def _split(self, cell: Cell) -> tuple[Sequence[Sequence[Row]], Sequence[Row]]:
         """Rows of each node, and those to test on."""
         data, chosen = cell.settings.data, cell.world.partition
@@ -359,11 +370,10 @@ class Laboratory:
                 chosen.alpha,
                 cell.seed,
                 held,
-                partial(questions, rows, data, source),
+                partial(self._asked, data, labels),
             )
         except ValueError as error:
             raise DataError(f"{source}: {error}") from None
-        self._has_twins |= sum(map(len, shards)) + len(test) < len(rows)
         parts = [[rows[index] for index in shard] for shard in shards]
         return parts, self._test or [rows[index] for index in test]
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def balanced_holdout(
 
 
 def without_twins(
-    shards: Sequence[Sequence[int]], test: Sequence[int], questions: Sequence[str]
+    shards: Sequence[Sequence[int]], test: Sequence[int], questions: Sequence[Hashable]
 ) -> list[list[int]]:
     """The shards without rows that ask what a test row asks.
 
@@ -101,7 +101,8 @@ def without_twins(
     Args:
         shards: row indices of each node.
         test: row indices to test on.
-        questions: of each row, what it asks (``data.question``).
+        questions: of each row, what it asks (``data.question`` or, where there is a tokenizer,
+            ``data.asked``).
 
     Raises:
         ValueError: a shard would be left empty.
@@ -122,7 +123,7 @@ def deal(
     concentration: float,
     seed: int,
     test_per_label: int,
-    asked: Callable[[], Sequence[str]],
+    asked: Callable[[], Sequence[Hashable]],
 ) -> tuple[list[list[int]], list[int]]:
     """Set test rows aside and deal the others out, but for the test rows' twins.
 

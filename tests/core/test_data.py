@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from deca_node.batches import Example
 from deca_node.config import DataSettings
-from deca_node.data import examples, label_counts, label_token_ids, label_words, read_corpus
+from deca_node.data import asked, examples, label_counts, label_token_ids, label_words, read_corpus
 from deca_node.errors import ConfigError, DataError
 from deca_node.rows import read_rows
 
@@ -165,6 +165,35 @@ def test_label_token_ids_are_those_of_the_examples() -> None:
     for example in made:
         pairs = zip(example.input_ids, example.completion, strict=True)
         assert ids[str(example.label)] == [token for token, trained in pairs if trained]
+
+
+@pytest.mark.parametrize("size", [29, 64])
+def test_rows_ask_the_same_where_the_model_sees_no_difference(size: int) -> None:
+    """What differs only behind the cut is equal in training; labels play no part."""
+    texts = [
+        "one two three four five",
+        "one two three four six",
+        "one two",
+        "one two three four five",
+    ]
+    rows = [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts)]
+    first, second, short, again = asked(rows, data_settings(max_tokens=size), TOKENIZER, SOURCE)
+    assert first == again
+    assert first != short
+    assert (first == second) == (size == 29)
+
+
+def test_a_chat_asks_all_that_is_not_the_answer() -> None:
+    """Equal but for the answers are twins; who only begins alike, or teaches nothing, is none."""
+    said = [["hi", "A"], ["hi", "B"], ["hi", "A", "and", "C"], ["hi"], ["hi"]]
+    roles = ("user", "assistant") * 2
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, each, strict=False)]}
+        for each in said
+    ]
+    one, other, *rest = asked(rows, data_settings(task="instruction"), TOKENIZER, SOURCE)
+    assert one == other
+    assert len({one, *rest}) == 4
 
 
 def test_configured_label_words_are_kept_whole() -> None:

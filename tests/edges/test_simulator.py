@@ -532,7 +532,7 @@ def test_cells_that_trained_on_their_tests_twins_take_no_others_beside_them(tmp_
     assert deca_node("simulate", file, "-o", out) == 0
     path = out / "experiment.json"
     tree = json.loads(path.read_text())
-    assert tree["identity"].pop("split (content)") == "without twins of test rows"
+    assert tree["identity"].pop("split (content)") == "without twins of test rows, in tokens"
     path.write_text(json.dumps(tree))
     assert deca_node("simulate", file, "-o", out) == 8
     assert "split (content) is unset there" in capsys.readouterr().err
