@@ -190,8 +190,9 @@ def _judged(kind: Kind, factors: Floats, spectrum: Floats, hops: int) -> Plan:
 def _leja(factors: Floats) -> Floats:
     """The factors in Leja's order of 1/a: each as far as can be from those before it.
 
-    In ascending order the products on the way reach 1e16 (ring of 32, 39 rounds); in this one they
-    stay within the overshoot of the largest factor alone. It begins with the smallest factor.
+    With the largest factors first the products on the way reach 3e16 (ring of 32, 39 rounds), with
+    the smallest first those that a rounding error meets; in this order they stay within the
+    overshoot of the largest factor alone. It begins with the smallest factor.
     """
     points = 1 / factors
     order = [int(points.argmax())]
