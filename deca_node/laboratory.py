@@ -10,6 +10,7 @@ In the folder of results::
 A cell's file is written in one piece when the cell is done. What was interrupted is begun anew.
 """
 
+import gc
 import json
 import math
 import time
@@ -86,6 +87,9 @@ def run(path: Path, out: Path | None = None, *, keep_models: bool = False) -> Pa
             for number, cell in enumerate(left, start=1):
                 progress.begin(f"cell {number} of {len(left)}: {cell.name}")
                 laboratory.run(cell, progress.step, keep_model=keep_models)
+                # Its nodes refer to each other, and Python does not count what their tensors take:
+                # gigabytes of cell after cell would stay.
+                gc.collect()
     return folder
 
 

@@ -1,6 +1,7 @@
 """Whole swarms in one process, on a virtual clock, with a real (tiny) model."""
 
 import asyncio
+import gc
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
 from deca_node.node import Node
 from deca_node.pb import node_pb2 as pb
-from deca_node.simulator import Simulation, Spread, summary
+from deca_node.simulator import SimulatedNode, Simulation, Spread, summary
 from tests.answers import Answers
 from tests.tiny import LETTERS, make_model
 
@@ -431,6 +432,21 @@ def test_results_can_be_shown_to_others(tmp_path):
         assert (settings["model"]["path"], settings["data"]["train"]) == ("model", "data.jsonl")
         for place in (tmp_path, Path.home()):
             assert str(place) not in cell.read_text()
+
+
+def test_of_a_cell_that_is_done_nothing_stays_in_memory(tmp_path, monkeypatch):
+    """Not even until Python looks for cycles by itself, which may be cells later."""
+    run, left = Laboratory.run, []
+
+    def counted(self, cell, progress, **options):
+        left.append(sum(isinstance(each, SimulatedNode) for each in gc.get_objects()))
+        run(self, cell, progress, **options)
+
+    monkeypatch.setattr(Laboratory, "run", counted)
+    (tmp_path / "toy.toml").write_text(TOY.replace("seeds = [0]", "seeds = [0, 1]"))
+    gc.collect()
+    assert deca_node("simulate", tmp_path / "toy.toml", "-o", tmp_path / "out") == 0
+    assert left == [0] * 4
 
 
 DIVERGING = TOY.partition("[grid]")[0].replace("steps = 2", "steps = 12")
