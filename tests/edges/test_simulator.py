@@ -27,6 +27,8 @@ from tests.answers import Answers
 from tests.tiny import LETTERS, make_model
 
 SEED, ROUNDS, STEPS, RATE = 3, 2, 3, 2e-3
+# Virtual seconds: no simulation here has so many, unless its nodes wait for what will not come.
+FOR_EVER = 1000.0
 SETTINGS = {
     "model.dtype": "fp32",
     "data.batch_size": 2,
@@ -99,7 +101,7 @@ def simulate(folder, nodes, text="", method="deca", **schedule):
     rows = []
     material, _ = laboratory._material(found.cells[0])
     simulation = Simulation(found.cells[0], material, rows.append)
-    virtual_time.run(simulation.run())
+    virtual_time.run(asyncio.wait_for(simulation.run(), FOR_EVER))
     return simulation, rows
 
 
@@ -318,6 +320,25 @@ def test_a_node_dies_and_another_comes_back(folder):
     assert back[-1]["neighbours"] == 2
     last = summary(simulation, [row for row in rows if row["kind"] == "step"], [])
     assert (last["nodes"], last["finished"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("world", "finished"),
+    [
+        # Dead before its first visit ends, and back when the others have left.
+        ("[faults.deaths]\nnode-0 = [2.0, 300.0]\n", {"node-1", "node-2", "node-3"}),
+        ("[faults.deaths]\nnode-0 = [0.0]\n", set()),
+        ("[faults.deaths]\nnode-0 = [0.0, 200.0]\n", {"node-0", "node-1", "node-2", "node-3"}),
+        # No greeting is answered before its deadline.
+        ("[links]\ndelay = 30.0\n", set()),
+    ],
+)
+def test_who_waits_for_those_that_will_not_come_is_unfinished(folder, world, finished):
+    """Rather than that the cell never ends. Who comes back is waited for."""
+    simulation, rows = simulate(folder, 4, f'topology.kind = "ring"\n{world}')
+    assert {node.name for node in simulation.nodes if node.finished} == finished
+    last = summary(simulation, rows, simulation.measure())
+    assert (last["nodes"], last["finished"]) == (4, len(finished))
 
 
 def test_the_spread_is_the_distance_from_the_mean():
