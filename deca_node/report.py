@@ -21,7 +21,7 @@ from deca_node import config, status
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import ConfigError, OutputError
 from deca_node.experiment import World
-from deca_node.laboratory import read_cell
+from deca_node.laboratory import difference, read_cell
 from deca_node.metrics import Curve
 
 # Points of a curve: more than a picture shows.
@@ -170,7 +170,7 @@ def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
         raise OutputError(f"{to}: holds another experiment's results; choose another --to")
     mark = to / "report.json"
     try:
-        owner = json.loads(mark.read_bytes())["identity"]
+        owner = dict(json.loads(mark.read_bytes())["identity"])
     except FileNotFoundError:
         names = ["report.md", "table.csv", "curves.csv"]
         names += [f"{key}.{kind}" for key in _DRAWN for kind in ("png", "svg")]
@@ -184,7 +184,7 @@ def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
         return
     except (ValueError, KeyError, TypeError):
         raise OutputError(f"{mark}: damaged; choose another --to or move it away") from None
-    if owner != identity:
+    if difference(owner, identity) is not None:
         raise OutputError(f"{to}: holds the report on another experiment; choose another --to")
 
 

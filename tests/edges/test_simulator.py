@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ from typing import get_args
 import pytest
 import structlog
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from deca_node import experiment, virtual_time
@@ -22,6 +24,7 @@ from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
 from deca_node.node import Node
 from deca_node.pb import node_pb2 as pb
+from deca_node.rows import read_rows
 from deca_node.simulator import Simulation, Spread, summary
 from tests.answers import Answers
 from tests.tiny import LETTERS, make_model
@@ -557,6 +560,80 @@ def test_cells_that_trained_on_their_tests_twins_take_no_others_beside_them(tmp_
     path.write_text(json.dumps(tree))
     assert deca_node("simulate", file, "-o", out) == 8
     assert "split (content) is unset there" in capsys.readouterr().err
+
+
+SHARDED = """
+model.path = "model"
+partition.shards = "shards"
+data.test = "test.jsonl"
+schedule.rounds = 1
+schedule.steps = 1
+grid.experiment.nodes = [2]
+"""
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """An experiment file over two of four ready shards."""
+    make_model(tmp_path / "model", layers=1)
+    (tmp_path / "shards").mkdir()
+    for node in range(4):
+        lines = [{"text": f"a b {node} {n}", "label": "xy"[n % 2]} for n in range(6)]
+        path = tmp_path / "shards" / f"node-{node}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copy(path, tmp_path / "test.jsonl")
+    file = tmp_path / "own.toml"
+    file.write_text(SHARDED)
+    return file
+
+
+def test_more_nodes_with_ready_shards_are_the_same_experiment(sharded, tmp_path, capsys):
+    """As more of any value are; also for a report elsewhere. Another shard is named."""
+    out, shown = tmp_path / "out", tmp_path / "shown"
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    assert deca_node("report", out, "--to", shown) == 0
+    sharded.write_text(SHARDED.replace("[2]", "[2, 4]"))
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    assert "1 of 2 cells are done already" in capsys.readouterr().out
+    assert deca_node("report", out, "--to", shown) == 0
+    sharded.write_text(SHARDED)
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    sharded.write_text(SHARDED.replace("[2]", "[4]"))
+    for name, said in (
+        ("shards/node-3", "shard node-3.jsonl (content)"),
+        ("test", "test (content)"),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        before = path.read_text()
+        path.write_text(before.replace("a b", "a c"))
+        assert deca_node("simulate", sharded, "-o", out) == 8
+        assert f"holds another experiment ({said} is" in capsys.readouterr().err
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("recorded", [2, 3])
+def test_a_folder_with_one_digest_of_all_shards_is_gone_on_with(sharded, tmp_path, recorded):
+    """Earlier versions wrote one, of the shards of as many nodes as the grid had at most."""
+    out = tmp_path / "out"
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    path = out / "experiment.json"
+    tree = json.loads(path.read_text())
+    rows = [read_rows(tmp_path / "shards" / f"node-{node}.jsonl") for node in range(4)]
+    earlier = [[digest(each) for each in rows[:recorded]], rows[3]]
+    for key in ("shards (content)", "test (content)"):
+        del tree["identity"][key]
+    tree["identity"]["data (content)"] = digest(earlier)
+    path.write_text(json.dumps(tree))
+    sharded.write_text(SHARDED.replace("[2]", "[2, 4]"))
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    assert len(json.loads(path.read_text())["identity"]["shards (content)"]) == 4
+    tree["identity"]["data (content)"] = digest([])
+    path.write_text(json.dumps(tree))
+    assert deca_node("simulate", sharded, "-o", out) == 8
+
+
+def digest(tree):
+    return xxhash.xxh3_128_hexdigest(json.dumps(tree, sort_keys=True, default=str).encode())
 
 
 def test_a_row_without_a_label_is_named(tmp_path, capsys):
