@@ -430,38 +430,44 @@ def points(group: Group, key: str) -> Curve:
     """The curve of a value of the steps: at most POINTS of it, of as many steps each.
 
     Mean over nodes, then over cells; by steps of the run, counted from 1. The same steps for each
-    value; NaN where there is none.
+    value; NaN where there is none, and where one of a node is not finite: the mean of the others
+    would be better the more of them diverge. Hostile nodes are left out, as in a summary.
     """
     curves = [_of_cell(cell, key) for cell in group.cells]
     length = max(map(len, curves))
     width = -(-length // POINTS)
     steps, means, spreads = [], [], []
+    broken: set[float] = set()
     for low in range(0, length, width):
         part = [_mean(curve[low : low + width]) for curve in curves]
-        values = [value for value in part if not math.isnan(value)]
+        values = [value for value in part if value is not None]
         steps.append(low + (min(width, length - low) + 1) / 2)
-        means.append(statistics.fmean(values) if values else math.nan)
-        spreads.append(_deviation(values) if values else math.nan)
-    return Curve(steps, means, spreads)
+        whole = bool(values) and not any(map(math.isnan, values))
+        if values and not whole:
+            broken.add(steps[-1])
+        means.append(statistics.fmean(values) if whole else math.nan)
+        spreads.append(_deviation(values) if whole else math.nan)
+    return Curve(steps, means, spreads, broken)
 
 
-def _of_cell(cell: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """By step of the run, the mean over nodes; NaN where there is none."""
+def _of_cell(cell: Sequence[Mapping[str, Any]], key: str) -> list[float | None]:
+    """By step of the run, the mean over nodes; NaN where one is not finite, None of none."""
     steps = cell[0]["settings"]["schedule"]["steps"]
+    hostile = cell[0].get("world", {}).get("faults", {}).get("attacks", {})
     values: dict[int, list[float]] = {}
     for row in cell:
-        if row["kind"] != "step":
+        if row["kind"] != "step" or row["node"] in hostile:
             continue
         found = values.setdefault(row["visit"] * steps + row["step"], [])
         # A step without an exchange has no disagreement, rather than one of 0.
-        if row[key] is not None and (key != "disagreement" or row["neighbours"]):
-            found.append(row[key])
+        if key != "disagreement" or row["neighbours"]:
+            found.append(math.nan if row[key] is None else row[key])
     return [_mean(values.get(serial, [])) for serial in range(max(values, default=0) + 1)]
 
 
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(known) if known else math.nan
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from deca_node.errors import ConfigError, OutputError
+from deca_node.metrics import Curve
 from deca_node.report import Group, baseline, markdown, paired, panels, points, table, write
 
 
@@ -84,6 +85,65 @@ def test_steps_without_an_exchange_have_no_disagreement():
         8,
     ]
     assert sum(map(math.isnan, curve.mean)) == 6
+
+
+def changed(cell, node, values, key="loss"):
+    """The cell with other values of one of its nodes."""
+    values, steps = iter(values), [row for row in cell if row["kind"] == "step"]
+    new = {id(row): next(values) for row in steps if row["node"] == node}
+    return [{**row, key: new[id(row)]} if id(row) in new else row for row in cell]
+
+
+@pytest.mark.parametrize("key", ["loss", "disagreement"])
+def test_a_node_or_seed_that_diverges_leaves_a_gap(key):
+    """Rather than the mean of the others, which would be better the more of them diverge."""
+    whole, other = cell([1.0] * 4), cell([3.0] * 4, seed=1)
+    curve = points(Group({}, [changed(whole, "node-1", [1.0, None, 1.0, None], key), other]), key)
+    assert [math.isnan(value) for value in curve.mean] == [False, True, False, True]
+    assert [math.isnan(value) for value in curve.spread] == [False, True, False, True]
+    assert curve.broken == {2, 4}
+
+
+def test_a_step_without_an_exchange_is_no_gap():
+    """Some methods exchange now and then only; their lines go on."""
+    curve = points(Group({}, [cell([1.0] * 8, every=4)]), "disagreement")
+    assert curve.broken == set()
+
+
+def test_a_point_of_many_steps_is_a_gap_where_one_of_them_is():
+    """As it is of their mean."""
+    curve = points(Group({}, [cell([1.0] * 250 + [None] + [1.0] * 149)]), "loss")
+    assert [step for step, mean in zip(curve.steps, curve.mean, strict=True) if mean != 1.0] == [
+        251.5
+    ]
+
+
+def test_a_gap_is_drawn_as_one(tmp_path, monkeypatch):
+    """While steps that merely have no value are drawn over."""
+    from matplotlib.axes import Axes
+
+    from deca_node.plots import draw_curves
+
+    drawn, plot = [], Axes.plot
+
+    def seen(axes, x, y, **style):
+        drawn.append((list(x), list(map(str, y))))
+        return plot(axes, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", seen)
+    nan = math.nan
+    curve = Curve([1, 2, 3, 4], [2.0, nan, nan, 1.0], [0.0, nan, nan, 0.0], {3})
+    for log in (True, False):
+        draw_curves({"": {"all": curve}}, "loss", [tmp_path / "loss.svg"], log=log)
+    assert drawn == [([1, 3, 4], ["2.0", "nan", "1.0"])] * 2
+
+
+def test_hostile_nodes_are_no_part_of_curves():
+    """As they are none of the table."""
+    hostile = changed(cell([1.0, 2.0]), "node-1", [100.0, None])
+    hostile[0] = {**hostile[0], "world": {"faults": {"attacks": {"node-1": -1.0}}}}
+    curve = points(Group({}, [hostile]), "loss")
+    assert (curve.mean, curve.broken) == ([1.0, 2.0], set())
 
 
 def test_the_table_says_how_many_seeds_are_behind_a_number():
