@@ -9,10 +9,12 @@ import csv
 import io
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -90,10 +92,13 @@ _MEASURES = (
     Measure("test_loss", "test loss", "{:+.3f}".format, -1),
 )
 _DEFAULTS: Mapping[str, Any] = {
-    key: info.default
+    key: info.get_default(call_default_factory=True)
     for fields in (config.keyed_fields(), config.keyed_fields(World))
     for key, info in fields
 }
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,7 @@ def markdown(
         ConfigError: ``against`` names no row (see ``baseline``).
     """
     headings, rows = table(groups)
-    base = baseline(groups, against)
+    base = baseline(groups, against, identity)
     name = identity.get("experiment.name", "experiment")
     lines = [
         f"# {name}",
@@ -288,30 +293,57 @@ def _differences(groups: Sequence[Group], base: Group) -> list[str]:
     ]
 
 
-def baseline(groups: Sequence[Group], against: Sequence[str] = ()) -> Group:
+def baseline(
+    groups: Sequence[Group], against: Sequence[str] = (), given: Mapping[str, Any] = _NOTHING
+) -> Group:
     """The row that the others are compared with.
 
     Args:
         groups: all rows.
         against: SETTING=VALUE, which together name one row; none: the row with the most values
-            that are defaults, the first of several.
+            that are defaults, the first of several. A row that leaves a setting out has the file's
+            value, or the default; where no other fits it is named by that.
+        given: what the file gives all rows, by dotted setting.
 
     Raises:
         ConfigError: no row has these values, or several have.
     """
     if not against:
         return max(groups, key=lambda group: sum(map(_is_default, group.values.items())))
-    left = list(groups)
-    for asked in against:
-        key, _, text = asked.partition("=")
-        left = [group for group in left if key in group.values and _fits(group.values[key], text)]
-    if len(left) != 1:
+    found = _fitting(groups, against, given)
+    if len(found) != 1:
+        example = _example(groups, given)
         raise ConfigError(
-            f"--against {' --against '.join(against)}: {len(left) or 'none'} of the"
-            f" {len(groups)} rows fit; give SETTING=VALUE, once for each that tells one row, as in"
-            f" --against {_first(groups)}"
+            f"--against {' --against '.join(against)}: {len(found) or 'none'} of the"
+            f" {len(groups)} rows fit; give SETTING=VALUE, once for each that tells one row"
+            + (f", as in {example}" if example else "")
         )
-    return left[0]
+    return found[0]
+
+
+def _fitting(
+    groups: Sequence[Group], against: Sequence[str], given: Mapping[str, Any]
+) -> list[Group]:
+    """The rows that themselves have these values; where none has, those for which they hold."""
+    whole = [{key: _held(group, key, given) for key in _keys(groups)} for group in groups]
+    for values in ([group.values for group in groups], whole):
+        found = [
+            group
+            for group, held in zip(groups, values, strict=True)
+            if all(_has(held, *asked.split("=", 1)) for asked in against)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _held(group: Group, key: str, given: Mapping[str, Any]) -> Any:
+    """A row's value of a setting, be it the grid's, the file's or the default; None of none."""
+    if key in group.values:
+        return group.values[key]
+    if key != "run.method" and not config.has(str(_held(group, "run.method", given)), key):
+        return None
+    return given.get(key, _DEFAULTS.get(key))
 
 
 def _is_default(item: tuple[str, Any]) -> bool:
@@ -319,15 +351,26 @@ def _is_default(item: tuple[str, Any]) -> bool:
     return key in _DEFAULTS and bool(value == _DEFAULTS[key])
 
 
-def _fits(value: Any, text: str) -> bool:
+def _has(values: Mapping[str, Any], key: str, text: str = "") -> bool:
+    value = values.get(key)
+    if value is None:
+        return False
     try:
-        return bool(value == json.loads(text)) or _text(value) == text
+        return bool(value == json.loads(text)) or text in (value, _text(value))
     except ValueError:
-        return _text(value) == text
+        return text in (value, _text(value))
 
 
-def _first(groups: Sequence[Group]) -> str:
-    return " --against ".join(f"{k}={_text(v)}" for k, v in groups[0].values.items())
+def _example(groups: Sequence[Group], given: Mapping[str, Any]) -> str:
+    """Options, as a shell takes them, that name one row; empty where none can be named."""
+    keys = _keys(groups)
+    for group in groups:
+        whole = {key: _held(group, key, given) for key in keys}
+        for values in (group.values, whole):
+            asked = [f"{k}={_text(v)}" for k, v in values.items() if v is not None]
+            if asked and _fitting(groups, asked, given) == [group]:
+                return " ".join(f"--against {shlex.quote(each)}" for each in asked)
+    return ""
 
 
 def paired(groups: Sequence[Group], base: Group) -> tuple[list[str], list[list[str]]]:
@@ -402,7 +445,12 @@ def _keys(groups: Sequence[Group]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if value is None:
+        return "-"
+    # A line break would be one of the table, too.
+    if isinstance(value, str) and value.isprintable():
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _table_csv(groups: Sequence[Group]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 
 import pytest
@@ -233,6 +234,65 @@ def test_the_baseline_is_the_row_of_defaults_or_the_one_asked_for():
     for wrong in (["run.method=dsgd"], ["run.method=sgd"], ["method"], ["topology.kind=ring"]):
         with pytest.raises(ConfigError, match="--against"):
             baseline(groups, wrong)
+
+
+RATE = "optimizer.learning_rate"
+PARTS = [
+    Group({"run.method": "deca", RATE: 1e-2}, []),
+    Group({"run.method": "deca", RATE: 1e-2, "optimizer.bma": "off"}, []),
+    Group({"run.method": "dsgd", RATE: 1e-2}, []),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "row"),
+    [
+        ({}, ["run.method=deca", "optimizer.bma=on"], 0),
+        ({}, ["optimizer.bma=on"], 0),  # dsgd has no such setting
+        ({}, ["optimizer.bma=off"], 1),
+        ({"optimizer.bma": "trivial"}, ["optimizer.bma=trivial"], 0),
+    ],
+)
+def test_a_row_is_named_by_what_it_leaves_at_the_files_value_or_the_default(given, asked, row):
+    """Where its settings are a part of another row's there is nothing else to tell it by."""
+    assert baseline(PARTS, asked, given) is PARTS[row]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        PARTS,
+        [
+            Group({"data.template": each}, [])
+            for each in ("{text} |", "{text}\nlabel: 'a'", '{text}\nlabel: "a"')
+        ],
+        [Group({"faults.attacks": each}, []) for each in ({}, {"node-0": -1.0})],
+        [
+            Group({"run.method": "deca"}, []),
+            Group({"links.loss": 0.1}, []),
+            Group({"run.method": "dsgd"}, []),
+        ],
+    ],
+)
+def test_the_example_of_an_error_names_one_row(groups):
+    """As a shell takes it, in one line."""
+    with pytest.raises(ConfigError) as caught:
+        baseline(groups, ["run.method=none"])
+    said = str(caught.value)
+    assert "\n" not in said
+    words = shlex.split(said.partition("as in ")[2])
+    assert words[::2] == ["--against"] * len(words[::2])
+    assert baseline(groups, words[1::2]) in groups
+
+
+def test_a_value_that_a_row_gives_itself_goes_before_a_default():
+    """The table shows it."""
+    groups = [
+        Group({"run.method": "deca"}, []),
+        Group({"run.method": "deca", "optimizer.bma": "on", "optimizer.discrepancy": "none"}, []),
+    ]
+    assert baseline(groups, ["optimizer.bma=on"]) is groups[1]
+    assert baseline(groups, ["optimizer.discrepancy=l2"]) is groups[0]
 
 
 def results(folder, **identity):
