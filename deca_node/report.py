@@ -30,6 +30,9 @@ from deca_node.metrics import Curve
 POINTS = 200
 # Lines in one panel that can be told apart.
 LINES = 6
+# Share by which means of the same numbers can differ, summed in another order; far below one answer
+# of a test, or what a method changes.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -387,11 +390,17 @@ def paired(groups: Sequence[Group], base: Group) -> tuple[list[str], list[list[s
         row = [_text(group.values.get(key)) for key in keys]
         for measure in measures:
             theirs, ours = group.by_seed(measure.key), base.by_seed(measure.key)
-            found = [theirs[seed] - ours[seed] for seed in sorted(theirs.keys() & ours.keys())]
+            both = sorted(theirs.keys() & ours.keys())
+            found = [_less(theirs[seed], ours[seed]) for seed in both]
             ahead = sum(measure.sign * value > 0 for value in found)
             row += [_mean_of(found, measure.written), f"{ahead} of {len(found)}" if found else "-"]
         rows.append(row)
     return headings, rows
+
+
+def _less(value: float, other: float) -> float:
+    """The difference; 0 where it is rounding's."""
+    return 0.0 if math.isclose(value, other, rel_tol=ROUNDING) else value - other
 
 
 def _mean_of(values: Sequence[float], written: Callable[[float], str]) -> str:

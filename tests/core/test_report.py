@@ -214,6 +214,19 @@ def test_differences_are_taken_seed_by_seed():
     assert "Differences" not in markdown({"grid": ["run.method"]}, [base])
 
 
+def test_what_rounding_makes_of_a_difference_is_not_ahead():
+    """Sums of the same scores in another order."""
+    base = by_seed({"run.method": "deca"}, perplexity=[1e6, 3.0, 5.0])
+    values = [1e6 - 1e-7, 3.0 * (1 - 1e-15), 5.0 * (1 - 1e-6)]
+    other = by_seed({"run.method": "dadam"}, perplexity=values)
+    headings, [row] = paired([base, other], base)
+    assert dict(zip(headings, row, strict=True))["perplexity: ahead"] == "1 of 3"
+    same = by_seed({"run.method": "dadam"}, accuracy=[0.1 + 0.2])
+    base = by_seed({"run.method": "deca"}, accuracy=[0.6 - 0.3])
+    assert paired([base, same], base)[1] == [["dadam", "+0.000", "0 of 1"]]
+    assert paired([base, same], same)[1] == [["deca", "+0.000", "0 of 1"]]
+
+
 def test_rows_without_a_common_seed_have_no_difference():
     """Rather than one between two tests."""
     base = by_seed({"run.method": "deca"}, accuracy=[0.5])
