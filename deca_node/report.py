@@ -273,11 +273,11 @@ def markdown(
 
 
 def _lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(headings)} |",
-        f"|{'---|' * len(headings)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    return [_line(headings), f"|{'---|' * len(headings)}", *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
 
 def _differences(groups: Sequence[Group], base: Group) -> list[str]:
@@ -456,7 +456,7 @@ def _keys(groups: Sequence[Group]) -> list[str]:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    # A line break would be one of the table, too.
+    # A line break would end a table's row.
     if isinstance(value, str) and value.isprintable():
         return value
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import statistics
 
@@ -247,6 +248,20 @@ def test_the_baseline_is_the_row_of_defaults_or_the_one_asked_for():
     for wrong in (["run.method=dsgd"], ["run.method=sgd"], ["method"], ["topology.kind=ring"]):
         with pytest.raises(ConfigError, match="--against"):
             baseline(groups, wrong)
+
+
+def test_values_that_a_table_cannot_hold_are_written_so_that_it_can():
+    """A line break ends its row, and a bar its cell."""
+    templates = ["{text}\nlabel: ä", "{text} | label:", "{text} label:"]
+    groups = [by_seed({"data.template": each}, accuracy=[0.5]) for each in templates]
+    lines = markdown({"grid": ["data.template"]}, groups).splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "template" not in line]
+    cells = [re.split(r"(?<!\\)\|", row.strip("|"))[0].strip() for row in rows]
+    assert cells[:3] == ['"{text}\\nlabel: ä"', "{text} \\| label:", "{text} label:"]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows[:3])
+    assert list(panels(groups)[""]) == [
+        f"template {told}" for told in ('"{text}\\nlabel: ä"', *templates[1:])
+    ]
 
 
 RATE = "optimizer.learning_rate"
