@@ -2,15 +2,17 @@
 
 Questions and answers are FastChat's, JSON Lines both: a question has ``question_id`` and ``turns``,
 what a user says one after the other; an answer has ``question_id``, ``answer_id``, ``model_id``,
-``choices`` (one, with the model's turns) and ``tstamp``.
+``choices`` (one, with the model's turns) and ``tstamp``. An ``answer_id`` begins with a digest of
+the model, so that a file is gone on with by the model that began it.
 """
 
 import json
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from deca_node import houlsby
 from deca_node.config import ModelSettings
@@ -75,7 +77,8 @@ def write(
         folder: an exported model.
         questions: see :func:`read_questions`.
         to: file of answers, made or gone on with.
-        name: the model's, for the judge; that of the folder when not given.
+        name: the model's, for the judge; that of the folder when not given, or, since every export
+            is called ``model``, of the one above.
         device: as ``node.device``.
         max_tokens: of one turn's answer, at most.
         tell: called with how far it is.
@@ -89,19 +92,26 @@ def write(
         OutputError, DiskFullError: the answers cannot be written, or are another model's.
     """
     asked = read_questions(questions)
-    who = name or folder.resolve().name
-    done = _answered(to, who)
+    who = name or _name(folder)
+    done, end = _answered(to, who)
     left = [question for question in asked if question.id not in done]
     model = LanguageModel.load(ModelSettings(path=folder), pick_device(device))
     if (folder / houlsby.FILE).exists():
         houlsby.attach(model.module, folder)
+    mark = _digest(model.weights_digest())
+    if not all(str(answer).startswith(mark) for answer in done.values()):
+        raise OutputError(
+            f"{to}: holds answers of another model than {folder} (or of it in another precision, or"
+            " from an earlier version of deca-node); choose another file"
+        )
     with translated(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         with to.open("a", encoding="utf-8") as file:
+            file.truncate(end)  # a last line torn by a crash goes
             for number, question in enumerate(left, start=1):
                 answer = {
                     "question_id": question.id,
-                    "answer_id": uuid.uuid4().hex,
+                    "answer_id": mark + _digest(json.dumps([question.id, question.turns])),
                     "model_id": who,
                     "choices": [{"index": 0, "turns": _conversation(model, question, max_tokens)}],
                     "tstamp": time.time(),
@@ -112,6 +122,16 @@ def write(
     return len(left)
 
 
+def _name(folder: Path) -> str:
+    """What tells a model's folder from others'."""
+    whole = folder.resolve()
+    return (whole.parent.name if whole.name == "model" else "") or whole.name
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
 def _conversation(model: LanguageModel, question: Question, max_tokens: int) -> list[str]:
     said: list[dict[str, str]] = []
     for turn in question.turns:
@@ -120,10 +140,10 @@ def _conversation(model: LanguageModel, question: Question, max_tokens: int) -> 
     return [message["content"] for message in said[1::2]]
 
 
-def _answered(to: Path, who: str) -> set[int | str]:
-    """Questions that the file has answers to; a last line torn by a crash is taken out of it."""
+def _answered(to: Path, who: str) -> tuple[dict[int | str, object], int]:
+    """The ids of the file's answers by question, and its bytes without a last line that is torn."""
     if not to.exists():
-        return set()
+        return {}, 0
     with translated(to):
         content = to.read_bytes()
     end = content.rfind(b"\n") + 1
@@ -131,7 +151,7 @@ def _answered(to: Path, who: str) -> set[int | str]:
     try:
         rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
         others = {row["model_id"] for row in rows} - {who}
-        done = {row["question_id"] for row in rows}
+        done = {row["question_id"]: row["answer_id"] for row in rows}
     except (ValueError, LookupError, TypeError) as error:
         raise OutputError(
             f"{to}: holds something else than answers ({error}); move it away"
@@ -142,7 +162,4 @@ def _answered(to: Path, who: str) -> set[int | str]:
         raise OutputError(
             f"{to}: holds answers of {min(others)}, not of {who}; choose another file"
         )
-    if torn:
-        with translated(to), to.open("r+b") as file:
-            file.truncate(end)
-    return done
+    return done, end

@@ -107,7 +107,12 @@ def answer(
     ],
     to: Annotated[Path, typer.Option("--to", help="File of answers, made or gone on with.")],
     name: Annotated[
-        str | None, typer.Option("--name", help="model_id of the answers; else the folder's name.")
+        str | None,
+        typer.Option(
+            "--name",
+            help="model_id of the answers; else the folder's name, or where that is model, the"
+            " name of the folder above.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
     max_tokens: Annotated[

@@ -312,7 +312,7 @@ class Experiment:
         """Of the first cell; for what is the same in all of them."""
         return self.cells[0].world
 
-    def identity(self, contents: Mapping[str, str]) -> dict[str, Any]:
+    def identity(self, contents: Mapping[str, Any]) -> dict[str, Any]:
         """What makes this experiment this one: a folder of results belongs to it alone.
 
         Seeds and the values of the grid may be added later; where files lie does not matter.

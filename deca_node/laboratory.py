@@ -50,6 +50,9 @@ _MARK = ".rehearsal"
 # Settings that say where a file is; what is in it is in the folder's identity.
 _PLACES = ("model.path", "model.cache", "data.train", "data.test")
 
+# Of an experiment's identity: a digest of each ready shard.
+SHARDS = "shards (content)"
+
 _log = structlog.get_logger(__name__)
 
 
@@ -159,13 +162,14 @@ class Laboratory:
             if warning:
                 _log.warning(warning)
         self._materials: dict[str, tuple[Material, dict[str, Any]]] = {}
-        contents = {
-            "model": f"{self._model.config_digest()} {self._weights}",
-            "data": _digest([self._rows or self._shard_digests(experiment), self._test]),
-        }
+        contents: dict[str, Any] = {"model": f"{self._model.config_digest()} {self._weights}"}
+        if self._shards:
+            contents |= {"shards": self._shard_digests(experiment), "test": _digest(self._test)}
+        else:
+            contents["data"] = _digest([self._rows, self._test])
         if self._has_twins:  # earlier versions trained on some of them
             contents["split"] = "without twins of test rows, in tokens"
-        _claim(folder, experiment.identity(contents))
+        _claim(folder, experiment.identity(contents), self._as_now)
 
     def _refuse_the_same_run_twice(self, experiment: Experiment) -> None:
         seen: dict[str, Cell] = {}
@@ -185,6 +189,17 @@ class Laboratory:
     def _shard_digests(self, experiment: Experiment) -> list[str]:
         most = max(cell.world.experiment.nodes for cell in experiment.cells)
         return [_digest(read_rows(path)) for path in self._shard_paths(most)]
+
+    def _as_now(self, found: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """A folder's identity; one of before each shard had a digest of its own as it is now."""
+        if SHARDS not in wanted or SHARDS in found:
+            return found
+        shards, test = wanted[SHARDS], "test (content)"
+        for count in range(1, len(shards) + 1):
+            if found.get("data (content)") == _digest([shards[:count], self._test]):
+                kept = {key: value for key, value in found.items() if key != "data (content)"}
+                return {**kept, SHARDS: shards[:count], test: wanted[test]}
+        return found
 
     def _shard_paths(self, nodes: int) -> list[Path]:
         assert self._shards is not None  # noqa: S101 - asked only then
@@ -438,27 +453,59 @@ def _compared(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+def _claim(
+    folder: Path,
+    identity: Mapping[str, Any],
+    as_now: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]],
+) -> None:
     path = folder / "experiment.json"
     # As it is read again.
     wanted = json.loads(json.dumps(identity, default=str))
     with translated(path):
         if not path.exists():
-            tree = {"digest": _digest(wanted), "identity": wanted}
-            write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
+            _write_identity(path, wanted)
             (folder / _MARK).unlink(missing_ok=True)
             return
         try:
             found = json.loads(path.read_bytes())["identity"]
-            items = dict(found)
+            items = as_now(dict(found), wanted)
         except (ValueError, KeyError, TypeError):
             raise OutputError(f"{path}: damaged; choose another --out or move it away") from None
-    for key in sorted(items.keys() | wanted.keys()):
-        if items.get(key) != wanted.get(key):
-            raise OutputError(
-                f"{folder}: holds another experiment ({key} is {_shown(items.get(key))} there,"
-                f" {_shown(wanted.get(key))} here); choose another --out or move it away"
-            )
+    if (other := difference(items, wanted)) is not None:
+        key, there, here = other
+        raise OutputError(
+            f"{folder}: holds another experiment ({key} is {_shown(there)} there,"
+            f" {_shown(here)} here); choose another --out or move it away"
+        )
+    if len(wanted.get(SHARDS, ())) > len(items.get(SHARDS, ())):
+        items = wanted
+    if items != found:
+        with translated(path):
+            _write_identity(path, items)
+
+
+def _write_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    tree = {"digest": _digest(identity), "identity": identity}
+    write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def difference(
+    there: Mapping[str, Any], here: Mapping[str, Any]
+) -> tuple[str, object, object] | None:
+    """The first key in which two experiments' identities differ, and the two values.
+
+    None where they are one experiment's. Ready shards are compared as far as both have them: more
+    nodes may be added.
+    """
+    for key in sorted(there.keys() | here.keys()):
+        one, other = there.get(key), here.get(key)
+        if key == SHARDS and isinstance(one, list) and isinstance(other, list):
+            for number, pair in enumerate(zip(one, other, strict=False)):
+                if pair[0] != pair[1]:
+                    return f"shard node-{number}.jsonl (content)", *pair
+        elif one != other:
+            return key, one, other
+    return None
 
 
 def _shown(value: Any) -> str:

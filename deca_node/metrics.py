@@ -1,7 +1,7 @@
 """How good predictions are: pure functions of true and predicted labels; and a curve of it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -43,9 +43,10 @@ def _check(truth: Sequence[str], predicted: Sequence[str]) -> None:
 class Curve:
     """A line and the band around it: its mean and standard deviation at each of ``steps``.
 
-    A value that is none is NaN.
+    A value that is none is NaN, as is one that is not finite; the steps of those are ``broken``.
     """
 
     steps: Sequence[float]
     mean: Sequence[float]
     spread: Sequence[float]
+    broken: Collection[float] = ()

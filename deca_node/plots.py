@@ -97,18 +97,19 @@ def draw_curves(
             for name, curve in lines.items():
                 number = names.index(name)
                 colour = COLOURS[number % len(COLOURS)]
-                # Steps without a value are drawn over, and single values marked.
+                # Steps without a value are drawn over, and single values marked. What is not finite
+                # is a gap.
                 told = [
                     point
                     for point in zip(curve.steps, curve.mean, curve.spread, strict=True)
-                    if not math.isnan(point[1])
+                    if not math.isnan(point[1]) or point[0] in curve.broken
                 ]
                 steps = [step for step, _, _ in told]
                 axes.plot(
                     steps,
                     [mean for _, mean, _ in told],
                     label=name,
-                    marker="." if len(told) < len(curve.steps) else None,
+                    marker="." if any(map(math.isnan, curve.mean)) else None,
                     color=colour,
                     linestyle=("-", "--", ":", "-.")[number // len(COLOURS) % 4],
                     linewidth=1.3,

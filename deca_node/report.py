@@ -9,10 +9,12 @@ import csv
 import io
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -21,13 +23,16 @@ from deca_node import config, status
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import ConfigError, OutputError
 from deca_node.experiment import World
-from deca_node.laboratory import read_cell
+from deca_node.laboratory import difference, read_cell
 from deca_node.metrics import Curve
 
 # Points of a curve: more than a picture shows.
 POINTS = 200
 # Lines in one panel that can be told apart.
 LINES = 6
+# Share by which means of the same numbers can differ, summed in another order; far below one answer
+# of a test, or what a method changes.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,13 @@ _MEASURES = (
     Measure("test_loss", "test loss", "{:+.3f}".format, -1),
 )
 _DEFAULTS: Mapping[str, Any] = {
-    key: info.default
+    key: info.get_default(call_default_factory=True)
     for fields in (config.keyed_fields(), config.keyed_fields(World))
     for key, info in fields
 }
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
         raise OutputError(f"{to}: holds another experiment's results; choose another --to")
     mark = to / "report.json"
     try:
-        owner = json.loads(mark.read_bytes())["identity"]
+        owner = dict(json.loads(mark.read_bytes())["identity"])
     except FileNotFoundError:
         names = ["report.md", "table.csv", "curves.csv"]
         names += [f"{key}.{kind}" for key in _DRAWN for kind in ("png", "svg")]
@@ -184,7 +192,7 @@ def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
         return
     except (ValueError, KeyError, TypeError):
         raise OutputError(f"{mark}: damaged; choose another --to or move it away") from None
-    if owner != identity:
+    if difference(owner, identity) is not None:
         raise OutputError(f"{to}: holds the report on another experiment; choose another --to")
 
 
@@ -233,7 +241,7 @@ def markdown(
         ConfigError: ``against`` names no row (see ``baseline``).
     """
     headings, rows = table(groups)
-    base = baseline(groups, against)
+    base = baseline(groups, against, identity)
     name = identity.get("experiment.name", "experiment")
     lines = [
         f"# {name}",
@@ -265,11 +273,11 @@ def markdown(
 
 
 def _lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(headings)} |",
-        f"|{'---|' * len(headings)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    return [_line(headings), f"|{'---|' * len(headings)}", *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
 
 def _differences(groups: Sequence[Group], base: Group) -> list[str]:
@@ -288,30 +296,57 @@ def _differences(groups: Sequence[Group], base: Group) -> list[str]:
     ]
 
 
-def baseline(groups: Sequence[Group], against: Sequence[str] = ()) -> Group:
+def baseline(
+    groups: Sequence[Group], against: Sequence[str] = (), given: Mapping[str, Any] = _NOTHING
+) -> Group:
     """The row that the others are compared with.
 
     Args:
         groups: all rows.
         against: SETTING=VALUE, which together name one row; none: the row with the most values
-            that are defaults, the first of several.
+            that are defaults, the first of several. A row that leaves a setting out has the file's
+            value, or the default; where no other fits it is named by that.
+        given: what the file gives all rows, by dotted setting.
 
     Raises:
         ConfigError: no row has these values, or several have.
     """
     if not against:
         return max(groups, key=lambda group: sum(map(_is_default, group.values.items())))
-    left = list(groups)
-    for asked in against:
-        key, _, text = asked.partition("=")
-        left = [group for group in left if key in group.values and _fits(group.values[key], text)]
-    if len(left) != 1:
+    found = _fitting(groups, against, given)
+    if len(found) != 1:
+        example = _example(groups, given)
         raise ConfigError(
-            f"--against {' --against '.join(against)}: {len(left) or 'none'} of the"
-            f" {len(groups)} rows fit; give SETTING=VALUE, once for each that tells one row, as in"
-            f" --against {_first(groups)}"
+            f"--against {' --against '.join(against)}: {len(found) or 'none'} of the"
+            f" {len(groups)} rows fit; give SETTING=VALUE, once for each that tells one row"
+            + (f", as in {example}" if example else "")
         )
-    return left[0]
+    return found[0]
+
+
+def _fitting(
+    groups: Sequence[Group], against: Sequence[str], given: Mapping[str, Any]
+) -> list[Group]:
+    """The rows that themselves have these values; where none has, those for which they hold."""
+    whole = [{key: _held(group, key, given) for key in _keys(groups)} for group in groups]
+    for values in ([group.values for group in groups], whole):
+        found = [
+            group
+            for group, held in zip(groups, values, strict=True)
+            if all(_has(held, *asked.split("=", 1)) for asked in against)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _held(group: Group, key: str, given: Mapping[str, Any]) -> Any:
+    """A row's value of a setting, be it the grid's, the file's or the default; None of none."""
+    if key in group.values:
+        return group.values[key]
+    if key != "run.method" and not config.has(str(_held(group, "run.method", given)), key):
+        return None
+    return given.get(key, _DEFAULTS.get(key))
 
 
 def _is_default(item: tuple[str, Any]) -> bool:
@@ -319,15 +354,26 @@ def _is_default(item: tuple[str, Any]) -> bool:
     return key in _DEFAULTS and bool(value == _DEFAULTS[key])
 
 
-def _fits(value: Any, text: str) -> bool:
+def _has(values: Mapping[str, Any], key: str, text: str = "") -> bool:
+    value = values.get(key)
+    if value is None:
+        return False
     try:
-        return bool(value == json.loads(text)) or _text(value) == text
+        return bool(value == json.loads(text)) or text in (value, _text(value))
     except ValueError:
-        return _text(value) == text
+        return text in (value, _text(value))
 
 
-def _first(groups: Sequence[Group]) -> str:
-    return " --against ".join(f"{k}={_text(v)}" for k, v in groups[0].values.items())
+def _example(groups: Sequence[Group], given: Mapping[str, Any]) -> str:
+    """Options, as a shell takes them, that name one row; empty where none can be named."""
+    keys = _keys(groups)
+    for group in groups:
+        whole = {key: _held(group, key, given) for key in keys}
+        for values in (group.values, whole):
+            asked = [f"{k}={_text(v)}" for k, v in values.items() if v is not None]
+            if asked and _fitting(groups, asked, given) == [group]:
+                return " ".join(f"--against {shlex.quote(each)}" for each in asked)
+    return ""
 
 
 def paired(groups: Sequence[Group], base: Group) -> tuple[list[str], list[list[str]]]:
@@ -344,11 +390,17 @@ def paired(groups: Sequence[Group], base: Group) -> tuple[list[str], list[list[s
         row = [_text(group.values.get(key)) for key in keys]
         for measure in measures:
             theirs, ours = group.by_seed(measure.key), base.by_seed(measure.key)
-            found = [theirs[seed] - ours[seed] for seed in sorted(theirs.keys() & ours.keys())]
+            both = sorted(theirs.keys() & ours.keys())
+            found = [_less(theirs[seed], ours[seed]) for seed in both]
             ahead = sum(measure.sign * value > 0 for value in found)
             row += [_mean_of(found, measure.written), f"{ahead} of {len(found)}" if found else "-"]
         rows.append(row)
     return headings, rows
+
+
+def _less(value: float, other: float) -> float:
+    """The difference; 0 where it is rounding's."""
+    return 0.0 if math.isclose(value, other, rel_tol=ROUNDING) else value - other
 
 
 def _mean_of(values: Sequence[float], written: Callable[[float], str]) -> str:
@@ -402,7 +454,12 @@ def _keys(groups: Sequence[Group]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if value is None:
+        return "-"
+    # A line break would end a table's row.
+    if isinstance(value, str) and value.isprintable():
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _table_csv(groups: Sequence[Group]) -> str:
@@ -430,38 +487,44 @@ def points(group: Group, key: str) -> Curve:
     """The curve of a value of the steps: at most POINTS of it, of as many steps each.
 
     Mean over nodes, then over cells; by steps of the run, counted from 1. The same steps for each
-    value; NaN where there is none.
+    value; NaN where there is none, and where one of a node is not finite: the mean of the others
+    would be better the more of them diverge. Hostile nodes are left out, as in a summary.
     """
     curves = [_of_cell(cell, key) for cell in group.cells]
     length = max(map(len, curves))
     width = -(-length // POINTS)
     steps, means, spreads = [], [], []
+    broken: set[float] = set()
     for low in range(0, length, width):
         part = [_mean(curve[low : low + width]) for curve in curves]
-        values = [value for value in part if not math.isnan(value)]
+        values = [value for value in part if value is not None]
         steps.append(low + (min(width, length - low) + 1) / 2)
-        means.append(statistics.fmean(values) if values else math.nan)
-        spreads.append(_deviation(values) if values else math.nan)
-    return Curve(steps, means, spreads)
+        whole = bool(values) and not any(map(math.isnan, values))
+        if values and not whole:
+            broken.add(steps[-1])
+        means.append(statistics.fmean(values) if whole else math.nan)
+        spreads.append(_deviation(values) if whole else math.nan)
+    return Curve(steps, means, spreads, broken)
 
 
-def _of_cell(cell: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """By step of the run, the mean over nodes; NaN where there is none."""
+def _of_cell(cell: Sequence[Mapping[str, Any]], key: str) -> list[float | None]:
+    """By step of the run, the mean over nodes; NaN where one is not finite, None of none."""
     steps = cell[0]["settings"]["schedule"]["steps"]
+    hostile = cell[0].get("world", {}).get("faults", {}).get("attacks", {})
     values: dict[int, list[float]] = {}
     for row in cell:
-        if row["kind"] != "step":
+        if row["kind"] != "step" or row["node"] in hostile:
             continue
         found = values.setdefault(row["visit"] * steps + row["step"], [])
         # A step without an exchange has no disagreement, rather than one of 0.
-        if row[key] is not None and (key != "disagreement" or row["neighbours"]):
-            found.append(row[key])
+        if key != "disagreement" or row["neighbours"]:
+            found.append(math.nan if row[key] is None else row[key])
     return [_mean(values.get(serial, [])) for serial in range(max(values, default=0) + 1)]
 
 
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(known) if known else math.nan
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -31,7 +31,7 @@ from deca_node.errors import PayloadError
 from deca_node.evaluation import evaluate
 from deca_node.experiment import Cell, LinksSection
 from deca_node.loopback import Call, LoopbackNetwork
-from deca_node.member import Member, Run
+from deca_node.member import REJOIN_SECONDS, Member, Run
 from deca_node.membership import Edges, Phase
 from deca_node.methods import Method, choose
 from deca_node.models import LanguageModel
@@ -83,6 +83,10 @@ class Simulation:
     def __init__(self, cell: Cell, material: Material, tell: Callable[[Row], None]) -> None:
         self.cell, self.material, self.tell = cell, material, tell
         self.timing = cell.settings.timing()
+        # By then all that live have greeted each other again and again, who is silent is gone, and
+        # who came back goes on: one that still waits for members, beside others that do, will wait
+        # for ever.
+        self.patience = self.timing.gone_after + REJOIN_SECONDS
         # All compute in turn here: there is no time to work ahead in.
         network = cell.settings.network.model_copy(update={"overlap": False})
         self.settings = cell.settings.model_copy(update={"network": network})
@@ -97,7 +101,10 @@ class Simulation:
         self.honest = [node for node in self.nodes if node.name not in attacks]
 
     async def run(self) -> None:
-        """Run until every node that lives has finished; what one raises is raised here."""
+        """Run until every node that lives has finished; what one raises is raised here.
+
+        Nodes that wait for members that will not come stay unfinished.
+        """
         deaths = self.cell.world.faults.deaths
         fates = [
             asyncio.create_task(node.suffer(deaths[node.name]))
@@ -124,6 +131,13 @@ class Simulation:
             await asyncio.gather(
                 *fates, *(node.task for node in self.nodes), return_exceptions=True
             )
+
+    def waits(self, node: "SimulatedNode") -> None:
+        """A node waits for members; where all that live do so in vain, that is the end."""
+        if node.waits_in_vain and not any(
+            other.returns or (other.alive and not other.waits_in_vain) for other in self.nodes
+        ):
+            self.stopping.set()
 
     def draw(self, names: frozenset[str]) -> Graph:
         """The graph over these members; over all nodes where not everybody greets everybody."""
@@ -220,6 +234,7 @@ class SimulatedNode:
         self._start, self._position = Start(), 0
         self._life = 0
         self._member: Member | None = None
+        self._waits_since: float | None = None
         self.task: asyncio.Task[None]
         self.finished = self.returns = False
         self.bytes_sent = self.bytes_received = 0
@@ -231,6 +246,12 @@ class SimulatedNode:
         return not self.task.done()
 
     @property
+    def waits_in_vain(self) -> bool:
+        """Whether it waits for members, and has for longer than any come."""
+        since, now = self._waits_since, asyncio.get_running_loop().time()
+        return since is not None and now - since > self._simulation.patience
+
+    @property
     def model(self) -> LanguageModel:
         """Its model."""
         return self._blocks.model
@@ -238,7 +259,7 @@ class SimulatedNode:
     def start(self) -> None:
         """Begin a life."""
         self._life += 1
-        self.returns = False
+        self.returns, self._waits_since = False, None
         self.task = asyncio.create_task(self._live())
 
     async def suffer(self, times: Sequence[float]) -> None:
@@ -289,7 +310,14 @@ class SimulatedNode:
         await transport.listen(member, None)
         member.enter(Phase.WAITING)
         wanted = self._meet(member)
-        await member.wait_for_members(wanted, lambda _: None, resumed=self._start.visit > 0)
+        self._waits_since = asyncio.get_running_loop().time()
+        await member.wait_for_members(
+            wanted, lambda _: simulation.waits(self), resumed=self._start.visit > 0
+        )
+        self._waits_since = None
+        if simulation.stopping.is_set():
+            await member.swarm.close()
+            return
         member.enter(Phase.TRAINING)
         method = choose.build(simulation.settings, self.model, self.name)
         if (factor := cell.world.faults.attacks.get(self.name)) is not None:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+import shlex
 import statistics
 
 import pytest
 
 from deca_node.errors import ConfigError, OutputError
+from deca_node.metrics import Curve
 from deca_node.report import Group, baseline, markdown, paired, panels, points, table, write
 
 
@@ -86,6 +89,65 @@ def test_steps_without_an_exchange_have_no_disagreement():
     assert sum(map(math.isnan, curve.mean)) == 6
 
 
+def changed(cell, node, values, key="loss"):
+    """The cell with other values of one of its nodes."""
+    values, steps = iter(values), [row for row in cell if row["kind"] == "step"]
+    new = {id(row): next(values) for row in steps if row["node"] == node}
+    return [{**row, key: new[id(row)]} if id(row) in new else row for row in cell]
+
+
+@pytest.mark.parametrize("key", ["loss", "disagreement"])
+def test_a_node_or_seed_that_diverges_leaves_a_gap(key):
+    """Rather than the mean of the others, which would be better the more of them diverge."""
+    whole, other = cell([1.0] * 4), cell([3.0] * 4, seed=1)
+    curve = points(Group({}, [changed(whole, "node-1", [1.0, None, 1.0, None], key), other]), key)
+    assert [math.isnan(value) for value in curve.mean] == [False, True, False, True]
+    assert [math.isnan(value) for value in curve.spread] == [False, True, False, True]
+    assert curve.broken == {2, 4}
+
+
+def test_a_step_without_an_exchange_is_no_gap():
+    """Some methods exchange now and then only; their lines go on."""
+    curve = points(Group({}, [cell([1.0] * 8, every=4)]), "disagreement")
+    assert curve.broken == set()
+
+
+def test_a_point_of_many_steps_is_a_gap_where_one_of_them_is():
+    """As it is of their mean."""
+    curve = points(Group({}, [cell([1.0] * 250 + [None] + [1.0] * 149)]), "loss")
+    assert [step for step, mean in zip(curve.steps, curve.mean, strict=True) if mean != 1.0] == [
+        251.5
+    ]
+
+
+def test_a_gap_is_drawn_as_one(tmp_path, monkeypatch):
+    """While steps that merely have no value are drawn over."""
+    from matplotlib.axes import Axes
+
+    from deca_node.plots import draw_curves
+
+    drawn, plot = [], Axes.plot
+
+    def seen(axes, x, y, **style):
+        drawn.append((list(x), list(map(str, y))))
+        return plot(axes, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", seen)
+    nan = math.nan
+    curve = Curve([1, 2, 3, 4], [2.0, nan, nan, 1.0], [0.0, nan, nan, 0.0], {3})
+    for log in (True, False):
+        draw_curves({"": {"all": curve}}, "loss", [tmp_path / "loss.svg"], log=log)
+    assert drawn == [([1, 3, 4], ["2.0", "nan", "1.0"])] * 2
+
+
+def test_hostile_nodes_are_no_part_of_curves():
+    """As they are none of the table."""
+    hostile = changed(cell([1.0, 2.0]), "node-1", [100.0, None])
+    hostile[0] = {**hostile[0], "world": {"faults": {"attacks": {"node-1": -1.0}}}}
+    curve = points(Group({}, [hostile]), "loss")
+    assert (curve.mean, curve.broken) == ([1.0, 2.0], set())
+
+
 def test_the_table_says_how_many_seeds_are_behind_a_number():
     """No deviation of one; columns without news are left out; equal last words are told apart."""
     values = {"partition.alpha": 1.0, "lora.alpha": 16}
@@ -153,6 +215,19 @@ def test_differences_are_taken_seed_by_seed():
     assert "Differences" not in markdown({"grid": ["run.method"]}, [base])
 
 
+def test_what_rounding_makes_of_a_difference_is_not_ahead():
+    """Sums of the same scores in another order."""
+    base = by_seed({"run.method": "deca"}, perplexity=[1e6, 3.0, 5.0])
+    values = [1e6 - 1e-7, 3.0 * (1 - 1e-15), 5.0 * (1 - 1e-6)]
+    other = by_seed({"run.method": "dadam"}, perplexity=values)
+    headings, [row] = paired([base, other], base)
+    assert dict(zip(headings, row, strict=True))["perplexity: ahead"] == "1 of 3"
+    same = by_seed({"run.method": "dadam"}, accuracy=[0.1 + 0.2])
+    base = by_seed({"run.method": "deca"}, accuracy=[0.6 - 0.3])
+    assert paired([base, same], base)[1] == [["dadam", "+0.000", "0 of 1"]]
+    assert paired([base, same], same)[1] == [["deca", "+0.000", "0 of 1"]]
+
+
 def test_rows_without_a_common_seed_have_no_difference():
     """Rather than one between two tests."""
     base = by_seed({"run.method": "deca"}, accuracy=[0.5])
@@ -173,6 +248,79 @@ def test_the_baseline_is_the_row_of_defaults_or_the_one_asked_for():
     for wrong in (["run.method=dsgd"], ["run.method=sgd"], ["method"], ["topology.kind=ring"]):
         with pytest.raises(ConfigError, match="--against"):
             baseline(groups, wrong)
+
+
+def test_values_that_a_table_cannot_hold_are_written_so_that_it_can():
+    """A line break ends its row, and a bar its cell."""
+    templates = ["{text}\nlabel: ä", "{text} | label:", "{text} label:"]
+    groups = [by_seed({"data.template": each}, accuracy=[0.5]) for each in templates]
+    lines = markdown({"grid": ["data.template"]}, groups).splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "template" not in line]
+    cells = [re.split(r"(?<!\\)\|", row.strip("|"))[0].strip() for row in rows]
+    assert cells[:3] == ['"{text}\\nlabel: ä"', "{text} \\| label:", "{text} label:"]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows[:3])
+    assert list(panels(groups)[""]) == [
+        f"template {told}" for told in ('"{text}\\nlabel: ä"', *templates[1:])
+    ]
+
+
+RATE = "optimizer.learning_rate"
+PARTS = [
+    Group({"run.method": "deca", RATE: 1e-2}, []),
+    Group({"run.method": "deca", RATE: 1e-2, "optimizer.bma": "off"}, []),
+    Group({"run.method": "dsgd", RATE: 1e-2}, []),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "row"),
+    [
+        ({}, ["run.method=deca", "optimizer.bma=on"], 0),
+        ({}, ["optimizer.bma=on"], 0),  # dsgd has no such setting
+        ({}, ["optimizer.bma=off"], 1),
+        ({"optimizer.bma": "trivial"}, ["optimizer.bma=trivial"], 0),
+    ],
+)
+def test_a_row_is_named_by_what_it_leaves_at_the_files_value_or_the_default(given, asked, row):
+    """Where its settings are a part of another row's there is nothing else to tell it by."""
+    assert baseline(PARTS, asked, given) is PARTS[row]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        PARTS,
+        [
+            Group({"data.template": each}, [])
+            for each in ("{text} |", "{text}\nlabel: 'a'", '{text}\nlabel: "a"')
+        ],
+        [Group({"faults.attacks": each}, []) for each in ({}, {"node-0": -1.0})],
+        [
+            Group({"run.method": "deca"}, []),
+            Group({"links.loss": 0.1}, []),
+            Group({"run.method": "dsgd"}, []),
+        ],
+    ],
+)
+def test_the_example_of_an_error_names_one_row(groups):
+    """As a shell takes it, in one line."""
+    with pytest.raises(ConfigError) as caught:
+        baseline(groups, ["run.method=none"])
+    said = str(caught.value)
+    assert "\n" not in said
+    words = shlex.split(said.partition("as in ")[2])
+    assert words[::2] == ["--against"] * len(words[::2])
+    assert baseline(groups, words[1::2]) in groups
+
+
+def test_a_value_that_a_row_gives_itself_goes_before_a_default():
+    """The table shows it."""
+    groups = [
+        Group({"run.method": "deca"}, []),
+        Group({"run.method": "deca", "optimizer.bma": "on", "optimizer.discrepancy": "none"}, []),
+    ]
+    assert baseline(groups, ["optimizer.bma=on"]) is groups[1]
+    assert baseline(groups, ["optimizer.discrepancy=l2"]) is groups[0]
 
 
 def results(folder, **identity):

@@ -76,6 +76,41 @@ def test_what_is_answered_is_not_asked_again(model, tmp_path, capsys):
     assert to.read_bytes() == content
 
 
+def test_answers_of_two_nodes_are_told_apart(tmp_path, capsys):
+    """The folder of every node's model has one name, and a person may give two of them one, too."""
+    questions = write_lines(tmp_path / "questions.jsonl", QUESTIONS)
+    folders = [tmp_path / f"node-{number}" / "model" for number in range(2)]
+    for seed, folder in enumerate(folders):
+        make_model(folder, "llama", layers=1, seed=seed)
+    to = tmp_path / "answers.jsonl"
+    assert ask(folders[0], questions, to) == 0
+    assert {row["model_id"] for row in lines(to)} == {"node-0"}
+    content = to.read_bytes() + b'{"question_id": 83, "answ'
+    to.write_bytes(content)
+    capsys.readouterr()
+    assert ask(folders[1], questions, to) == 8
+    assert "holds answers of node-0, not of node-1" in capsys.readouterr().err
+    assert ask(folders[1], questions, to, "--name", "node-0") == 8
+    error = capsys.readouterr().err
+    assert f"{to}: holds answers of another model than {folders[1]}" in error
+    assert error.count("\n") == 1
+    assert to.read_bytes() == content
+    assert ask(folders[0], questions, to) == 0
+    assert [row["question_id"] for row in lines(to)] == [81, 82]
+
+
+def test_answers_of_before_they_told_the_model_are_left_alone(model, tmp_path, capsys):
+    """Whose they are cannot be known."""
+    questions = write_lines(tmp_path / "questions.jsonl", QUESTIONS)
+    to = tmp_path / "answers.jsonl"
+    assert ask(model, questions, to) == 0
+    write_lines(to, [{**row, "answer_id": "3f2504e04f8941d39a0c0305e82c3301"} for row in lines(to)])
+    content = to.read_bytes()
+    assert ask(model, questions, to) == 8
+    assert "from an earlier version" in capsys.readouterr().err
+    assert to.read_bytes() == content
+
+
 def test_bottlenecks_beside_a_model_are_put_to_use(model, tmp_path):
     """The folder of a dec-adapter run answers as the trained model, not as the base."""
     base = LanguageModel.load(ModelSettings(path=model), torch.device("cpu"))

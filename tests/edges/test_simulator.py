@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import get_args
@@ -12,6 +13,7 @@ from typing import get_args
 import pytest
 import structlog
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from deca_node import experiment, virtual_time
@@ -23,11 +25,14 @@ from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
 from deca_node.node import Node
 from deca_node.pb import node_pb2 as pb
+from deca_node.rows import read_rows
 from deca_node.simulator import SimulatedNode, Simulation, Spread, summary
 from tests.answers import Answers
 from tests.tiny import LETTERS, make_model
 
 SEED, ROUNDS, STEPS, RATE = 3, 2, 3, 2e-3
+# Virtual seconds: no simulation here has so many, unless its nodes wait for what will not come.
+FOR_EVER = 1000.0
 SETTINGS = {
     "model.dtype": "fp32",
     "data.batch_size": 2,
@@ -100,7 +105,7 @@ def simulate(folder, nodes, text="", method="deca", **schedule):
     rows = []
     material, _ = laboratory._material(found.cells[0])
     simulation = Simulation(found.cells[0], material, rows.append)
-    virtual_time.run(simulation.run())
+    virtual_time.run(asyncio.wait_for(simulation.run(), FOR_EVER))
     return simulation, rows
 
 
@@ -319,6 +324,25 @@ def test_a_node_dies_and_another_comes_back(folder):
     assert back[-1]["neighbours"] == 2
     last = summary(simulation, [row for row in rows if row["kind"] == "step"], [])
     assert (last["nodes"], last["finished"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("world", "finished"),
+    [
+        # Dead before its first visit ends, and back when the others have left.
+        ("[faults.deaths]\nnode-0 = [2.0, 300.0]\n", {"node-1", "node-2", "node-3"}),
+        ("[faults.deaths]\nnode-0 = [0.0]\n", set()),
+        ("[faults.deaths]\nnode-0 = [0.0, 200.0]\n", {"node-0", "node-1", "node-2", "node-3"}),
+        # No greeting is answered before its deadline.
+        ("[links]\ndelay = 30.0\n", set()),
+    ],
+)
+def test_who_waits_for_those_that_will_not_come_is_unfinished(folder, world, finished):
+    """Rather than that the cell never ends. Who comes back is waited for."""
+    simulation, rows = simulate(folder, 4, f'topology.kind = "ring"\n{world}')
+    assert {node.name for node in simulation.nodes if node.finished} == finished
+    last = summary(simulation, rows, simulation.measure())
+    assert (last["nodes"], last["finished"]) == (4, len(finished))
 
 
 def test_the_spread_is_the_distance_from_the_mean():
@@ -552,6 +576,80 @@ def test_cells_that_trained_on_their_tests_twins_take_no_others_beside_them(tmp_
     path.write_text(json.dumps(tree))
     assert deca_node("simulate", file, "-o", out) == 8
     assert "split (content) is unset there" in capsys.readouterr().err
+
+
+SHARDED = """
+model.path = "model"
+partition.shards = "shards"
+data.test = "test.jsonl"
+schedule.rounds = 1
+schedule.steps = 1
+grid.experiment.nodes = [2]
+"""
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """An experiment file over two of four ready shards."""
+    make_model(tmp_path / "model", layers=1)
+    (tmp_path / "shards").mkdir()
+    for node in range(4):
+        lines = [{"text": f"a b {node} {n}", "label": "xy"[n % 2]} for n in range(6)]
+        path = tmp_path / "shards" / f"node-{node}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copy(path, tmp_path / "test.jsonl")
+    file = tmp_path / "own.toml"
+    file.write_text(SHARDED)
+    return file
+
+
+def test_more_nodes_with_ready_shards_are_the_same_experiment(sharded, tmp_path, capsys):
+    """As more of any value are; also for a report elsewhere. Another shard is named."""
+    out, shown = tmp_path / "out", tmp_path / "shown"
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    assert deca_node("report", out, "--to", shown) == 0
+    sharded.write_text(SHARDED.replace("[2]", "[2, 4]"))
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    assert "1 of 2 cells are done already" in capsys.readouterr().out
+    assert deca_node("report", out, "--to", shown) == 0
+    sharded.write_text(SHARDED)
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    sharded.write_text(SHARDED.replace("[2]", "[4]"))
+    for name, said in (
+        ("shards/node-3", "shard node-3.jsonl (content)"),
+        ("test", "test (content)"),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        before = path.read_text()
+        path.write_text(before.replace("a b", "a c"))
+        assert deca_node("simulate", sharded, "-o", out) == 8
+        assert f"holds another experiment ({said} is" in capsys.readouterr().err
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("recorded", [2, 3])
+def test_a_folder_with_one_digest_of_all_shards_is_gone_on_with(sharded, tmp_path, recorded):
+    """Earlier versions wrote one, of the shards of as many nodes as the grid had at most."""
+    out = tmp_path / "out"
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    path = out / "experiment.json"
+    tree = json.loads(path.read_text())
+    rows = [read_rows(tmp_path / "shards" / f"node-{node}.jsonl") for node in range(4)]
+    earlier = [[digest(each) for each in rows[:recorded]], rows[3]]
+    for key in ("shards (content)", "test (content)"):
+        del tree["identity"][key]
+    tree["identity"]["data (content)"] = digest(earlier)
+    path.write_text(json.dumps(tree))
+    sharded.write_text(SHARDED.replace("[2]", "[2, 4]"))
+    assert deca_node("simulate", sharded, "-o", out) == 0
+    assert len(json.loads(path.read_text())["identity"]["shards (content)"]) == 4
+    tree["identity"]["data (content)"] = digest([])
+    path.write_text(json.dumps(tree))
+    assert deca_node("simulate", sharded, "-o", out) == 8
+
+
+def digest(tree):
+    return xxhash.xxh3_128_hexdigest(json.dumps(tree, sort_keys=True, default=str).encode())
 
 
 def test_a_row_without_a_label_is_named(tmp_path, capsys):
