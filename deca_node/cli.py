@@ -300,7 +300,8 @@ async def _show(
 def _rendered(states: list[pb.NodeStatus]) -> RenderableType:
     if len(states) == 1:
         return status.render(states[0])
-    return status.render_swarm({f"{one.run}/{one.node}": one for one in states})
+    # Not by name: two nodes of one name are two rows, as that may be what is wrong.
+    return status.render_swarm({str(number): one for number, one in enumerate(states)})
 
 
 async def _states(

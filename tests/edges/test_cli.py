@@ -250,6 +250,23 @@ def test_json_has_one_shape(
     assert all_peers == [{"run": "bbc", "node": "alice", "peers": peers}]
 
 
+def test_two_nodes_of_one_name_are_two_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told apart by their addresses: that there are two may be what is wrong."""
+    addresses = ["127.0.0.1:7430", "127.0.0.1:7431"]
+
+    async def answer(asked: list[str], *_: object) -> list[pb.NodeStatus]:
+        return [pb.NodeStatus(run="bbc", node="alice", address=each) for each in asked]
+
+    entries = [registry.Entry(each, "bbc", "alice", 1) for each in addresses]
+    monkeypatch.setattr(cli, "ask_all", answer)
+    monkeypatch.setattr(registry, "local_nodes", lambda: entries)
+    assert _run("status") == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["alice", each] for each in addresses]
+
+
 async def test_something_else_that_speaks_grpc_is_no_node() -> None:
     """A server without our service is told apart from a node in one line."""
     transport = GrpcTransport("127.0.0.1", 0)
