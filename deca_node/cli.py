@@ -173,7 +173,10 @@ def init(
     except FileExistsError:
         raise OutputError(f"{path}: is there already; --force overwrites it") from None
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}; name a file in a folder that "
+            "is there and can be written"
+        ) from None
     typer.echo(f"wrote {path}; fill in model.path and data.train, then: deca-node start -c {path}")
 
 

@@ -14,6 +14,7 @@ from deca_node import cli
 from deca_node.standing import Standing
 from tests.tiny import make_model
 
+WRITABLE = "set node.output to another folder that can be written"
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
 
 
@@ -93,6 +94,9 @@ def test_broken_data_names_file_and_line(start, tmp_path, content, words):
         ("data.template='{body}'", 4, "body"),
         ("optimizer.bma=sometimes", 2, "optimizer.bma"),
         ("schedule.rounds=0", 2, "schedule.rounds"),
+        (f"node.output={__file__}", 8, f"{__file__}: File exists; {WRITABLE}"),
+        (f"node.output={__file__}/out", 8, f"Not a directory; {WRITABLE}"),
+        ("node.output=/proc/out", 8, f"/proc/out: no folder can be made there; {WRITABLE}"),
     ],
 )
 def test_each_culprit_is_named(start, change, code, words):

@@ -107,6 +107,7 @@ def test_a_document_gives_the_same_settings_again(tmp_path: Path) -> None:
         (["status"], 3, "no node runs on this machine"),
         (["peers", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
         (["partition", "absent.jsonl", "out", "-n", "2"], 4, "absent.jsonl: no such file"),
+        (["init", "absent/node.toml"], 8, "in a folder that is there and can be written"),
         (["testbed"], 2, "give either --train FILE or --shards DIR"),
     ],
 )
