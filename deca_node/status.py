@@ -33,12 +33,13 @@ _STATE_STYLES = {
 }
 PEER_STATES = frozenset({*_STATE_STYLES, "done"})
 _BAR_WIDTH = 16
-_PIPE_WIDTH = 140
+# Wider than any row: who reads what is piped takes it by lines.
+_PIPE_WIDTH = 1_000_000
 _MOST_BYTES = 1 << 64  # what the fields hold
 
 
 def make_console() -> Console:
-    """A console on stdout; what is piped is not cut to a terminal's width."""
+    """A console on stdout; what is piped is neither cut nor folded to a terminal's width."""
     console = Console()
     return console if console.is_terminal else Console(width=_PIPE_WIDTH)
 
@@ -89,6 +90,8 @@ def position(status: pb.NodeStatus) -> str:
     """Where in the schedule, counted from 1 for people: ``round 1/2 block 5 (3/30) step 7/48``."""
     if not status.steps_total:
         return "-"
+    if status.steps_done >= status.steps_total:
+        return "all steps done"
     return (
         f"round {status.round + 1}/{status.rounds}"
         f"  block {status.block} ({status.position + 1}/{status.blocks})"
