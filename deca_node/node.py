@@ -47,7 +47,7 @@ from deca_node.reception import Reception
 from deca_node.record import History, read_summary, write_summary
 from deca_node.rounds import Start
 from deca_node.saving import Saving, tried_to_save
-from deca_node.search import Search
+from deca_node.search import Search, check_interfaces
 from deca_node.standing import Standing
 from deca_node.swarm import Identity
 from deca_node.tensorboard import Scalars
@@ -211,6 +211,9 @@ class Node:
         standing.device = pick_device(settings.node.device)
         if settings.node.threads:
             torch.set_num_threads(settings.node.threads)
+        network = settings.network
+        if not network.static_peers and not network.dns_peers:
+            check_interfaces(network)  # now, as a model may take minutes to read; see _join
         port = await self._listen(stack)
         loaded = await self._load(stack)
         self._agreed = self._read_agreement()
