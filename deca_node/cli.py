@@ -73,14 +73,17 @@ SetOption = Annotated[
 ]
 AddressArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[HOST:PORT]", help="A node; else those of this machine."),
+    typer.Argument(
+        metavar="[NODE or HOST:PORT]",
+        help="A node of this machine by its name, or any by its address; else all of this machine.",
+    ),
 ]
 JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="JSON for scripts: with HOST:PORT what it says of itself, an object (peers: a list);"
-        " without it a list of one object per node.",
+        help="JSON for scripts: of a node that is named what it says of itself, an object (peers: a"
+        " list); else a list of one object per node.",
     ),
 ]
 

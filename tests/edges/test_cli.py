@@ -102,7 +102,8 @@ def test_a_document_gives_the_same_settings_again(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["status", "127.0.0.1:99999"], 2, "'127.0.0.1:99999' is not HOST:PORT"),
-        (["peers", "foo"], 2, "'foo' is not HOST:PORT"),
+        (["peers", "foo"], 3, "foo: no node of that name runs on this machine"),
+        (["peers", "foo:bar"], 2, "'foo:bar' is not HOST:PORT"),
         (["status", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
         (["status"], 3, "no node runs on this machine"),
         (["peers", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
@@ -243,8 +244,12 @@ def test_json_has_one_shape(
     monkeypatch.setattr(registry, "local_nodes", lambda: [entry])
     for verb in ("status", "peers"):
         assert _run(verb, "192.0.2.1:7430", "--json") == 0
+        assert _run(verb, "alice", "--json") == 0
         assert _run(verb, "--json") == 0
-    node, nodes, peers, all_peers = map(json.loads, capsys.readouterr().out.splitlines())
+    printed = map(json.loads, capsys.readouterr().out.splitlines())
+    node, by_name, nodes, peers, peers_by_name, all_peers = printed
+    assert node == by_name
+    assert peers == peers_by_name
     assert [node] == nodes
     assert node["node"] == "alice"
     assert peers[0]["node"] == "bob"
