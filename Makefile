@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Python compiles what is imported; compiling all that is installed takes most of an install.
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
-# What goes to a cluster; kustomization files are read by kubectl alone.
+# What goes to a cluster; kustomization files, and the patch in kubernetes-gpu, are read by kubectl
+# alone: tests/edges/test_deploy.py builds both folders where it is installed.
 MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard deploy/kubernetes/*.yaml))
 # Daemons start again and again in tests and benchmarks: without compiled files each of them compiles
 # torch and transformers anew, which takes longer than all the rest of its start.

@@ -18,21 +18,45 @@ PROBE_SECONDS = 3.0
 
 
 def targets(given: str | None) -> list[str]:
-    """The address that was given, or those of this machine's nodes.
+    """Where the node that was given is called, or where this machine's are.
 
     Raises:
-        ConfigError: it is not HOST:PORT.
-        UnreachableError: none was given, and no node runs here.
+        ConfigError: as of ``named``.
+        UnreachableError: none was given, and no node runs here; or none of that name does.
     """
     if given is not None:
-        try:
-            return [checked_address(given)]
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        return [named(given)]
     found = [entry.target for entry in registry.local_nodes()]
     if not found:
         raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
     return found
+
+
+def named(given: str) -> str:
+    """Where a node is called: NODE or RUN/NODE of this machine, or any HOST:PORT.
+
+    Raises:
+        ConfigError: several nodes here are called so, or it is not HOST:PORT.
+        UnreachableError: it is a name, and no node of that name runs here.
+    """
+    here = registry.local_nodes()
+    found = [e for e in here if given in (e.node, f"{e.run}/{e.node}", e.address)]
+    if len(found) > 1:
+        names = ", ".join(f"{entry.run}/{entry.node} at {entry.address}" for entry in found)
+        raise ConfigError(
+            f"{given}: several nodes are called so: {names}; name the run, too, or give the address"
+        )
+    if found:
+        return found[0].target
+    if ":" not in given:
+        raise UnreachableError(
+            f"{given}: no node of that name runs on this machine; `deca-node status` lists them, "
+            "and HOST:PORT reaches another machine's"
+        )
+    try:
+        return checked_address(given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 async def credentials(

@@ -73,14 +73,17 @@ SetOption = Annotated[
 ]
 AddressArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[HOST:PORT]", help="A node; else those of this machine."),
+    typer.Argument(
+        metavar="[NODE or HOST:PORT]",
+        help="A node of this machine by its name, or any by its address; else all of this machine.",
+    ),
 ]
 JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="JSON for scripts: with HOST:PORT what it says of itself, an object (peers: a list);"
-        " without it a list of one object per node.",
+        help="JSON for scripts: of a node that is named what it says of itself, an object (peers: a"
+        " list); else a list of one object per node.",
     ),
 ]
 
@@ -173,7 +176,10 @@ def init(
     except FileExistsError:
         raise OutputError(f"{path}: is there already; --force overwrites it") from None
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}; name a file in a folder that "
+            "is there and can be written"
+        ) from None
     typer.echo(f"wrote {path}; fill in model.path and data.train, then: deca-node start -c {path}")
 
 
@@ -300,7 +306,8 @@ async def _show(
 def _rendered(states: list[pb.NodeStatus]) -> RenderableType:
     if len(states) == 1:
         return status.render(states[0])
-    return status.render_swarm({f"{one.run}/{one.node}": one for one in states})
+    # Not by name: two nodes of one name are two rows, as that may be what is wrong.
+    return status.render_swarm({str(number): one for number, one in enumerate(states)})
 
 
 async def _states(

@@ -114,7 +114,10 @@ def unit(settings: Settings, config: Path, program: Path, user: str, name: str) 
 
 
 def outside(settings: Settings, name: str) -> list[Path]:
-    """Folders that the settings have the node write to, and that systemd does not make for it."""
+    """Folders that the settings have the node write to, and that systemd does not make for it.
+
+    Without ``..``, which systemd takes in no path.
+    """
     given = [settings.node.output]
     if "cache" in settings.model.model_fields_set:
         given.append(settings.model.cache)
@@ -123,7 +126,13 @@ def outside(settings: Settings, name: str) -> list[Path]:
     if settings.tensorboard.folder is not None:
         given.append(settings.tensorboard.folder)
     home = Path("/var/lib") / name
-    return [path for path in given if path.is_absolute() and not path.is_relative_to(home)]
+    found = [_plain(path) for path in given if path.is_absolute()]
+    return [path for path in found if not path.is_relative_to(home)]
+
+
+def _plain(path: Path) -> Path:
+    """Absolute and without ``..``, which can only be told from where links lead now."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def _quoted(word: str) -> str:
@@ -148,7 +157,7 @@ def install_service(
 
     It changes nothing itself; docs/edge.md has the few commands around it.
     """
-    config = config.absolute()
+    config = _plain(config)
     settings = load(config)
     typer.echo(unit(settings, config, _program(), user, name), nl=False)
     for path in outside(settings, name):

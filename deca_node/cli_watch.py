@@ -11,7 +11,6 @@ import typer
 from rich.live import Live
 
 from deca_node import access, registry, status, steering, survey, watch
-from deca_node.addresses import checked_address
 from deca_node.errors import ConfigError, UnreachableError
 from deca_node.observer import Observer
 from deca_node.panorama import Panorama
@@ -28,7 +27,9 @@ NodeArgument = Annotated[
 ]
 AddressArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[HOST:PORT]", help="Where to begin; else at this machine's nodes."),
+    typer.Argument(
+        metavar="[NODE or HOST:PORT]", help="Where to begin; else at this machine's nodes."
+    ),
 ]
 TrustOption = Annotated[
     Path | None,
@@ -51,32 +52,19 @@ def target(given: str | None) -> str:
     """Where a node is told: its socket file on this machine, else HOST:PORT.
 
     Raises:
-        ConfigError: no address, and several nodes here; with their names.
-        UnreachableError: no node of that name here.
+        ConfigError: none was given, and several nodes run here; with their names. Or as of
+            access.named.
+        UnreachableError: none runs here, or none of that name.
     """
+    if given is not None:
+        return access.named(given)
     here = registry.local_nodes()
-    if given is None:
-        if len(here) == 1:
-            return here[0].target
-        names = ", ".join(f"{entry.run}/{entry.node}" for entry in here)
-        if not here:
-            raise UnreachableError("no node runs on this machine; give HOST:PORT for another one")
-        raise ConfigError(f"several nodes run on this machine: {names}; name one")
-    found = [e for e in here if given in (e.node, f"{e.run}/{e.node}", e.address)]
-    if len(found) > 1:
-        names = ", ".join(f"{entry.run}/{entry.node}" for entry in found)
-        raise ConfigError(f"{given}: several nodes are called so: {names}; name the run, too")
-    if found:
-        return found[0].target
-    if ":" not in given:
-        raise UnreachableError(
-            f"{given}: no node of that name runs on this machine; `deca-node status` lists them, "
-            "and HOST:PORT reaches another machine's"
-        )
-    try:
-        return checked_address(given)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    if len(here) == 1:
+        return here[0].target
+    names = ", ".join(f"{entry.run}/{entry.node}" for entry in here)
+    if not here:
+        raise UnreachableError("no node runs on this machine; give HOST:PORT for another one")
+    raise ConfigError(f"several nodes run on this machine: {names}; name one")
 
 
 def _tell(given: str | None, trust: Path | None, order: Order) -> None:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from deca_node.errors import DiskFullError, OutputError
 
 _FULL = errno.ENOSPC, errno.EDQUOT
+# Of a folder that cannot be made or written, or has a file in its place.
+_UNWRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR
 
 
 def is_full(error: Exception) -> bool:
@@ -32,7 +34,7 @@ def translated(path: Path, elsewhere: str = "choose another folder") -> Iterator
 
     Args:
         path: what is read or written.
-        elsewhere: what helps where no room can be made.
+        elsewhere: what helps where no room can be made, or nothing be written.
     """
     try:
         yield
@@ -41,12 +43,27 @@ def translated(path: Path, elsewhere: str = "choose another folder") -> Iterator
             raise DiskFullError(
                 f"{path}: no space left on the disk; free some or {elsewhere}"
             ) from None
-        raise OutputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        text = f"{path}: {getattr(error, 'strerror', None) or error}"
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            text += f"; {elsewhere} that can be written"
+        raise OutputError(text) from None
 
 
 def in_output(path: Path) -> AbstractContextManager[None]:
     """As ``translated``, for what a node keeps in node.output."""
-    return translated(path, "set node.output elsewhere")
+    return translated(path, "set node.output to another folder")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that lead to it, where it is not there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # as /proc says it, where nothing can be made
+        raise PermissionError(errno.EACCES, "no folder can be made there", str(folder)) from None
 
 
 @contextmanager

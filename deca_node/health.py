@@ -148,7 +148,7 @@ def _alone(view: View) -> Iterable[Finding]:
             "no neighbour in this block visit, training alone; "
             + (f"known: {why}; they are met again at a later visit" if here else _LOOK),
         )
-    elif not here and view.looking >= PATIENCE_SECONDS:
+    elif not here and view.looking >= PATIENCE_SECONDS and not _is_refused(view):
         yield Finding(
             "alone",
             f"no other node of run {view.run!r} answers; start the others with the same run.name, "
@@ -200,6 +200,28 @@ def _parted(view: View) -> Iterable[Finding]:
     yield Finding("parted", text)
 
 
+def _refused_peers(view: View) -> list[Peer]:
+    return [
+        peer
+        for peer in view.peers
+        if peer.state == State.REFUSED and view.now - peer.last_seen < REFUSAL_SECONDS
+    ]
+
+
+def _refusals(view: View) -> dict[str, Refusal]:
+    return {
+        address: refusal
+        for address, refusal in view.refusals.items()
+        if view.now - refusal.at < REFUSAL_SECONDS
+    }
+
+
+def _is_refused(view: View) -> bool:
+    """Whether a node of this run is there, which is told by its refusal."""
+    others = any(refusal.reason != "other_run" for refusal in _refusals(view).values())
+    return others or bool(_refused_peers(view))
+
+
 def _refused(view: View) -> Iterable[Finding]:
     found = [
         Finding(
@@ -207,12 +229,9 @@ def _refused(view: View) -> Iterable[Finding]:
             f"{_line(peer.name)} and this node refuse each other: {_line(peer.detail)}; make the "
             "two equal and restart the one that is wrong",
         )
-        for peer in view.peers
-        if peer.state == State.REFUSED and view.now - peer.last_seen < REFUSAL_SECONDS
+        for peer in _refused_peers(view)
     ]
-    for address, refusal in view.refusals.items():
-        if view.now - refusal.at >= REFUSAL_SECONDS:
-            continue
+    for address, refusal in _refusals(view).items():
         if refusal.reason == "other_run" and address not in view.static:
             continue  # other runs on the same network are normal
         remedy = _REMEDIES.get(refusal.reason, "look at both nodes' logs")

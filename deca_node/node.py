@@ -47,7 +47,7 @@ from deca_node.reception import Reception
 from deca_node.record import History, read_summary, write_summary
 from deca_node.rounds import Start
 from deca_node.saving import Saving, tried_to_save
-from deca_node.search import Search
+from deca_node.search import Search, check_interfaces
 from deca_node.standing import Standing
 from deca_node.swarm import Identity
 from deca_node.tensorboard import Scalars
@@ -211,6 +211,9 @@ class Node:
         standing.device = pick_device(settings.node.device)
         if settings.node.threads:
             torch.set_num_threads(settings.node.threads)
+        network = settings.network
+        if not network.static_peers and not network.dns_peers:
+            check_interfaces(network)  # now, as a model may take minutes to read; see _join
         port = await self._listen(stack)
         loaded = await self._load(stack)
         self._agreed = self._read_agreement()
@@ -219,7 +222,7 @@ class Node:
         if standing.progress.finished:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
-                model=str(settings.node.output / "model"),
+                model=str((settings.node.output / "model").absolute()),
             )
             await self._stay()
             return True
@@ -243,6 +246,7 @@ class Node:
             labels=standing.label_counts,
             visit=start.visit,
             step=start.step,
+            output=str(settings.node.output.absolute()),
         )
         await self._evaluate_before(loaded)
         member = await self._meet(stack, loaded, kept, port)
@@ -489,7 +493,9 @@ class Node:
         self._standing.progress = replace(self._standing.progress, finished=True)
         if not kept.is_saved:  # a block was damaged here, and fetched
             await self._until_there_is_room(kept.save)
-        self._log.info("finished as before", model=str(self.settings.node.output / "model"))
+        self._log.info(
+            "finished as before", model=str((self.settings.node.output / "model").absolute())
+        )
         return False
 
     async def _agree(self, member: Member, loaded: _Loaded, logbook: Logbook) -> Agreement:
@@ -625,7 +631,8 @@ class Node:
         await self._until_there_is_room(kept.save)
         standing.waiting_for = ""
         note = {"note": model.note} if model.note else {}
-        self._log.info("finished", model=str(folder), seconds=round(progress.seconds, 1), **note)
+        seconds = round(progress.seconds, 1)
+        self._log.info("finished", model=str(folder.absolute()), seconds=seconds, **note)
 
     async def _stay(self) -> None:
         """Where that is wanted, answer status until a signal: the run is finished."""

@@ -1,14 +1,44 @@
 """All the ways by which a node looks for others of its run: addresses, DNS names, zeroconf."""
 
 import asyncio
+import errno
+import socket
 from functools import partial
+from ipaddress import ip_address
 
-from deca_node.config import Settings, Timing
+from deca_node.config import NetworkSettings, Settings, Timing
 from deca_node.discovery import Discovery, own_addresses
 from deca_node.dns import NamedPeers
 from deca_node.errors import ListenError
 from deca_node.fingerprint import PROTOCOL_VERSION
 from deca_node.swarm import Swarm
+
+
+def check_interfaces(network: NetworkSettings) -> None:
+    """Look whether zeroconf could use the interfaces that it is to use; takes no time.
+
+    Raises:
+        ListenError: one of them is no address of this machine; it is named.
+    """
+    for address in network.interfaces if network.zeroconf else ():
+        if not _is_own(address):
+            raise ListenError(
+                f"network.interfaces: {address} is no IP address of this machine; give some that "
+                "it has, or none for all, or set network.zeroconf = false with "
+                "network.static_peers"
+            )
+
+
+def _is_own(address: str) -> bool:
+    try:
+        family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except ValueError:
+        return False
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 class Search:
@@ -43,6 +73,7 @@ class Search:
         node, network = self._settings.node, self._settings.network
         if not network.zeroconf:
             return
+        check_interfaces(network)
         try:
             addresses = await asyncio.to_thread(own_addresses, node.advertise or node.host)
         except OSError as error:

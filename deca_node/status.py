@@ -2,6 +2,7 @@
 
 import datetime as dt
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -32,12 +33,13 @@ _STATE_STYLES = {
 }
 PEER_STATES = frozenset({*_STATE_STYLES, "done"})
 _BAR_WIDTH = 16
-_PIPE_WIDTH = 140
+# Wider than any row: who reads what is piped takes it by lines.
+_PIPE_WIDTH = 1_000_000
 _MOST_BYTES = 1 << 64  # what the fields hold
 
 
 def make_console() -> Console:
-    """A console on stdout; what is piped is not cut to a terminal's width."""
+    """A console on stdout; what is piped is neither cut nor folded to a terminal's width."""
     console = Console()
     return console if console.is_terminal else Console(width=_PIPE_WIDTH)
 
@@ -88,6 +90,8 @@ def position(status: pb.NodeStatus) -> str:
     """Where in the schedule, counted from 1 for people: ``round 1/2 block 5 (3/30) step 7/48``."""
     if not status.steps_total:
         return "-"
+    if status.steps_done >= status.steps_total:
+        return "all steps done"
     return (
         f"round {status.round + 1}/{status.rounds}"
         f"  block {status.block} ({status.position + 1}/{status.blocks})"
@@ -195,8 +199,9 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
     """One row per node.
 
     Args:
-        statuses: by node name, in the order of the rows; a text stands for a node of which there
-            is no status and says why. Nodes of several runs show theirs.
+        statuses: by a name of each, in the order of the rows; a text stands for a node of which
+            there is no status and says why. Nodes of several runs show theirs, those of one name
+            their addresses.
     """
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("node", "phase"):
@@ -205,15 +210,20 @@ def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
     for heading in ("step", "left", "loss", "disagreed", "received", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("neighbours", overflow="fold")
-    runs = {status.run for status in statuses.values() if not isinstance(status, str)}
+    told = [status for status in statuses.values() if not isinstance(status, str)]
+    runs = {status.run for status in told}
+    names = Counter((status.run, status.node) for status in told)
     for name, status in statuses.items():
         if isinstance(status, str):
             table.add_row(text(name, "bold"), text(status, "dim"))
             continue
         trained = status.loss != 0  # unset until this process has done a step
         neighbours = ", ".join(peer.node for peer in status.peers if peer.neighbour)
+        called = _name(status.node if len(runs) == 1 else f"{status.run}/{status.node}", "bold")
+        if names[status.run, status.node] > 1:
+            called.append_text(text(f" {status.address}", "dim"))
         table.add_row(
-            _name(status.node if len(runs) == 1 else f"{status.run}/{status.node}", "bold"),
+            called,
             _phase(status),
             _catch_up_bar(status, 8) if status.catch_up_total else _bar(status, 8),
             f"{status.steps_done}/{status.steps_total}" if status.steps_total else "-",

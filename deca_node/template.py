@@ -28,7 +28,8 @@ def commented() -> str:
         "# Settings of one deca-node. A line that is commented out shows the default (or, where",
         "# there is none, an example). Every setting can also be given by an environment variable,",
         "# as in DECA_SCHEDULE__STEPS=24, or by --set schedule.steps=24; the latter wins.",
-        "# Relative paths are relative to this file.",
+        "# A relative path that is set here is relative to this file; one that is given elsewhere,",
+        "# to the folder in which deca-node is called.",
     ]
     for section, info in Settings.model_fields.items():
         model = info.annotation

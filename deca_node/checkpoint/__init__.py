@@ -35,7 +35,7 @@ from deca_node.checkpoint.manifest import (
 )
 from deca_node.checkpoint.mark import MARK, check_mark, recognise
 from deca_node.checkpoint.sealing import sealed
-from deca_node.disk import in_output, sync, write_atomically
+from deca_node.disk import in_output, make_folder, sync, write_atomically
 from deca_node.errors import OutputError, PayloadError
 
 # A daemon commits in seconds at least, and between two looks at all that it keeps more than this
@@ -132,7 +132,7 @@ class Checkpoint:
                 written in another format, or no manifest is usable.
         """
         with in_output(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             try:
                 self._lock.acquire(blocking=False)
             except Timeout:

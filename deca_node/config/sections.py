@@ -166,7 +166,8 @@ class NodeSettings(Section):
     output: Path = Field(
         Path("out"),
         description="Folder of the trained model, the run's record and the state to resume "
-        "from. One run, one node, one folder.",
+        "from. One run, one node, one folder. Unset: out in the folder in which the node is "
+        "started, wherever this file is.",
     )
 
     @field_validator("advertise")

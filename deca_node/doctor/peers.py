@@ -1,4 +1,4 @@
-"""Whether the node's port is free, and whom it would meet."""
+"""Whether the node's ports are free, and whom it would meet."""
 
 import asyncio
 import contextlib
@@ -18,6 +18,7 @@ from deca_node.doctor.network import ASK_SECONDS, running
 from deca_node.errors import ListenError, PeerError, PeerRefused, TrustError, UnreachableError
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
+from deca_node.prometheus import Endpoint, Measurements
 from deca_node.search import Search
 from deca_node.swarm import Identity, Position, Swarm
 from deca_node.transport.client import ask_status
@@ -87,7 +88,7 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
     try:
         port = await transport.listen(desk, None)
     except ListenError as error:
-        return await _occupied(settings, error)
+        return await _occupied(settings, desk, error)
     identity = Identity(
         settings.run.name,
         settings.node.name,
@@ -116,6 +117,7 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
         else Check("port", Verdict.OK, f"a free one is taken at each start, such as {port}")
     ]
     try:
+        checks += await _other_ports(settings, desk)
         try:
             await search.start()
         except ListenError as error:
@@ -161,7 +163,35 @@ def _complete(swarm: Swarm, callers: set[str], settings: Settings) -> bool:
     )
 
 
-async def _occupied(settings: Settings, error: ListenError) -> list[Check]:
+async def _other_ports(settings: Settings, desk: _Desk) -> list[Check]:
+    """Whether those for health and metrics are free, beside node.port and each other."""
+    node, metrics = settings.node, settings.metrics
+    checks = []
+    healthy = GrpcTransport(node.host, 0, health_port=node.health_port)
+    try:
+        if node.health_port is not None:
+            try:
+                await healthy.listen(desk, None)
+                checks.append(_free("node.health_port", node.host, node.health_port))
+            except ListenError as error:
+                checks.append(failed("port", error))
+        if metrics.port is not None:
+            try:
+                endpoint = Endpoint(metrics.host, metrics.port, Measurements(lambda: None))
+                await asyncio.to_thread(endpoint.close)
+                checks.append(_free("metrics.port", metrics.host, endpoint.port))
+            except ListenError as error:
+                checks.append(failed("port", error))
+    finally:
+        await healthy.close(CLOSE_GRACE_SECONDS)
+    return checks
+
+
+def _free(setting: str, host: str, port: int) -> Check:
+    return Check("port", Verdict.OK, f"{joined(host, port)} is free, for {setting}")
+
+
+async def _occupied(settings: Settings, desk: _Desk, error: ListenError) -> list[Check]:
     """Who has the port?"""
     node = settings.node
     there = joined(as_called_here(node.host), node.port)
@@ -169,17 +199,17 @@ async def _occupied(settings: Settings, error: ListenError) -> list[Check]:
         shown = await access.credentials([there])
         now = await ask_status(there, ASK_SECONDS, shown.get(there))
     except (PeerError, TrustError, UnreachableError):
-        return [failed("port", error)]
-    if (now.run, now.node) == (settings.run.name, node.name):
-        return list(running(now))
-    return [
-        Check(
+        bad = failed("port", error)
+    else:
+        if (now.run, now.node) == (settings.run.name, node.name):
+            return list(running(now))
+        bad = Check(
             "port",
             Verdict.FAIL,
             f"port {node.port} is taken by node {now.node!r} of run {now.run!r}, pid {now.pid}",
             "set node.port (0 takes a free one)",
         )
-    ]
+    return [bad, *await _other_ports(settings, desk)]
 
 
 def _judge(

@@ -85,9 +85,9 @@ class GrpcTransport:
         except RuntimeError:
             found = 0
         if found == 0:
+            await server.stop(None)
             raise ListenError(
-                f"cannot listen on {address}: the port is taken or the address is not "
-                "this machine's; set node.port (0 takes a free one) or node.host"
+                f"{_cannot(address)}; set node.port (0 takes a free one) or node.host"
             )
         if socket is not None:
             _listen_locally(server, socket)
@@ -96,7 +96,12 @@ class GrpcTransport:
         for name in ("", PEER.full_name, STATUS.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if self._health_port is not None:
-            await self._serve_health(self._health_port)
+            try:
+                await self._serve_health(self._health_port)
+            except ListenError:
+                self._server = None
+                await server.stop(None)
+                raise
         return int(found)
 
     async def _serve_health(self, port: int) -> None:
@@ -109,7 +114,8 @@ class GrpcTransport:
         except RuntimeError:
             found = 0
         if found == 0:
-            raise ListenError(f"cannot listen on {address}; set node.health_port")
+            await server.stop(None)
+            raise ListenError(f"{_cannot(address)}; set node.health_port or node.host")
         await server.start()
         self._health_server = server
 
@@ -123,6 +129,10 @@ class GrpcTransport:
         for server in (self._health_server, self._server):
             if server is not None:
                 await server.stop(grace)
+
+
+def _cannot(address: str) -> str:
+    return f"cannot listen on {address}: the port is taken or the address is not this machine's"
 
 
 def _health_handlers(servicer: Any) -> grpc.GenericRpcHandler:

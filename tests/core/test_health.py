@@ -157,6 +157,21 @@ def test_waiting_alone_is_said_after_a_while():
     assert [f.key for f in diagnose(view(**WAITING, peers=[], looking=16.0))] == ["alone"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"refusals": refused("name_taken")}, ["refused:10.0.0.9:7430"]),
+        ({"peers": [replace(EVE, state=State.REFUSED, detail="x")]}, ["refused:eve"]),
+        ({"refusals": refused("name_taken", at=-30.0)}, ["alone"]),  # it is no longer there
+        ({"refusals": refused("other_run")}, ["alone"]),
+    ],
+)
+def test_who_is_refused_by_a_node_of_the_run_is_not_told_that_nobody_answers(changes, keys):
+    """The network is not to be blamed for what the refusal says."""
+    found = diagnose(view(**{**WAITING, "peers": [], **changes}))
+    assert [finding.key for finding in found] == keys
+
+
 def test_strangers_cannot_fill_the_warnings():
     """Some are named and the rest counted; what they say stays one line of bounded length."""
     crowd = [

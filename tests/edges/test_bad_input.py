@@ -14,6 +14,7 @@ from deca_node import cli
 from deca_node.standing import Standing
 from tests.tiny import make_model
 
+WRITABLE = "set node.output to another folder that can be written"
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
 
 
@@ -93,6 +94,9 @@ def test_broken_data_names_file_and_line(start, tmp_path, content, words):
         ("data.template='{body}'", 4, "body"),
         ("optimizer.bma=sometimes", 2, "optimizer.bma"),
         ("schedule.rounds=0", 2, "schedule.rounds"),
+        (f"node.output={__file__}", 8, f"{__file__}: File exists; {WRITABLE}"),
+        (f"node.output={__file__}/out", 8, f"Not a directory; {WRITABLE}"),
+        ("node.output=/proc/out", 8, f"/proc/out: no folder can be made there; {WRITABLE}"),
     ],
 )
 def test_each_culprit_is_named(start, change, code, words):
@@ -147,6 +151,14 @@ def test_a_taken_port_is_named(start):
     assert code == 6
     assert str(port) in error
     assert "node.port" in error
+
+
+@pytest.mark.parametrize("interface", ["203.0.113.9", "eth0"])
+def test_an_interface_that_is_not_there_is_named_before_the_model_is_read(start, interface):
+    network = ["network.zeroconf=true", f'network.interfaces=["127.0.0.1", "{interface}"]']
+    code, error = start("model.path=/absent", *network)
+    assert code == 6
+    assert error.startswith(f"network.interfaces: {interface} is no IP address of this machine; ")
 
 
 def test_a_model_that_is_not_causal_is_named(start, model, tmp_path):

@@ -102,11 +102,13 @@ def test_a_document_gives_the_same_settings_again(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["status", "127.0.0.1:99999"], 2, "'127.0.0.1:99999' is not HOST:PORT"),
-        (["peers", "foo"], 2, "'foo' is not HOST:PORT"),
+        (["peers", "foo"], 3, "foo: no node of that name runs on this machine"),
+        (["peers", "foo:bar"], 2, "'foo:bar' is not HOST:PORT"),
         (["status", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
         (["status"], 3, "no node runs on this machine"),
         (["peers", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
         (["partition", "absent.jsonl", "out", "-n", "2"], 4, "absent.jsonl: no such file"),
+        (["init", "absent/node.toml"], 8, "in a folder that is there and can be written"),
         (["testbed"], 2, "give either --train FILE or --shards DIR"),
     ],
 )
@@ -242,12 +244,33 @@ def test_json_has_one_shape(
     monkeypatch.setattr(registry, "local_nodes", lambda: [entry])
     for verb in ("status", "peers"):
         assert _run(verb, "192.0.2.1:7430", "--json") == 0
+        assert _run(verb, "alice", "--json") == 0
         assert _run(verb, "--json") == 0
-    node, nodes, peers, all_peers = map(json.loads, capsys.readouterr().out.splitlines())
+    printed = map(json.loads, capsys.readouterr().out.splitlines())
+    node, by_name, nodes, peers, peers_by_name, all_peers = printed
+    assert node == by_name
+    assert peers == peers_by_name
     assert [node] == nodes
     assert node["node"] == "alice"
     assert peers[0]["node"] == "bob"
     assert all_peers == [{"run": "bbc", "node": "alice", "peers": peers}]
+
+
+def test_two_nodes_of_one_name_are_two_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told apart by their addresses: that there are two may be what is wrong."""
+    addresses = ["127.0.0.1:7430", "127.0.0.1:7431"]
+
+    async def answer(asked: list[str], *_: object) -> list[pb.NodeStatus]:
+        return [pb.NodeStatus(run="bbc", node="alice", address=each) for each in asked]
+
+    entries = [registry.Entry(each, "bbc", "alice", 1) for each in addresses]
+    monkeypatch.setattr(cli, "ask_all", answer)
+    monkeypatch.setattr(registry, "local_nodes", lambda: entries)
+    assert _run("status") == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["alice", each] for each in addresses]
 
 
 async def test_something_else_that_speaks_grpc_is_no_node() -> None:

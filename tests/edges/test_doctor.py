@@ -267,6 +267,31 @@ async def test_a_port_of_another_program_fails(words):
     assert "node.port" in bad.remedy
 
 
+@pytest.mark.parametrize("setting", ["node.health_port", "metrics.port"])
+async def test_the_other_ports_are_looked_at_as_start_does(words, setting):
+    """Taken by another program, or by this node itself."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        checks = await look(words, "run.start_when=1", f"{setting}={taken}")
+    assert verdicts(checks, "port") == [Verdict.OK, Verdict.FAIL]
+    bad = by_name(checks)["port"][1]
+    assert f"127.0.0.1:{taken}" in bad.found
+    assert setting in bad.remedy
+    same = [f"{setting}={taken}", f"node.port={taken}"]
+    checks = await look(words, "run.start_when=1", *same)
+    assert verdicts(checks, "port") == [Verdict.OK, Verdict.FAIL]
+    checks = await look(words, "run.start_when=1", f"{setting}={taken}")
+    assert verdicts(checks, "port") == [Verdict.OK, Verdict.OK]
+
+
+async def test_a_port_that_is_free_is_not_so_for_two(words):
+    port = free_port()
+    two = [f"node.health_port={port}", f"metrics.port={port}"]
+    checks = await look(words, "run.start_when=1", *two)
+    assert verdicts(checks, "port") == [Verdict.OK, Verdict.OK, Verdict.FAIL]
+    assert "metrics.port" in by_name(checks)["port"][2].remedy
+
+
 async def both(words, first=(), second=()):
     """Two machines are checked at the same time; the first knows the second's address."""
     port = free_port()

@@ -68,6 +68,19 @@ async def test_a_block_that_could_not_be_kept_is_kept_with_the_next(tmp_path, mo
             assert torch.equal(tensor, model[name])
 
 
+async def test_the_log_names_whole_paths(tmp_path, monkeypatch):
+    """So that what a node has left is found, wherever it was called."""
+    chosen = settings(tmp_path, "node.output=left/here")
+    monkeypatch.chdir(tmp_path)
+    with structlog.testing.capture_logs() as lines:
+        assert await Node(chosen, structlog.get_logger()).run()
+        assert await Node(chosen, structlog.get_logger()).run()
+    folder = tmp_path / "left" / "here"
+    assert [line["output"] for line in lines if "output" in line] == [str(folder)]
+    models = [line["model"] for line in lines if "finished" in line["event"]]
+    assert models == [str(folder / "model")] * 2
+
+
 class Looking(Node):
     """A node whose status is looked at after every step."""
 

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deca_node.blocks import Schedule, partition_layers
@@ -20,6 +21,7 @@ from deca_node.prometheus import Endpoint, Measurements
 from deca_node.rounds import Seconds, StepRecord
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/deca-node.json"
+WATCHING = Path(__file__).parents[2] / "docs/watching.md"
 SCHEDULE = Schedule(partition_layers(6, 1), 2, 3, "ascending", 0)
 
 
@@ -120,6 +122,24 @@ def test_a_scrape_tells_the_last_step_the_edges_and_the_refusals(served) -> None
     assert sum(v for (name, _), v in found.items() if name == "deca_phase") == 1
     assert found["deca_peers", (("state", "gone"),)] == 1
     assert "process_cpu_seconds_total" in {name for name, _ in found}
+
+
+def test_the_alerts_of_the_documents_ask_for_what_is_served(served) -> None:
+    """Names and the values of labels; what Prometheus adds itself is not looked at."""
+    measurements, port = served
+    measurements.stands(status())
+    measurements.stepped(record(0))
+    found = scrape(port)
+    [text] = re.findall(r"^```yaml title=alerts.yml\n(.*?)^```$", WATCHING.read_text(), re.M | re.S)
+    rules = yaml.safe_load(text)["groups"][0]["rules"]
+    asked = " ".join(rule["expr"] for rule in rules)
+    assert len(rules) == 3
+    assert set(re.findall(r"\bdeca_\w+", asked)) <= {name for name, _ in found}
+    phases = re.findall(r'deca_phase\{phase="(\w+)"\}', asked)
+    assert phases
+    assert all(("deca_phase", (("phase", phase),)) in found for phase in phases)
+    scraped = yaml.safe_load((DASHBOARD.parents[1] / "prometheus/prometheus.yml").read_text())
+    assert re.findall(r'job="([^"]*)"', asked) == [scraped["scrape_configs"][0]["job_name"]]
 
 
 def test_labels_are_bounded_and_those_of_now(served) -> None:

@@ -67,6 +67,17 @@ def test_folders_elsewhere_are_opened_for_writing(config, tmp_path):
     assert f"install -d -o deca-node {tmp_path}/my out" in result.stderr
 
 
+def test_paths_that_lead_up_and_down_are_plain(config, tmp_path):
+    """systemd ignores ReadWritePaths with .. in them, and the node could not write."""
+    up = tmp_path / "sub" / ".."
+    with config.open("a") as file:
+        file.write(f'[node]\noutput = "../{tmp_path.name}/out"\n[trust]\nfolder = "{up}/keys"\n')
+    text = printed("--config", up / config.name)
+    assert values(text, "ReadWritePaths") == [f"{tmp_path}/out", f"{tmp_path}/keys"]
+    (start,) = values(text, "ExecStart")
+    assert start.split()[-1] == str(config)
+
+
 def test_odd_paths_are_quoted(config):
     """systemd reads %, $, quotes and blanks in its own way."""
     settings = load(config)

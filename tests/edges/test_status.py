@@ -110,6 +110,26 @@ def test_one_node_in_full() -> None:
     assert "said [b]goodbye" in text  # a peer's text is no markup
 
 
+def test_after_the_last_step_there_is_no_place_in_the_schedule() -> None:
+    """No round 3 of 2; as the dashboard says it."""
+    done = _example()
+    done.round, done.steps_done, done.steps_total, done.position = 2, 120, 120, 0
+    text = _text(status.render(done))
+    assert "all steps done" in text
+    assert "round" not in text
+
+
+def test_what_is_piped_has_a_line_for_each_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Addresses are whole, however long they are and the rest is."""
+    now = _example()
+    address = f"{'long-name.' * 20}example.org:7430"
+    now.peers[1].address = now.peers[1].detail = address
+    status.make_console().print(status.render_peers(now.peers))
+    _, bob, carol = capsys.readouterr().out.splitlines()
+    assert bob.startswith("bob")
+    assert carol.split()[-2:] == [address, address]
+
+
 def test_a_node_that_has_not_begun() -> None:
     """No numbers are made up."""
     text = _text(

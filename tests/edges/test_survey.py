@@ -275,6 +275,11 @@ def test_a_node_is_named_by_name_run_or_address():
             with pytest.raises(errors.ConfigError, match="name the run, too"):
                 cli_watch.target("alice")
             assert cli_watch.target("other/alice") == "127.0.0.1:8"
+        with (
+            registry.announce("127.0.0.1:9", "run", "alice"),
+            pytest.raises(errors.ConfigError, match=r"run/alice at 127.0.0.1:9; .* the address"),
+        ):
+            cli_watch.target("run/alice")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """One contract, two transports: what loopback promises, gRPC keeps, and the other way round."""
 
 import asyncio
+import gc
+import socket
 import sys
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -279,6 +281,23 @@ async def test_health_and_reflection_work_without_our_protos():
         services, described = await asyncio.to_thread(reflect)
         assert {"deca.v1.Peer", "deca.v1.Status", "grpc.health.v1.Health"} <= services
         assert described == {"Control", "Peer", "Status"}
+
+
+def test_a_port_for_health_that_is_taken_leaves_nothing_open(capsys):
+    """Nor does anything speak after the error, when the event loop is gone."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        socket.create_server(("127.0.0.1", 0)) as own,
+    ):
+        taken, port = (each.getsockname()[1] for each in (other, own))
+        own.close()
+        transport = GrpcTransport("127.0.0.1", port, health_port=taken)
+        with pytest.raises(ListenError, match=f"{taken}: the port is taken .* node.health_port"):
+            asyncio.run(transport.listen(Answers(), None))
+        socket.create_server(("127.0.0.1", port)).close()
+        del transport
+        gc.collect()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
