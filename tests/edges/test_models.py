@@ -1,5 +1,6 @@
 """models against real architectures of transformers, tiny and random."""
 
+import copy
 import errno
 import json
 import shutil
@@ -28,7 +29,7 @@ from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, read
 from deca_node.models.tokenizer import tokenizer_digest
 from deca_node.models.writing import written_whole
 from deca_node.moments import Rule, half_step
-from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, FAMILIES, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 TIED = {"llama", "qwen2", "gemma2", "gpt2"}
@@ -802,6 +803,22 @@ def test_export_needs_a_free_place(folder: Callable[[str], Path], tmp_path: Path
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
     assert "rest" not in {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_model_with_several_chat_templates_is_written(tmp_path: Path) -> None:
+    """transformers keeps all but the default one in a folder within the model's."""
+    source = make_model(tmp_path / "source")
+    hf = copy.deepcopy(make_tokenizer())
+    hf.chat_template = {"default": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE + "{{ tools }}"}
+    hf.save_pretrained(source)
+    load(source).export(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    written = load(tmp_path / "out").tokenizer
+    assert written.hf.chat_template == hf.chat_template
+    assert told(written, TALK) == told(Tokenizer(make_tokenizer(), Path("some")), TALK)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any(path.parent.name == "additional_chat_templates" for path in files)
+    assert len({stat.S_IMODE(file.stat().st_mode) for file in files}) == 1
 
 
 @pytest.mark.parametrize(
