@@ -614,9 +614,11 @@ def check_capacity(
 ) -> str:
     """Whether a model can take examples: their ids, and as many tokens in a row.
 
+    Labelled examples count with the longest label: evaluation tries each of them on every prompt.
+
     Args:
         examples: to train on and to evaluate with; at least one.
-        completions: of the labels.
+        completions: of the labels; empty outside classification.
         pad_id: what examples are padded with.
         model: its path.
         capacity: what it can take.
@@ -629,21 +631,31 @@ def check_capacity(
         ConfigError: an example is longer than the model can take.
     """
     texts = [example.input_ids for example in examples]
-    if (highest := max(pad_id, *map(max, texts), *map(max, completions))) >= capacity.ids:
+    words = list(completions)
+    if (highest := max(pad_id, *map(max, texts), *map(max, words))) >= capacity.ids:
         raise ModelError(
             f"{model}: its tokenizer gives ids up to {highest}, its embedding has {capacity.ids} "
             "rows; put the tokenizer that belongs to the model into its folder, or enlarge the "
             "embedding (resize_token_embeddings of transformers), the same on all nodes"
         )
-    made, longest = capacity.positions, max(map(len, texts))
+    sizes = [len(word) for word in words]
+    most = max(sizes, default=0)
+    longest = max(
+        len(text) + (most - sum(example.completion) if words else 0)
+        for text, example in zip(texts, examples, strict=True)
+    )
+    made = capacity.positions
     if not made or longest <= made:
         return ""
+    found = f"the longest example has {longest} tokens"
+    if longest > max(map(len, texts)):
+        found += " with the longest label, which evaluation tries on all"
+    fitting = made - (most - min(sizes, default=0))  # a row is cut to fit with its own label
     if capacity.bound:
         raise ConfigError(
-            f"data.max_tokens: the longest example has {longest} tokens, and {model} can take "
-            f"{made}; lower it to {made}"
+            f"data.max_tokens: {found}, and {model} can take {made}; lower it to {fitting}"
         )
     return (
-        f"the longest example has {longest} tokens, and {model} was made for {made}: beyond, it "
-        f"may learn little; set data.max_tokens = {made}"
+        f"{found}, and {model} was made for {made}: beyond, it may learn little; "
+        f"set data.max_tokens = {fitting}"
     )
