@@ -34,14 +34,14 @@ Row = Mapping[str, Any]
 
 
 def text_of(row: Row, field: str, where: str) -> str:
-    """The text in a field; numbers and booleans become text.
+    """The text in a field; numbers become text, and booleans as JSON writes them.
 
     Raises:
         DataError: the field is missing, null or composite; ``where`` begins the message.
     """
     value = _value_of(row, field, where)
     _check(value, field, where, _TEXT)
-    return str(value)
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def question(row: Row, settings: DataSettings, where: str) -> str:

@@ -224,14 +224,27 @@ def test_labels_that_look_the_same_are_told() -> None:
     assert label_counts(made) == dict.fromkeys(sorted(labels), 1)
 
 
-def test_numbers_as_labels_are_taken_as_written() -> None:
-    """So that the same table says the same as CSV and as Parquet."""
+def test_labels_that_are_no_text_are_taken_as_written() -> None:
+    """So that the same table says the same as CSV and as Parquet; booleans as JSON has them."""
     rows = [{"text": "t", "label": label} for label in (1, 1.0, True)]
     assert list(label_counts(examples(rows, data_settings(), TOKENIZER, SOURCE))) == [
         "1",
         "1.0",
-        "True",
+        "true",
     ]
+
+
+def test_booleans_are_the_same_labels_in_every_form(tmp_path: Path) -> None:
+    """What CSV and JSON have as ``true`` is no other label in Parquet."""
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text('{"text": "t", "label": true}\n{"text": "t", "label": false}')
+    (tmp_path / "a.csv").write_text("text,label\nt,true\nt,false\n")
+    datasets.Dataset.from_list(read_rows(tmp_path / "a.jsonl")).to_parquet(tmp_path / "a.parquet")
+    settings = data_settings(labels={"true": "yes", "false": "no"})
+    for path in tmp_path.iterdir():
+        found = examples(read_rows(path), settings, TOKENIZER, path)
+        assert [example.label for example in found] == ["true", "false"], path.name
 
 
 @pytest.mark.parametrize(
