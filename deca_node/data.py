@@ -464,13 +464,18 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
         raise DataError(f"{where}: field {field!r} is not a list of {{role, content}} objects")
     if not messages:
         raise DataError(f"{where}: field {field!r} has no messages; take the row out")
-    return [
-        {
-            key: text_of(entry, key, f"{where}: message {number} of {field!r}")
-            for key in ("role", "content")
-        }
-        for number, entry in enumerate(messages, start=1)
-    ]
+    found = []
+    for number, entry in enumerate(messages, start=1):
+        place_in_row = f"{where}: message {number} of {field!r}"
+        if entry.get(
+            "tool_calls"
+        ):  # templates write them, each in its way; here they would be lost
+            raise DataError(
+                f"{place_in_row} has tool_calls, which are not trained; write the call into its"
+                " content as the model is to say it, or take the row out"
+            )
+        found.append({key: text_of(entry, key, place_in_row) for key in ("role", "content")})
+    return found
 
 
 def _text(

@@ -527,6 +527,24 @@ def test_unknown_roles_are_refused(roles: tuple[str, ...], message: str) -> None
         examples([row], data_settings(task="instruction"), AnyRole(), SOURCE)
 
 
+def test_calls_of_tools_are_refused() -> None:
+    """They would be lost, and the turn trained as an empty one; none at all are no obstacle."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    settings = data_settings(task="instruction")
+    for content in ("", None):
+        said = {"role": "assistant", "content": content, "tool_calls": [call]}
+        row = {"messages": [{"role": "user", "content": "a"}, said]}
+        with pytest.raises(
+            DataError, match=r"row 1: message 2 of 'messages' has tool_calls, .* into its content"
+        ):
+            examples([row], settings, AnyRole(), SOURCE)
+    for none in (None, []):  # as Parquet has them in messages without
+        turns = [("user", "a"), ("assistant", "c")]
+        row = {"messages": [{"role": r, "content": c, "tool_calls": none} for r, c in turns]}
+        [example] = examples([row], settings, AnyRole(), SOURCE)
+        assert completion_of(example) == "c"
+
+
 def test_tool_messages_are_no_strangers() -> None:
     turns = [("user", "a"), ("tool", "b"), ("assistant", "c")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
