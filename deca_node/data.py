@@ -123,8 +123,8 @@ class Tokenizer(Protocol):
     def chat(self, messages: list[dict[str, str]], limit: int) -> list[tuple[list[int], bool]]:
         """A conversation's token ids in order, in segments.
 
-        The flag is True where the segment is an assistant's text, which is to be learned. What
-        follows once there are more than ``limit`` tokens may be left out.
+        The flag is True where the segment is an assistant's text, which is to be learned; a blank
+        one is not. What follows once there are more than ``limit`` tokens may be left out.
 
         Raises:
             ValueError: the model's chat template does not take these messages.
@@ -418,13 +418,16 @@ def _instruction(
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from None
     if unheard := _unheard(messages, settings, where):
         return unheard
+    # A template's mark of a turn's end would be all that such a chat teaches.
+    if not any(each["content"].strip() for each in messages if each["role"] == "assistant"):
+        return "the answer is empty; give it one"
     ids = [token for segment, _ in segments for token in segment]
     trained = [flag for segment, flag in segments for _ in segment]
     # Nothing predicts the first token, so it alone teaches nothing.
     if not any(trained[1:size]):
         if len(ids) > size:
             return f"nothing is learned within data.max_tokens = {size}; raise it"
-        return "the answer is empty; give it one"
+        return "nothing stands before the answer; begin with what the user says"
     return [Example(ids[:size], trained[:size])]
 
 

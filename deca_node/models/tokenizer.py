@@ -107,8 +107,8 @@ class Tokenizer:
         Segments end once there are more than ``limit`` tokens.
 
         That is what the chat template makes of an assistant's message after the generation prompt,
-        up to and with the token that ends its turn. A first message whose begin the template does
-        not mark is not learned.
+        up to and with the token that ends its turn. A blank message is not learned, and neither is
+        a first one whose begin the template does not mark.
 
         Raises:
             ModelError: the model has no chat template.
@@ -120,7 +120,7 @@ class Tokenizer:
         segments = []
         end = 0
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not message["content"].strip():
                 continue
             answered = self._render(messages[: index + 1])
             if index:

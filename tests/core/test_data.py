@@ -471,6 +471,16 @@ def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
     assert logs[0]["why"] == "in 1 nothing is learned within data.max_tokens = 16; raise it"
 
 
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
+    """Though a template's mark of its end could be learned."""
+    rows = [{"prompt": "a", "response": blank}, {"prompt": "a", "response": "b"}]
+    with capture_logs() as logs:
+        [example] = examples(rows, data_settings(task="instruction"), TOKENIZER, SOURCE)
+    assert completion_of(example) == "b"
+    assert [entry["why"] for entry in logs] == ["in 1 the answer is empty; give it one"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -591,6 +601,11 @@ ASKED = {"messages": [{"role": "user", "content": "a"}]}
             "instruction",
             [{"messages": [{"role": "assistant", "content": ""}]}],
             "in 1 the answer is empty; give it one",
+        ),
+        (
+            "instruction",
+            [{"messages": [{"role": "assistant", "content": "a"}]}],
+            "in 1 nothing stands before the answer; begin with what the user says",
         ),
     ],
 )

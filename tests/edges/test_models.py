@@ -614,6 +614,20 @@ def test_chat_marks_what_the_assistant_says() -> None:
     ]
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|end|>", "")])
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_answer_is_not_learned(template: str, blank: str) -> None:
+    """The others of its chat are, whether or not the template marks a turn's end."""
+    tokenizer = Tokenizer(make_tokenizer(template), Path("some"))
+    said = [*TALK[:1], {"role": "assistant", "content": blank}, *TALK[2:]]
+    found = told(tokenizer, said)
+    end = "<|end|>" if "<|end|>" in template else ""
+    assert [text for text, learned in found if learned] == ["due" + end]
+    whole = tokenizer.hf.apply_chat_template(said, tokenize=False)
+    assert "".join(text for text, _ in found) == whole
+    assert not any(learned for _, learned in told(tokenizer, said[:2]))
+
+
 def test_chat_of_a_thinking_model() -> None:
     """An empty thought that the template adds to the last answer alone is learned there."""
     template = (
