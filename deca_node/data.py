@@ -141,7 +141,8 @@ def examples(
     """Turn rows into examples of at most ``settings.max_tokens`` tokens, in the rows' order.
 
     - classification: ``[bos] template completion``. A row that is too long has its longest text
-      field cut at the end, so the template's text and the completion stay whole.
+      field cut at the end, so the template's text and the completion stay whole. A row without
+      any text is kept, with a warning.
     - instruction: the chat, cut at the end. A row that loses all it would teach is dropped.
     - text: ``[bos] text [eos]`` in as many pieces as needed; a piece of one token teaches nothing
       and is dropped.
@@ -178,6 +179,8 @@ def examples(
             dropped=reasons.total(),
             why=why,
         )
+    if settings.task == "classification":
+        _warn_of_blanks(rows, settings, source)
     return found
 
 
@@ -357,6 +360,20 @@ def _template_fields(template: str) -> list[str]:
     if not names or any(not name or name.isdecimal() for name in names):
         raise ConfigError(f"data.template = {template!r}: name the fields of a row, as in {{text}}")
     return names
+
+
+def _warn_of_blanks(rows: Sequence[Row], settings: DataSettings, source: Path) -> None:
+    parts = _replaced(settings.template)
+    part = string.Formatter().get_field
+    blank = sum(all(not str(part(name, (), row)[0]).strip() for name in parts) for row in rows)
+    if blank:
+        _log.warning(
+            "rows of which all is empty that data.template names: their labels are learned as what"
+            " follows no text; take them out, or see data.template",
+            source=str(source),
+            rows=len(rows),
+            empty=blank,
+        )
 
 
 def _warn_of_line_breaks(settings: DataSettings) -> None:

@@ -224,6 +224,19 @@ def test_labels_that_look_the_same_are_told() -> None:
     assert label_counts(made) == dict.fromkeys(sorted(labels), 1)
 
 
+def test_rows_without_text_are_counted_once() -> None:
+    """They are trained as they are: an empty field may mean something, if not all are."""
+    settings = data_settings(template="{title}: {meta[text]}")
+    parts = [("", " "), ("", "a"), ("a", ""), ("\n", ""), ("", 0)]
+    rows = [{"title": title, "meta": {"text": text}, "label": "x"} for title, text in parts]
+    with capture_logs() as logs:
+        assert len(examples(rows, settings, TOKENIZER, SOURCE)) == 5
+        examples(rows[1:3], settings, TOKENIZER, SOURCE)
+    assert [(entry["rows"], entry["empty"], entry["source"]) for entry in logs] == [
+        (5, 2, "shard.jsonl")
+    ]
+
+
 def test_labels_that_are_no_text_are_taken_as_written() -> None:
     """So that the same table says the same as CSV and as Parquet; booleans as JSON has them."""
     rows = [{"text": "t", "label": label} for label in (1, 1.0, True)]
