@@ -100,8 +100,8 @@ class Tokenizer(Protocol):
     """What this file asks of a model's tokenizer. No method adds tokens that were not asked for."""
 
     @property
-    def bos_id(self) -> int | None:
-        """The token that this model expects before every text, None when it expects none."""
+    def prefix(self) -> Sequence[int]:
+        """The tokens that this model expects before every text: in most bos, or none."""
 
     @property
     def eos_id(self) -> int | None:
@@ -140,12 +140,12 @@ def examples(
 ) -> list[Example]:
     """Turn rows into examples of at most ``settings.max_tokens`` tokens, in the rows' order.
 
-    - classification: ``[bos] template completion``. A row that is too long has its longest text
+    - classification: ``[prefix] template completion``. A row that is too long has its longest text
       field cut at the end, so the template's text and the completion stay whole. A row without
       any text is kept, with a warning.
     - instruction: the chat, cut at the end. A row that loses all it would teach is dropped.
-    - text: ``[bos] text [eos]`` in as many pieces as needed; a piece of one token teaches nothing
-      and is dropped.
+    - text: ``[prefix] text [eos]`` in as many pieces as needed; a piece of one token teaches
+      nothing and is dropped.
 
     Args:
         rows: what ``read_rows`` gave.
@@ -245,9 +245,8 @@ def _classification(
             " add it to data.labels"
         )
     completion = completions[label]
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    room = settings.max_tokens - len(start) - len(completion)
-    prompt = start + _prompt(row, settings, tokenizer, room, where)
+    room = settings.max_tokens - len(tokenizer.prefix) - len(completion)
+    prompt = [*tokenizer.prefix, *_prompt(row, settings, tokenizer, room, where)]
     if not prompt:
         raise DataError(f"{where}: the prompt is empty; add text to data.template")
     trained = [False] * len(prompt) + [True] * len(completion)
@@ -504,8 +503,7 @@ def _text(
     ids = tokenizer.encode(text_of(row, settings.text_field, where))
     if not ids:
         return "there is no text; see data.text_field"
-    if tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
+    ids = [*tokenizer.prefix, *ids]
     if tokenizer.eos_id is not None:
         ids = [*ids, tokenizer.eos_id]
     size = settings.max_tokens

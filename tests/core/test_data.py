@@ -28,9 +28,9 @@ class ByteTokenizer:
     """One token a UTF-8 byte."""
 
     def __init__(
-        self, bos_id: int | None = BOS, eos_id: int | None = EOS, *, tells: bool = True
+        self, prefix: Sequence[int] = (BOS,), eos_id: int | None = EOS, *, tells: bool = True
     ) -> None:
-        self.bos_id = bos_id
+        self.prefix = prefix
         self.tells = tells  # where in a text a token begins
         self.eos_id = eos_id
         self.pad_id = PAD
@@ -147,10 +147,21 @@ def test_template_that_ends_in_white_space_gets_no_second_space() -> None:
 
 def test_tokenizer_without_bos() -> None:
     """No BOS is made up."""
-    tokenizer = ByteTokenizer(bos_id=None)
+    tokenizer = ByteTokenizer(prefix=())
     [example] = examples([{"text": "a", "label": "x"}], data_settings(), tokenizer, SOURCE)
     assert decode(example.input_ids) == "a\nLabel: x"
     assert example.input_ids[0] == ord("a")
+
+
+def test_all_that_the_tokenizer_puts_before_a_text_is_kept() -> None:
+    """As GLM-4's two tokens, which take of data.max_tokens like any others."""
+    tokenizer = ByteTokenizer(prefix=[300, 301])
+    row = {"text": "alpha beta gamma delta", "label": "x"}
+    [labelled] = examples([row], data_settings(max_tokens=28), tokenizer, SOURCE)
+    assert labelled.input_ids == [300, 301, *b"alpha beta gamma\nLabel: x"]
+    assert len(labelled.input_ids) <= 28
+    [text] = examples([row], data_settings(task="text"), tokenizer, SOURCE)
+    assert text.input_ids == [300, 301, *b"alpha beta gamma delta", EOS]
 
 
 def test_label_token_ids_are_those_of_the_examples() -> None:
@@ -415,7 +426,7 @@ def test_prompt_without_tokens() -> None:
         examples(
             [{"text": "", "label": "a"}],
             data_settings(template="{text}"),
-            ByteTokenizer(bos_id=None),
+            ByteTokenizer(prefix=()),
             SOURCE,
         )
 
@@ -629,7 +640,7 @@ def test_rows_without_an_example_are_an_empty_shard(
     settings = data_settings(task=task, max_tokens=8)
     message = f"shard.jsonl: empty shard: none of {len(rows)} rows gives an example: {why}"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-        examples(rows, settings, AnyRole(None, None), SOURCE)
+        examples(rows, settings, AnyRole((), None), SOURCE)
 
 
 @pytest.mark.parametrize(
