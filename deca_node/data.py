@@ -34,14 +34,14 @@ Row = Mapping[str, Any]
 
 
 def text_of(row: Row, field: str, where: str) -> str:
-    """The text in a field; numbers and booleans become text.
+    """The text in a field; numbers become text, and booleans as JSON writes them.
 
     Raises:
         DataError: the field is missing, null or composite; ``where`` begins the message.
     """
     value = _value_of(row, field, where)
     _check(value, field, where, _TEXT)
-    return str(value)
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def question(row: Row, settings: DataSettings, where: str) -> str:
@@ -100,8 +100,8 @@ class Tokenizer(Protocol):
     """What this file asks of a model's tokenizer. No method adds tokens that were not asked for."""
 
     @property
-    def bos_id(self) -> int | None:
-        """The token that this model expects before every text, None when it expects none."""
+    def prefix(self) -> Sequence[int]:
+        """The tokens that this model expects before every text: in most bos, or none."""
 
     @property
     def eos_id(self) -> int | None:
@@ -123,8 +123,8 @@ class Tokenizer(Protocol):
     def chat(self, messages: list[dict[str, str]], limit: int) -> list[tuple[list[int], bool]]:
         """A conversation's token ids in order, in segments.
 
-        The flag is True where the segment is an assistant's text, which is to be learned. What
-        follows once there are more than ``limit`` tokens may be left out.
+        The flag is True where the segment is an assistant's text, which is to be learned; a blank
+        one is not. What follows once there are more than ``limit`` tokens may be left out.
 
         Raises:
             ValueError: the model's chat template does not take these messages.
@@ -140,11 +140,12 @@ def examples(
 ) -> list[Example]:
     """Turn rows into examples of at most ``settings.max_tokens`` tokens, in the rows' order.
 
-    - classification: ``[bos] template completion``. A row that is too long has its longest text
-      field cut at the end, so the template's text and the completion stay whole.
+    - classification: ``[prefix] template completion``. A row that is too long has its longest text
+      field cut at the end, so the template's text and the completion stay whole. A row without
+      any text is kept, with a warning.
     - instruction: the chat, cut at the end. A row that loses all it would teach is dropped.
-    - text: ``[bos] text [eos]`` in as many pieces as needed; a piece of one token teaches nothing
-      and is dropped.
+    - text: ``[prefix] text [eos]`` in as many pieces as needed; a piece of one token teaches
+      nothing and is dropped.
 
     Args:
         rows: what ``read_rows`` gave.
@@ -178,6 +179,8 @@ def examples(
             dropped=reasons.total(),
             why=why,
         )
+    if settings.task == "classification":
+        _warn_of_blanks(rows, settings, source)
     return found
 
 
@@ -242,9 +245,8 @@ def _classification(
             " add it to data.labels"
         )
     completion = completions[label]
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    room = settings.max_tokens - len(start) - len(completion)
-    prompt = start + _prompt(row, settings, tokenizer, room, where)
+    room = settings.max_tokens - len(tokenizer.prefix) - len(completion)
+    prompt = [*tokenizer.prefix, *_prompt(row, settings, tokenizer, room, where)]
     if not prompt:
         raise DataError(f"{where}: the prompt is empty; add text to data.template")
     trained = [False] * len(prompt) + [True] * len(completion)
@@ -359,6 +361,20 @@ def _template_fields(template: str) -> list[str]:
     return names
 
 
+def _warn_of_blanks(rows: Sequence[Row], settings: DataSettings, source: Path) -> None:
+    parts = _replaced(settings.template)
+    part = string.Formatter().get_field
+    blank = sum(all(not str(part(name, (), row)[0]).strip() for name in parts) for row in rows)
+    if blank:
+        _log.warning(
+            "rows of which all is empty that data.template names: their labels are learned as what"
+            " follows no text; take them out, or see data.template",
+            source=str(source),
+            rows=len(rows),
+            empty=blank,
+        )
+
+
 def _warn_of_line_breaks(settings: DataSettings) -> None:
     if "\\n" in settings.template:
         _log.warning(
@@ -418,13 +434,16 @@ def _instruction(
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from None
     if unheard := _unheard(messages, settings, where):
         return unheard
+    # A template's mark of a turn's end would be all that such a chat teaches.
+    if not any(each["content"].strip() for each in messages if each["role"] == "assistant"):
+        return "the answer is empty; give it one"
     ids = [token for segment, _ in segments for token in segment]
     trained = [flag for segment, flag in segments for _ in segment]
     # Nothing predicts the first token, so it alone teaches nothing.
     if not any(trained[1:size]):
         if len(ids) > size:
             return f"nothing is learned within data.max_tokens = {size}; raise it"
-        return "the answer is empty; give it one"
+        return "nothing stands before the answer; begin with what the user says"
     return [Example(ids[:size], trained[:size])]
 
 
@@ -464,13 +483,18 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
         raise DataError(f"{where}: field {field!r} is not a list of {{role, content}} objects")
     if not messages:
         raise DataError(f"{where}: field {field!r} has no messages; take the row out")
-    return [
-        {
-            key: text_of(entry, key, f"{where}: message {number} of {field!r}")
-            for key in ("role", "content")
-        }
-        for number, entry in enumerate(messages, start=1)
-    ]
+    found = []
+    for number, entry in enumerate(messages, start=1):
+        place_in_row = f"{where}: message {number} of {field!r}"
+        if entry.get(
+            "tool_calls"
+        ):  # templates write them, each in its way; here they would be lost
+            raise DataError(
+                f"{place_in_row} has tool_calls, which are not trained; write the call into its"
+                " content as the model is to say it, or take the row out"
+            )
+        found.append({key: text_of(entry, key, place_in_row) for key in ("role", "content")})
+    return found
 
 
 def _text(
@@ -479,8 +503,7 @@ def _text(
     ids = tokenizer.encode(text_of(row, settings.text_field, where))
     if not ids:
         return "there is no text; see data.text_field"
-    if tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
+    ids = [*tokenizer.prefix, *ids]
     if tokenizer.eos_id is not None:
         ids = [*ids, tokenizer.eos_id]
     size = settings.max_tokens
@@ -614,9 +637,11 @@ def check_capacity(
 ) -> str:
     """Whether a model can take examples: their ids, and as many tokens in a row.
 
+    Labelled examples count with the longest label: evaluation tries each of them on every prompt.
+
     Args:
         examples: to train on and to evaluate with; at least one.
-        completions: of the labels.
+        completions: of the labels; empty outside classification.
         pad_id: what examples are padded with.
         model: its path.
         capacity: what it can take.
@@ -629,21 +654,31 @@ def check_capacity(
         ConfigError: an example is longer than the model can take.
     """
     texts = [example.input_ids for example in examples]
-    if (highest := max(pad_id, *map(max, texts), *map(max, completions))) >= capacity.ids:
+    words = list(completions)
+    if (highest := max(pad_id, *map(max, texts), *map(max, words))) >= capacity.ids:
         raise ModelError(
             f"{model}: its tokenizer gives ids up to {highest}, its embedding has {capacity.ids} "
             "rows; put the tokenizer that belongs to the model into its folder, or enlarge the "
             "embedding (resize_token_embeddings of transformers), the same on all nodes"
         )
-    made, longest = capacity.positions, max(map(len, texts))
+    sizes = [len(word) for word in words]
+    most = max(sizes, default=0)
+    longest = max(
+        len(text) + (most - sum(example.completion) if words else 0)
+        for text, example in zip(texts, examples, strict=True)
+    )
+    made = capacity.positions
     if not made or longest <= made:
         return ""
+    found = f"the longest example has {longest} tokens"
+    if longest > max(map(len, texts)):
+        found += " with the longest label, which evaluation tries on all"
+    fitting = made - (most - min(sizes, default=0))  # a row is cut to fit with its own label
     if capacity.bound:
         raise ConfigError(
-            f"data.max_tokens: the longest example has {longest} tokens, and {model} can take "
-            f"{made}; lower it to {made}"
+            f"data.max_tokens: {found}, and {model} can take {made}; lower it to {fitting}"
         )
     return (
-        f"the longest example has {longest} tokens, and {model} was made for {made}: beyond, it "
-        f"may learn little; set data.max_tokens = {made}"
+        f"{found}, and {model} was made for {made}: beyond, it may learn little; "
+        f"set data.max_tokens = {fitting}"
     )

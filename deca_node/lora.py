@@ -5,6 +5,7 @@ the layer computes with the matrix plus alpha / rank · B A.
 """
 
 import importlib.util
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ from torch import nn
 
 from deca_node.config import LoraSettings
 from deca_node.errors import ConfigError
+
+# Linear layers that peft knows, by name of their class: transformers' Conv1D, GPT-2's, has its
+# matrix transposed; Falcon's own computes as nn.Linear. Others that come from nn.Linear do not:
+# routers of experts choose, too, and DeepSeek V4 multiplies in groups.
+_LINEAR = ("Linear", "Conv1D", "FalconLinear")
+
+# Kinds of models whose kernels read the matrix of out_proj past its adapter; as peft has them.
+_PAST_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 class Lora:
@@ -35,7 +44,7 @@ class Lora:
 
     note = ""
 
-    def __init__(self, module: nn.Module, stack: str, settings: LoraSettings, seed: int) -> None:
+    def __init__(self, module: Any, stack: str, settings: LoraSettings, seed: int) -> None:
         _require_peft()
         import peft  # noqa: PLC0415 - takes seconds
 
@@ -43,13 +52,15 @@ class Lora:
         config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
-            target_modules=found,
+            target_modules=[name.removeprefix(f"{stack}.") for name in found],
             lora_dropout=0.0,
         )
         # What peft draws is drawn anew below; that Conv1D is the other way round it finds itself.
+        # Into the stack, not the model: of a model with experts whose files are converted as they
+        # are read (DeepSeek V3, GLM 4.5), peft would change the targets to those of the files.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            peft.inject_adapter_in_model(config, module)
+            peft.inject_adapter_in_model(config, module.get_submodule(stack))
         module.requires_grad_(False)
         self._stack = stack
         self._layers: dict[str, Any] = {name: module.get_submodule(name) for name in found}
@@ -90,7 +101,7 @@ class Lora:
                 self._module.set_submodule(name, layer)
 
 
-def added(module: nn.Module, stack: str, settings: LoraSettings) -> int:
+def added(module: Any, stack: str, settings: LoraSettings) -> int:
     """How many parameters ``Lora`` would add; the module may be without values.
 
     Raises:
@@ -101,13 +112,12 @@ def added(module: nn.Module, stack: str, settings: LoraSettings) -> int:
     return sum(settings.rank * sum(p.shape) for m in matrices for p in [m.get_parameter("weight")])
 
 
-def _targets(module: nn.Module, stack: str, settings: LoraSettings) -> list[str]:
+def _targets(module: Any, stack: str, settings: LoraSettings) -> list[str]:
     """Names of the matrices that get adapters, in the order of the model."""
     matrices = {
         name: part
         for name, part in module.named_modules()
-        # By name: transformers' Conv1D, GPT-2's linear layer with its matrix transposed.
-        if name.startswith(f"{stack}.") and type(part).__name__ in ("Linear", "Conv1D")
+        if name.startswith(f"{stack}.") and type(part).__name__ in _LINEAR
     }
     endings = sorted({name.removeprefix(f"{stack}.").partition(".")[2] for name in matrices})
     found: set[str] = set()
@@ -120,6 +130,13 @@ def _targets(module: nn.Module, stack: str, settings: LoraSettings) -> list[str]
             )
         found |= matching
     chosen = [name for name in matrices if not found or name in found]
+    kind = module.config.model_type
+    if kind in _PAST_OUT_PROJ and any(name.endswith(".out_proj") for name in chosen):
+        others = sorted({each.rpartition(".")[2] for each in endings} - {"out_proj"})
+        raise ConfigError(
+            f"lora.targets: out_proj of a {kind} model cannot have an adapter, for its kernels "
+            f"read the matrix alone; set lora.targets = {json.dumps(others)}"
+        )
     for name in chosen:
         rows, columns = matrices[name].weight.shape
         if settings.rank > min(rows, columns):

@@ -65,13 +65,22 @@ class StepRecord:
     seconds: Seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
-    """Where to begin: visit and step, and the visit's saved state when in the middle of one."""
+    """Where to begin: visit and step, and the visit's saved state when in the middle of one.
+
+    The state is taken once: it is as large as the visit's own, and what was read from a file keeps
+    its place on the disk. Whoever has this to tell visit and step keeps nothing else alive.
+    """
 
     visit: int = 0
     step: int = 0
     saved: Mapping[str, Tensor] | None = None
+
+    def take(self) -> Mapping[str, Tensor] | None:
+        """The saved state, of which this is rid."""
+        saved, self.saved = self.saved, None
+        return saved
 
 
 class Batches(Protocol):
@@ -220,11 +229,13 @@ class Rounds:
     async def run(self, start: Start) -> tuple[int, int]:
         """Run the schedule from ``start`` to its end, or until ``stopping`` is set.
 
+        What ``start`` has of a visit is taken from it.
+
         Returns:
             Visit and step that come next; the number of visits and 0 when the run is complete.
             When it stops within a visit, the visit stays open in ``method``.
         """
-        here = start
+        here = Start(start.visit, start.step, start.take())
         while here.visit < self.schedule.visits:
             await self._pause()
             entry, anew = await self.catch_up(here.visit, overtaken=False)
@@ -282,7 +293,7 @@ class Rounds:
         Fewer than all when told to stop, or when a pause has cost it the rest.
         """
         visit = self.schedule.visit(start.visit)
-        await self.worker(partial(self.method.open, visit, start.saved))
+        await self.worker(partial(self.method.open, visit, start.take()))
         self.is_open = True
         self.observer.visit_opened(visit, edges, wanted)
         try:

@@ -19,14 +19,14 @@ _NEUTRAL = "\n"
 
 
 def tokenizer_digest(
-    vocabulary: Mapping[str, int], backend: str, bos_id: int | None, eos_id: int | None
+    vocabulary: Mapping[str, int], backend: str, prefix: Sequence[int], eos_id: int | None
 ) -> str:
     """xxh3_128 of what makes tokens of a text; pure.
 
     Args:
         vocabulary: token -> id, added tokens included.
         backend: the fast tokenizer as JSON; empty of a slow one.
-        bos_id: what is put before a text.
+        prefix: what is put before a text.
         eos_id: what ends it.
     """
     tree = json.loads(backend) if backend else {}
@@ -40,7 +40,9 @@ def tokenizer_digest(
         model["merges"] = [
             each if isinstance(each, str) else " ".join(each) for each in model["merges"]
         ]
-    whole = [vocabulary, parts, bos_id, eos_id]
+    # One token, or none, as it was before there were models with more.
+    before = list(prefix) if len(prefix) > 1 else next(iter(prefix), None)
+    whole = [vocabulary, parts, before, eos_id]
     text = json.dumps(whole, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -62,7 +64,8 @@ class Tokenizer:
     """A Hugging Face tokenizer as ``data.Tokenizer`` wants it.
 
     Attributes:
-        bos_id: the token that the tokenizer itself puts before a text, None when it puts none.
+        prefix: the tokens that the tokenizer itself puts before a text: none, the bos token, or
+            more (GLM-4).
         eos_id: the token that ends a text, None when there is none.
         pad_id: the padding token, or else ``eos_id``, or else 0.
     """
@@ -74,9 +77,10 @@ class Tokenizer:
         # adds to each takes longer than the tokens.
         self._fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         # Qwen and GPT-2 define a bos token that they never put before a text: ask, do not look up.
-        first = tokenizer("a").input_ids[:1]
-        bos: int | None = tokenizer.bos_token_id
-        self.bos_id = bos if first == [bos] else None
+        whole: list[int] = tokenizer("a").input_ids
+        own = self.encode("a")
+        begins = (n for n in range(len(whole)) if own and whole[n : n + len(own)] == own)
+        self.prefix = whole[: next(begins, int(whole[:1] == [tokenizer.bos_token_id]))]
         self.eos_id: int | None = tokenizer.eos_token_id
         pads = (tokenizer.pad_token_id, self.eos_id, 0)
         self.pad_id: int = next(token for token in pads if token is not None)
@@ -84,7 +88,7 @@ class Tokenizer:
     def digest(self) -> str:
         """Equal on all nodes whose texts become the same tokens."""
         backend = "" if self._fast is None else self._fast.to_str()
-        return tokenizer_digest(self.hf.get_vocab(), backend, self.bos_id, self.eos_id)
+        return tokenizer_digest(self.hf.get_vocab(), backend, self.prefix, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
@@ -107,8 +111,8 @@ class Tokenizer:
         Segments end once there are more than ``limit`` tokens.
 
         That is what the chat template makes of an assistant's message after the generation prompt,
-        up to and with the token that ends its turn. A first message whose begin the template does
-        not mark is not learned.
+        up to and with the token that ends its turn. A blank message is not learned, and neither is
+        a first one whose begin the template does not mark.
 
         Raises:
             ModelError: the model has no chat template.
@@ -120,7 +124,7 @@ class Tokenizer:
         segments = []
         end = 0
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not message["content"].strip():
                 continue
             answered = self._render(messages[: index + 1])
             if index:
@@ -213,5 +217,6 @@ class Untokenized(Tokenizer):
 
     def __init__(self) -> None:
         self.hf = None
-        self.bos_id = self.eos_id = None
+        self.prefix = []
+        self.eos_id = None
         self.pad_id = 0

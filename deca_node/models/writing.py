@@ -1,12 +1,11 @@
 """Folders of a model that are there whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deca_node.disk import is_full
+from deca_node.disk import is_full, sync
 from deca_node.errors import DecaError, DiskFullError, OutputError, first_line
 
 
@@ -23,10 +22,10 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)  # of a writer that was killed
         place.mkdir(parents=True)
         yield place
-        for file in place.iterdir():
-            file.chmod(place.stat().st_mode & 0o666)  # safetensors keeps its file to its writer
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())  # or a power cut could leave the new name on empty files
+        for entry in (*place.rglob("*"), place):  # chat templates may have a folder of their own
+            if entry.is_file():
+                entry.chmod(place.stat().st_mode & 0o666)  # safetensors keeps its file to itself
+            sync(entry)  # or a power cut could leave the new name on empty files
         place.rename(folder)
     except Exception as error:  # noqa: BLE001 - transformers, tokenizers, safetensors: each its own
         raise write_error(folder, error) from None

@@ -28,9 +28,9 @@ class ByteTokenizer:
     """One token a UTF-8 byte."""
 
     def __init__(
-        self, bos_id: int | None = BOS, eos_id: int | None = EOS, *, tells: bool = True
+        self, prefix: Sequence[int] = (BOS,), eos_id: int | None = EOS, *, tells: bool = True
     ) -> None:
-        self.bos_id = bos_id
+        self.prefix = prefix
         self.tells = tells  # where in a text a token begins
         self.eos_id = eos_id
         self.pad_id = PAD
@@ -147,10 +147,21 @@ def test_template_that_ends_in_white_space_gets_no_second_space() -> None:
 
 def test_tokenizer_without_bos() -> None:
     """No BOS is made up."""
-    tokenizer = ByteTokenizer(bos_id=None)
+    tokenizer = ByteTokenizer(prefix=())
     [example] = examples([{"text": "a", "label": "x"}], data_settings(), tokenizer, SOURCE)
     assert decode(example.input_ids) == "a\nLabel: x"
     assert example.input_ids[0] == ord("a")
+
+
+def test_all_that_the_tokenizer_puts_before_a_text_is_kept() -> None:
+    """As GLM-4's two tokens, which take of data.max_tokens like any others."""
+    tokenizer = ByteTokenizer(prefix=[300, 301])
+    row = {"text": "alpha beta gamma delta", "label": "x"}
+    [labelled] = examples([row], data_settings(max_tokens=28), tokenizer, SOURCE)
+    assert labelled.input_ids == [300, 301, *b"alpha beta gamma\nLabel: x"]
+    assert len(labelled.input_ids) <= 28
+    [text] = examples([row], data_settings(task="text"), tokenizer, SOURCE)
+    assert text.input_ids == [300, 301, *b"alpha beta gamma delta", EOS]
 
 
 def test_label_token_ids_are_those_of_the_examples() -> None:
@@ -224,14 +235,40 @@ def test_labels_that_look_the_same_are_told() -> None:
     assert label_counts(made) == dict.fromkeys(sorted(labels), 1)
 
 
-def test_numbers_as_labels_are_taken_as_written() -> None:
-    """So that the same table says the same as CSV and as Parquet."""
+def test_rows_without_text_are_counted_once() -> None:
+    """They are trained as they are: an empty field may mean something, if not all are."""
+    settings = data_settings(template="{title}: {meta[text]}")
+    parts = [("", " "), ("", "a"), ("a", ""), ("\n", ""), ("", 0)]
+    rows = [{"title": title, "meta": {"text": text}, "label": "x"} for title, text in parts]
+    with capture_logs() as logs:
+        assert len(examples(rows, settings, TOKENIZER, SOURCE)) == 5
+        examples(rows[1:3], settings, TOKENIZER, SOURCE)
+    assert [(entry["rows"], entry["empty"], entry["source"]) for entry in logs] == [
+        (5, 2, "shard.jsonl")
+    ]
+
+
+def test_labels_that_are_no_text_are_taken_as_written() -> None:
+    """So that the same table says the same as CSV and as Parquet; booleans as JSON has them."""
     rows = [{"text": "t", "label": label} for label in (1, 1.0, True)]
     assert list(label_counts(examples(rows, data_settings(), TOKENIZER, SOURCE))) == [
         "1",
         "1.0",
-        "True",
+        "true",
     ]
+
+
+def test_booleans_are_the_same_labels_in_every_form(tmp_path: Path) -> None:
+    """What CSV and JSON have as ``true`` is no other label in Parquet."""
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text('{"text": "t", "label": true}\n{"text": "t", "label": false}')
+    (tmp_path / "a.csv").write_text("text,label\nt,true\nt,false\n")
+    datasets.Dataset.from_list(read_rows(tmp_path / "a.jsonl")).to_parquet(tmp_path / "a.parquet")
+    settings = data_settings(labels={"true": "yes", "false": "no"})
+    for path in tmp_path.iterdir():
+        found = examples(read_rows(path), settings, TOKENIZER, path)
+        assert [example.label for example in found] == ["true", "false"], path.name
 
 
 @pytest.mark.parametrize(
@@ -389,7 +426,7 @@ def test_prompt_without_tokens() -> None:
         examples(
             [{"text": "", "label": "a"}],
             data_settings(template="{text}"),
-            ByteTokenizer(bos_id=None),
+            ByteTokenizer(prefix=()),
             SOURCE,
         )
 
@@ -458,6 +495,16 @@ def test_long_conversations_are_cut_or_dropped_and_counted() -> None:
     assert logs[0]["why"] == "in 1 nothing is learned within data.max_tokens = 16; raise it"
 
 
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
+    """Though a template's mark of its end could be learned."""
+    rows = [{"prompt": "a", "response": blank}, {"prompt": "a", "response": "b"}]
+    with capture_logs() as logs:
+        [example] = examples(rows, data_settings(task="instruction"), TOKENIZER, SOURCE)
+    assert completion_of(example) == "b"
+    assert [entry["why"] for entry in logs] == ["in 1 the answer is empty; give it one"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -514,6 +561,24 @@ def test_unknown_roles_are_refused(roles: tuple[str, ...], message: str) -> None
         examples([row], data_settings(task="instruction"), AnyRole(), SOURCE)
 
 
+def test_calls_of_tools_are_refused() -> None:
+    """They would be lost, and the turn trained as an empty one; none at all are no obstacle."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    settings = data_settings(task="instruction")
+    for content in ("", None):
+        said = {"role": "assistant", "content": content, "tool_calls": [call]}
+        row = {"messages": [{"role": "user", "content": "a"}, said]}
+        with pytest.raises(
+            DataError, match=r"row 1: message 2 of 'messages' has tool_calls, .* into its content"
+        ):
+            examples([row], settings, AnyRole(), SOURCE)
+    for none in (None, []):  # as Parquet has them in messages without
+        turns = [("user", "a"), ("assistant", "c")]
+        row = {"messages": [{"role": r, "content": c, "tool_calls": none} for r, c in turns]}
+        [example] = examples([row], settings, AnyRole(), SOURCE)
+        assert completion_of(example) == "c"
+
+
 def test_tool_messages_are_no_strangers() -> None:
     turns = [("user", "a"), ("tool", "b"), ("assistant", "c")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -561,6 +626,11 @@ ASKED = {"messages": [{"role": "user", "content": "a"}]}
             [{"messages": [{"role": "assistant", "content": ""}]}],
             "in 1 the answer is empty; give it one",
         ),
+        (
+            "instruction",
+            [{"messages": [{"role": "assistant", "content": "a"}]}],
+            "in 1 nothing stands before the answer; begin with what the user says",
+        ),
     ],
 )
 def test_rows_without_an_example_are_an_empty_shard(
@@ -570,7 +640,7 @@ def test_rows_without_an_example_are_an_empty_shard(
     settings = data_settings(task=task, max_tokens=8)
     message = f"shard.jsonl: empty shard: none of {len(rows)} rows gives an example: {why}"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-        examples(rows, settings, AnyRole(None, None), SOURCE)
+        examples(rows, settings, AnyRole((), None), SOURCE)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from deca_node import metrics
+from deca_node import data, metrics
 from deca_node.batches import Example, collate
-from deca_node.config import ModelSettings
+from deca_node.config import DataSettings, ModelSettings
+from deca_node.data import check_capacity, label_token_ids
+from deca_node.errors import ConfigError
 from deca_node.evaluation import Evaluation, evaluate
 from deca_node.models import LanguageModel
+from deca_node.sizes import capacity
 from deca_node.trainer import gradient
 from tests.tiny import LETTERS, make_model
 
@@ -132,6 +136,37 @@ def test_training_goes_on_as_if_nothing_had_been(model: LanguageModel) -> None:
     assert model.weights_digest() == digest
     assert gradient(model, block, batch) == before
     model.release()
+
+
+def test_what_the_capacity_allows_can_be_evaluated(tmp_path: Path) -> None:
+    """A table of positions must hold each prompt with the longest label, not only with its own."""
+    folder = make_model(tmp_path / "gpt2", "gpt2", layers=1, n_positions=64)
+    model = LanguageModel.load(ModelSettings(path=folder), torch.device("cpu"))
+    words = {"one": "a", "two": "something else"}
+    rows = [
+        {"text": letter * 300, "label": label} for letter, label in zip("xy", words, strict=True)
+    ]
+
+    def corpus(size: int) -> tuple[list[Example], dict[str, list[int]]]:
+        settings = DataSettings(train=folder, template="{text}:", labels=words, max_tokens=size)
+        found = label_token_ids(words, settings, model.tokenizer)
+        return data.examples(rows, settings, model.tokenizer, folder), found
+
+    def check(size: int) -> str:
+        found, completions = corpus(size)
+        room = capacity(model.module)
+        return check_capacity(found, completions.values(), 0, folder, room)
+
+    with pytest.raises(
+        ConfigError,
+        match=r"has 77 tokens with the longest label, .* can take 64; lower it to 51",
+    ):
+        check(64)
+    with pytest.raises(ConfigError, match="lower it to 51"):
+        check(52)
+    assert not check(51)
+    examples, completions = corpus(51)
+    assert evaluate(model, examples, completions, batch_size=2) is not None
 
 
 def test_a_hopeless_model_has_infinite_perplexity(

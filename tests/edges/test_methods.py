@@ -366,9 +366,14 @@ def test_the_start_depends_on_the_seed_alone(folder):
 
 
 @needs_peft
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "qwen2", "phi3", "gpt_neox", "falcon", "deepseek_v3"]
+)
 def test_only_adapters_are_trained_in_any_architecture(tmp_path, family):
-    """All linear layers by default; GPT-2's matrices lie the other way round."""
+    """All linear layers by default; GPT-2's matrices lie the other way round.
+
+    Falcon's are of an own class, and peft knows DeepSeek's by other names.
+    """
     folder = make_model(tmp_path / "model", family, layers=LAYERS)
     method, model = make(folder, ("dec-lora", "lora.rank=4"))
     frozen = {n: p.clone() for n, p in model.module.named_parameters() if "lora_" not in n}
@@ -380,6 +385,7 @@ def test_only_adapters_are_trained_in_any_architecture(tmp_path, family):
         method.settle(step)
     names = dict(model.module.named_parameters())
     assert all(torch.equal(names[name], value) for name, value in frozen.items())
+    assert all(value.any() for name, value in names.items() if "lora_B" in name)
     assert model.loss(batch(0, 0)).item() < before
     method.close()
     model.export(tmp_path / "merged")
@@ -502,6 +508,19 @@ def test_settings_that_do_not_fit_the_model_are_refused(folder, setting, words):
     model = LanguageModel.load(settings.model, torch.device("cpu"))
     with pytest.raises(ConfigError, match=words):
         Lora(model.module, model.stack, settings.lora, 0)
+
+
+@needs_peft
+def test_a_matrix_that_kernels_read_past_its_adapter_is_refused(tmp_path):
+    """Mamba's out_proj, which the defaults would take; the targets that are named instead do."""
+    folder = make_model(tmp_path / "model", "mamba", layers=LAYERS)
+    model = LanguageModel.load(settings_of(folder, ("deca",)).model, torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"out_proj of a mamba .* set lora\.targets = "
+    ) as refusal:
+        added(settings_of(folder, ("dec-lora",)), outline(settings_of(folder, ("deca",)).model))
+    targets = str(refusal.value).partition("set ")[2]
+    Lora(model.module, model.stack, settings_of(folder, ("dec-lora", targets)).lora, 0)
 
 
 def test_a_block_of_more_layers_than_the_model_is_refused(folder):

@@ -1,5 +1,6 @@
 """models against real architectures of transformers, tiny and random."""
 
+import copy
 import errno
 import json
 import shutil
@@ -28,7 +29,7 @@ from deca_node.models import DTYPES, LanguageModel, Tokenizer, pick_device, read
 from deca_node.models.tokenizer import tokenizer_digest
 from deca_node.models.writing import written_whole
 from deca_node.moments import Rule, half_step
-from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, FAMILIES, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 TIED = {"llama", "qwen2", "gemma2", "gpt2"}
@@ -347,17 +348,26 @@ BACKEND: dict[str, Any] = {
 )
 def test_a_tokenizers_digest_is_of_what_makes_tokens(change: dict[str, Any], equal: bool) -> None:
     """Not of the order in which it is written, by which release, and who cuts with it."""
-    own = tokenizer_digest(WORDS, json.dumps(BACKEND), 0, 2)
-    other = tokenizer_digest(dict(reversed(WORDS.items())), json.dumps({**BACKEND, **change}), 0, 2)
+    own = tokenizer_digest(WORDS, json.dumps(BACKEND), [0], 2)
+    changed = json.dumps({**BACKEND, **change})
+    other = tokenizer_digest(dict(reversed(WORDS.items())), changed, [0], 2)
     assert (own == other) == equal
 
 
 def test_a_tokenizers_digest_sees_ids_and_ends() -> None:
     """Of a slow tokenizer the vocabulary is all there is."""
-    own = tokenizer_digest(WORDS, "", None, 2)
-    assert own != tokenizer_digest({**WORDS, "a": 2, "b": 1}, "", None, 2)
-    assert own != tokenizer_digest(WORDS, "", 0, 2)
-    assert own != tokenizer_digest(WORDS, "", None, 0)
+    own = tokenizer_digest(WORDS, "", [], 2)
+    assert own != tokenizer_digest({**WORDS, "a": 2, "b": 1}, "", [], 2)
+    assert own != tokenizer_digest(WORDS, "", [0], 2)
+    assert own != tokenizer_digest(WORDS, "", [], 0)
+    assert tokenizer_digest(WORDS, "", [0], 2) != tokenizer_digest(WORDS, "", [0, 1], 2)
+
+
+def test_a_tokenizers_digest_stays_what_it_was() -> None:
+    """Or nodes of two releases would refuse each other, and a run would not be gone on with."""
+    known = {"a13cfa31700027d0774874a46142fc61": [], "bccdeebca81a3aa34ed9cdea24988b10": [0]}
+    for digest, prefix in known.items():
+        assert tokenizer_digest(WORDS, json.dumps(BACKEND), prefix, 2) == digest
 
 
 def test_a_tokenizer_is_the_same_wherever_it_was_read(
@@ -567,14 +577,14 @@ def test_a_model_without_a_stack_is_refused(folder: Callable[[str], Path]) -> No
 
 def test_tokenizer() -> None:
     tokenizer = Tokenizer(make_tokenizer(), Path("some"))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    assert (tokenizer.prefix, tokenizer.eos_id, tokenizer.pad_id) == ([1], 2, 0)
     ids = tokenizer.encode("x a é")
     assert 1 not in ids
     assert tokenizer.hf.decode(ids) == "x a é"
     assert tokenizer.starts("x a é") == (ids, [0, 1, 3, 4, 4])  # é is two tokens here
 
 
-def test_a_bos_that_the_tokenizer_does_not_use_is_none() -> None:
+def test_a_bos_that_the_tokenizer_does_not_use_is_not_put_before_texts() -> None:
     """As in GPT-2: the token exists, but no text starts with it. Padding falls back to eos."""
     from transformers import PreTrainedTokenizerFast
 
@@ -584,9 +594,27 @@ def test_a_bos_that_the_tokenizer_does_not_use_is_none() -> None:
     backend.post_processor = None
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer = Tokenizer(hf, Path("some"))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, 2)
+    assert (tokenizer.prefix, tokenizer.eos_id, tokenizer.pad_id) == ([], 2, 2)
     hf.eos_token = None
     assert Tokenizer(hf, Path("some")).pad_id == 0
+
+
+@pytest.mark.parametrize("after", ["", " </s>"])
+def test_all_that_a_tokenizer_puts_before_a_text_is_its_prefix(after: str) -> None:
+    """GLM-4 puts two tokens, of which none is called bos; what it puts behind is none of them."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = make_tokenizer().backend_tokenizer
+    backend = backend.from_str(backend.to_str())
+    special = [(token, backend.token_to_id(token)) for token in ("</s>", "<|start|>", "<|end|>")]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"<|start|> <|end|> $A{after}", special_tokens=special
+    )
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer = Tokenizer(hf, Path("some"))
+    assert tokenizer.prefix == [3, 4]
+    assert hf("b c").input_ids[: 2 + 2] == [*tokenizer.prefix, *tokenizer.encode("b c")]
 
 
 TALK = [
@@ -611,6 +639,20 @@ def test_chat_marks_what_the_assistant_says() -> None:
         ("due<|end|>", True),
         ("\n", False),
     ]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|end|>", "")])
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_answer_is_not_learned(template: str, blank: str) -> None:
+    """The others of its chat are, whether or not the template marks a turn's end."""
+    tokenizer = Tokenizer(make_tokenizer(template), Path("some"))
+    said = [*TALK[:1], {"role": "assistant", "content": blank}, *TALK[2:]]
+    found = told(tokenizer, said)
+    end = "<|end|>" if "<|end|>" in template else ""
+    assert [text for text, learned in found if learned] == ["due" + end]
+    whole = tokenizer.hf.apply_chat_template(said, tokenize=False)
+    assert "".join(text for text, _ in found) == whole
+    assert not any(learned for _, learned in told(tokenizer, said[:2]))
 
 
 def test_chat_of_a_thinking_model() -> None:
@@ -802,6 +844,22 @@ def test_export_needs_a_free_place(folder: Callable[[str], Path], tmp_path: Path
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
     assert "rest" not in {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_model_with_several_chat_templates_is_written(tmp_path: Path) -> None:
+    """transformers keeps all but the default one in a folder within the model's."""
+    source = make_model(tmp_path / "source")
+    hf = copy.deepcopy(make_tokenizer())
+    hf.chat_template = {"default": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE + "{{ tools }}"}
+    hf.save_pretrained(source)
+    load(source).export(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    written = load(tmp_path / "out").tokenizer
+    assert written.hf.chat_template == hf.chat_template
+    assert told(written, TALK) == told(Tokenizer(make_tokenizer(), Path("some")), TALK)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any(path.parent.name == "additional_chat_templates" for path in files)
+    assert len({stat.S_IMODE(file.stat().st_mode) for file in files}) == 1
 
 
 @pytest.mark.parametrize(
