@@ -543,6 +543,52 @@ def test_room_is_made_when_the_readers_are_done():
     run(scenario())
 
 
+def test_who_asks_before_a_visits_edges_are_known_has_asked():
+    """A new neighbour that has its own edges first gets no less time to read than the others."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        asked, asking = members
+        opening = asyncio.create_task(asked.open(frozenset({"n1"})))
+        await asyncio.sleep(0.1)
+        assert not opening.done()
+        stream = asked.pull(pb.PullRequest(sender=asking.swarm.sender(), serial=0))
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.1)
+        await asking.open(frozenset({"n0"}))
+        await opening
+        made = snapshot(asked.values, LAYOUT, 0, metadata("run", "n0", 0))
+        asked.exchange.publish(made)
+        await first
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        room = asyncio.create_task(asked.exchange.make_room())
+        await asyncio.sleep(2 * TIMING.rpc)
+        assert not room.done()
+        assert len([m async for m in stream]) == made.count - 1
+        await room
+        assert clock() - begin < TIMING.step_deadline
+        assert not asked.exchange._serving._visit.idle
+
+    run(scenario())
+
+
+def test_callers_without_an_edge_leave_no_trace_of_what_they_asked():
+    """Before a visit's edges are known anybody may ask: nothing of it is kept."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        stream = members[0].pull(pb.PullRequest(sender=members[1].swarm.sender(), serial=0))
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+        assert not members[0].exchange._serving._visit.asked
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("error", [PayloadError("checksum", "hit"), PeerUnavailable("reset")])
 def test_streams_that_break_off_both_ways_cost_no_waiting(error):
     """Who failed to fetch a step's block will not come for it again."""
