@@ -1,6 +1,7 @@
 """The exchange over the loopback transport, in virtual time: deadlines cost no waiting."""
 
 import asyncio
+import contextlib
 import math
 import random
 from dataclasses import replace
@@ -14,7 +15,16 @@ from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout, PeerUnavailable
 from deca_node.exchange import Exchange, send_rates
-from deca_node.limits import MAX_MEMBERS
+from deca_node.limits import (
+    MAX_MEMBERS,
+    PEER_GREETINGS,
+    PEER_GREETINGS_BURST,
+    PEER_LINES,
+    PEER_LINES_BURST,
+    STATE_LINES,
+    STRANGER_GREETINGS,
+    STRANGER_GREETINGS_BURST,
+)
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.mixing import mix_arrival
@@ -683,6 +693,86 @@ def test_a_table_full_of_the_refused_makes_room():
         assert len(member.swarm.peers) <= MAX_MEMBERS
         assert (await member.hello(greeting(node="good"), "10.0.0.7")).refusal == ""
         await member.swarm.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("callers", "most", "answered"),
+    [
+        ("sessions", PEER_LINES_BURST, PEER_GREETINGS_BURST),  # one name, as if it started anew
+        ("goodbyes", PEER_LINES_BURST, PEER_GREETINGS_BURST),
+        ("names", 100, None),
+        ("settings", 100, None),
+    ],
+)
+def test_nobody_fills_the_log_by_coming_and_going(callers, most, answered, monkeypatch):
+    """Whatever a caller changes with each greeting."""
+    monkeypatch.setattr("deca_node.swarm.STATE_LINES_BURST", 100)
+    seconds, rate = 10, STRANGER_GREETINGS
+
+    async def scenario():
+        member = Member(LoopbackNetwork(), 0)
+        await member.listen()
+        let_in = 0
+        for i in range(int(seconds * rate)):
+            one = callers in ("sessions", "goodbyes")
+            said = greeting(
+                node="x" if one else f"x{i}",
+                session=9 if callers == "goodbyes" else 10 + i,
+                seed="1" if callers == "settings" else "0",
+                port=7430 if one else 1 + i,
+            )
+            with contextlib.suppress(PeerRefused):
+                reply = await member.hello(said, "10.0.0.77")
+                let_in += not reply.refusal
+                if callers in ("goodbyes", "names"):
+                    await member.goodbye(pb.GoodbyeRequest(sender=said.sender))
+            await asyncio.sleep(1 / rate)
+        await member.swarm.close()
+        return let_in
+
+    with structlog.testing.capture_logs() as logged:
+        let_in = run(scenario())
+    lines = sum(line["event"].startswith("peer ") for line in logged)
+    assert lines > most // 2
+    assert lines <= most + seconds * (PEER_LINES if answered else STATE_LINES) + 1
+    if answered:
+        # And the first, as a stranger.
+        assert let_in <= 1 + answered + seconds * PEER_GREETINGS / TIMING.heartbeat + 1
+
+
+def test_two_nodes_of_one_name_do_not_fill_the_log_of_a_third():
+    """They are refused in turn, for as long as both are there."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        swarm, seconds = members[0].swarm, 600
+        for i in range(seconds):  # in turn a peer and not: its address is forgotten, and told anew
+            at = f"10.0.0.{5 + i % 2}:7430"
+            swarm.refusals.note(at, "n1", "name_taken", "another node is called 'n1'", float(i))
+            swarm.refusals.forget(at)
+        return seconds
+
+    with structlog.testing.capture_logs() as logged:
+        seconds = run(scenario())
+    lines = sum(line["event"] == "peer refused" for line in logged)
+    assert PEER_LINES_BURST <= lines <= PEER_LINES_BURST + seconds * PEER_LINES + 1
+
+
+def test_a_caller_under_a_peers_name_uses_up_none_of_its_turns():
+    """Elsewhere somebody greets as it without end: it is heard, and when it starts anew, too."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        for i in range(2 * STRANGER_GREETINGS_BURST):
+            with contextlib.suppress(PeerRefused):
+                await members[0].hello(greeting(node="n1", session=1000 + i), "10.0.0.66")
+        for session in (101, 102):
+            same = greeting(node="n1", session=session, host="10.0.0.1")
+            assert not (await members[0].hello(same, "10.0.0.1")).refusal
+        for member in members:
+            await member.swarm.close()
 
     run(scenario())
 
