@@ -283,7 +283,7 @@ async def join(
     why = "nobody answers"
     for address in addresses:
         try:
-            authority = await _authority(address)
+            authority = identity.alone(await _authority(address))
         except OSError as error:
             why = f"{address}: {error.strerror or error or 'no answer in time'}"
             continue

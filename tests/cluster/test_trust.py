@@ -507,6 +507,31 @@ async def inviting(run, node=None, ttl=60.0, **options):
         await asyncio.gather(waiting, return_exceptions=True)
 
 
+@contextlib.asynccontextmanager
+async def showing(other, said, heard):
+    """Who calls itself an inviter with another authority's certificate; its address.
+
+    ``said`` is bytes, or goes as JSON; what callers send is added to ``heard``.
+    """
+    key = identity.new_key()
+    shown = other.authority.issue_pairing(identity.new_request(key), time.time(), 1)
+    other.folder.mkdir(parents=True, exist_ok=True)
+    both = other.folder / "fake.pem"
+    both.write_bytes(key + shown)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(both)
+
+    async def serve(reader, writer):
+        writer.write(said if isinstance(said, bytes) else json.dumps(said).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            heard.append(await reader.read(1000))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
 def opener(folder):
     return lambda authority: Keyring.made(folder, authority)
 
@@ -616,22 +641,8 @@ async def test_the_secret_goes_to_the_authority_alone(run, tmp_path):
         assert not told
 
         # It copies our authority's certificate, which is no secret, and shows one of its own.
-        key = identity.new_key()
-        shown = other.authority.issue_pairing(identity.new_request(key), time.time(), 1)
-        both = tmp_path / "fake.pem"
-        both.write_bytes(key + shown)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(both)
-
-        async def serve(reader, writer):
-            said = {"authority": run.authority.certificate.decode()}
-            writer.write(json.dumps(said).encode() + b"\n")
-            heard.append(await reader.read(1000))
-            writer.close()
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-        async with server:
-            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        copied = {"authority": run.authority.certificate.decode()}
+        async with showing(other, copied, heard) as address:
             with pytest.raises(TrustError, match="not who made"):
                 await join(invitation, "bob", opener(tmp_path / "b"), [address])
         # A member's certificate does not pass for an invitation's either.
@@ -640,6 +651,19 @@ async def test_the_secret_goes_to_the_authority_alone(run, tmp_path):
                 await join(invitation, "bob", opener(tmp_path / "b"), [address])
         assert (await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)).node
     assert not any(heard)
+
+
+async def test_an_authority_shown_behind_ours_is_not_believed(run, tmp_path):
+    """Whoever shows our certificate, and its own behind it, has no say: nor is it kept."""
+    heard, other = [], Run(tmp_path / "other")
+    both = run.authority.certificate + other.authority.certificate
+    async with inviting(run) as (_, invitation, _):
+        async with showing(other, {"authority": both.decode()}, heard) as address:
+            with pytest.raises(TrustError, match="not who made"):
+                await join(invitation, "bob", opener(tmp_path / "b"), [address])
+        assert not any(heard)
+        joined = await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+    assert joined.keyring.authority == run.authority.certificate
 
 
 async def test_guessing_ends_an_invitation(run, tmp_path):
