@@ -293,3 +293,38 @@ async def test_an_invitation_is_found_by_who_joins_that_run():
             pass
         assert found == ["127.0.0.1:7009"]
         assert await inviters(f"{run}x", 0.5) == []
+
+
+async def test_false_invitations_do_not_hold_up_the_true_one(monkeypatch):
+    """Names without an address are all asked for at once; only when they are is any answered."""
+    run, names, asked = "bbc", [f"false-{i}" for i in range(40)], asyncio.Event()
+    waiting = []
+
+    class Browser:
+        def __init__(self, zeroconf, service_type, handlers):
+            for name in (*names, "true"):
+                handlers[0](name=name, state_change=ServiceStateChange.Added)
+
+        async def async_cancel(self):
+            pass
+
+    class Info:
+        port, properties = 7009, {b"run": run.encode()}
+
+        def __init__(self, service_type, name):
+            self.name = name
+
+        async def async_request(self, zeroconf, timeout):
+            waiting.append(self.name)
+            if len(waiting) > len(names):
+                asked.set()
+            await asked.wait()
+            return self.name == "true"
+
+        def parsed_addresses(self, version):
+            return ["192.0.2.2"]
+
+    monkeypatch.setattr(discovery_module, "AsyncServiceBrowser", Browser)
+    monkeypatch.setattr(discovery_module, "AsyncServiceInfo", Info)
+    async with asyncio.timeout(PATIENCE):
+        assert await inviters(run, 0) == ["192.0.2.2:7009"]
