@@ -26,6 +26,7 @@ from zeroconf import (
 )
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+from deca_node.addresses import joined
 from deca_node.errors import ListenError
 from deca_node.limits import MAX_SIGHTINGS
 
@@ -307,12 +308,24 @@ class Discovery:
             return
         if info.properties.get(b"run") != self._run.encode():
             return
-        for address in info.parsed_addresses(IPVersion.V4Only)[:MAX_ADDRESSES]:
-            self._sighted(f"{address}:{info.port}")
+        for address in _announced(info):
+            self._sighted(address)
 
     def _keep(self, task: Any) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _announced(info: AsyncServiceInfo) -> list[str]:
+    """Where a service is, HOST:PORT: its addresses of both protocols that can be called."""
+    # Scoped: one of IPv6 that holds on a link alone cannot be called without the link.
+    found = [at for at in info.parsed_scoped_addresses(IPVersion.All) if not _lacks_link(at)]
+    return [joined(at, info.port or 0) for at in found[:MAX_ADDRESSES]]
+
+
+def _lacks_link(address: str) -> bool:
+    at = ipaddress.ip_address(address)
+    return isinstance(at, ipaddress.IPv6Address) and at.is_link_local and not at.scope_id
 
 
 # Invitations
@@ -380,5 +393,4 @@ async def _invited_to(zeroconf: Zeroconf, run: str, name: str) -> list[str]:
     heard = await info.async_request(zeroconf, RESOLVE_MS)
     if not heard or not info.port or info.properties.get(b"run") != run.encode():
         return []
-    at = info.parsed_addresses(IPVersion.V4Only)[:MAX_ADDRESSES]
-    return [f"{address}:{info.port}" for address in at]
+    return _announced(info)
