@@ -54,6 +54,10 @@ MAX_KEPT_ARRIVALS = 32
 MAX_TIME = 1 << 36
 # Pulls served to one peer at once: the one under way and the next, asked for early.
 MAX_PULLS_PER_PEER = 2
+# A pull stays open while this node computes, for a neighbour that is slower; its step ends it.
+# However long that takes, a stream is held open no longer than this, and a step_deadline: what a
+# node computes beside an exchange, a gradient at most, takes minutes.
+MAX_PULL_SECONDS = 3600.0
 # Blocks streamed at once to all neighbours: each holds one message beside the snapshot that all
 # share. Further ones wait for their turn, as the link is full long before.
 MAX_PULLS = 64

@@ -17,6 +17,7 @@ from deca_node.errors import PayloadError, PeerRefused, PeerTimeout, PeerUnavail
 from deca_node.exchange import Exchange, send_rates
 from deca_node.limits import (
     MAX_MEMBERS,
+    MAX_PULL_SECONDS,
     PEER_GREETINGS,
     PEER_GREETINGS_BURST,
     PEER_LINES,
@@ -806,6 +807,89 @@ def test_a_lone_late_neighbour_is_recorded_and_may_come_back():
         back = asyncio.create_task(members[1].step(2))
         assert (await members[0].step(2)).used == ["n1"]
         await back
+
+    run(scenario())
+
+
+async def gathers(member, busy_seconds):
+    """A member's first exchange while it computes for so long; the report, and the seconds."""
+    clock = asyncio.get_running_loop().time
+    begin = clock()
+    member.exchange.publish(snapshot(member.values, LAYOUT, 0, metadata("run", member.name, 0)))
+    busy = asyncio.ensure_future(asyncio.sleep(busy_seconds))
+    report = await member.exchange.gather(0, LAYOUT, lambda _: lambda *_: None, busy=busy)
+    return report, clock() - begin
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5, 2.5, 3.5])
+def test_a_step_waits_from_when_its_node_has_nothing_else_to_do(late):
+    """However long it computed before, a slower neighbour has its deadline after that."""
+    busy = 3 * TIMING.step_deadline
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+
+        async def slower():
+            await asyncio.sleep(late * TIMING.step_deadline)
+            return await members[1].step(0)
+
+        (report, took), theirs = await asyncio.gather(gathers(members[0], busy), slower())
+        assert report.used == ["n1"]
+        assert theirs.used == ["n0"]
+        assert took == pytest.approx(late * TIMING.step_deadline, abs=0.1)
+        exposed = max(0.0, late * TIMING.step_deadline - busy)
+        assert report.exposed == pytest.approx(exposed, abs=0.1)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_silent_neighbour_costs_one_deadline_after_what_its_node_computes(drips):
+    """Whether it sends nothing or a message now and then; its stream is closed with the step."""
+    busy = 3 * TIMING.step_deadline
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        streams = []
+
+        async def hostile(request):
+            streams.append(request.serial)
+            try:
+                made = snapshot(members[1].values, LAYOUT, 0, metadata("run", "n1", 0))
+                for message in made.messages if drips else ():
+                    await asyncio.sleep(1.4 * TIMING.step_deadline)
+                    yield message
+                await asyncio.sleep(math.inf)
+            finally:
+                streams.remove(request.serial)
+
+        members[1].exchange.answer_pull = hostile
+        report, took = await gathers(members[0], busy)
+        assert took == pytest.approx(busy + TIMING.step_deadline, abs=0.1)
+        assert report.exposed == pytest.approx(TIMING.step_deadline, abs=0.1)
+        assert not report.used
+        assert not members[0].exchange._patience.worth({"n1"})
+        assert not streams
+
+    run(scenario())
+
+
+def test_a_stream_is_not_held_open_for_ever():
+    """A node that computes for hours gives its places at its neighbours back."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        gathering = asyncio.create_task(gathers(members[0], 3 * MAX_PULL_SECONDS))
+        await asyncio.sleep(MAX_PULL_SECONDS)
+        assert members[1].exchange._serving._pulls == {"n0": 1}
+        await asyncio.sleep(TIMING.step_deadline + 1)
+        assert not members[1].exchange._serving._pulls
+        report, _ = await gathering
+        assert report.missing == {"n1": "late"}
+        assert members[0].exchange._patience.worth({"n1"})  # nobody waited for it
 
     run(scenario())
 
