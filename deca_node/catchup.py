@@ -20,7 +20,7 @@ from deca_node.errors import (
     PeerError,
     PeerTimeout,
 )
-from deca_node.giving import Peers, transfer_seconds
+from deca_node.giving import LATER, Peers, transfer_seconds
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import (
     STUCK_FACTOR,
@@ -578,7 +578,7 @@ class CatchUp:
         if not isinstance(error, PeerError):
             raise error
         if not isinstance(error, _TornPart):
-            self._tried(flight, whole=False, excused=error.reason == "too_many_transfers")
+            self._tried(flight, whole=False, excused=error.reason == LATER)
         self._fault(flight.giver, error)
         return isinstance(error, _TornPart)
 
@@ -586,7 +586,13 @@ class CatchUp:
         """Whoever gives nothing, again and again, is left alone for a while."""
         giver = flight.giver
         if self._records.tried(
-            giver, flight.begin, self._now(), flight.got, whole=whole, excused=excused
+            giver,
+            flight.begin,
+            self._now(),
+            flight.got,
+            whole=whole,
+            excused=excused,
+            size=flight.kept.bytes,
         ):
             self._log.warning("gives no block: left alone for a while", peer=giver)
 

@@ -26,6 +26,7 @@ from zeroconf import (
 )
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+from deca_node.addresses import joined
 from deca_node.errors import ListenError
 from deca_node.limits import MAX_SIGHTINGS
 
@@ -307,12 +308,24 @@ class Discovery:
             return
         if info.properties.get(b"run") != self._run.encode():
             return
-        for address in info.parsed_addresses(IPVersion.V4Only)[:MAX_ADDRESSES]:
-            self._sighted(f"{address}:{info.port}")
+        for address in _announced(info):
+            self._sighted(address)
 
     def _keep(self, task: Any) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _announced(info: AsyncServiceInfo) -> list[str]:
+    """Where a service is, HOST:PORT: its addresses of both protocols that can be called."""
+    # Scoped: one of IPv6 that holds on a link alone cannot be called without the link.
+    found = [at for at in info.parsed_scoped_addresses(IPVersion.All) if not _lacks_link(at)]
+    return [joined(at, info.port or 0) for at in found[:MAX_ADDRESSES]]
+
+
+def _lacks_link(address: str) -> bool:
+    at = ipaddress.ip_address(address)
+    return isinstance(at, ipaddress.IPv6Address) and at.is_link_local and not at.scope_id
 
 
 # Invitations
@@ -351,11 +364,11 @@ async def inviting(run: str, port: int, addresses: Sequence[str]) -> AsyncGenera
 async def inviters(run: str, seconds: float) -> list[str]:
     """Where invitations to a run are announced, HOST:PORT; looks for so long."""
     found: list[str] = []
-    names: set[str] = set()
+    names: dict[str, None] = {}  # as they came
 
     def seen(*, name: str, state_change: ServiceStateChange, **_: Any) -> None:
         if state_change is not ServiceStateChange.Removed and len(names) < MAX_SIGHTINGS:
-            names.add(name)
+            names[name] = None
 
     try:
         zeroconf = AsyncZeroconf(ip_version=IPVersion.V4Only)
@@ -364,13 +377,20 @@ async def inviters(run: str, seconds: float) -> list[str]:
     browser = AsyncServiceBrowser(zeroconf.zeroconf, JOIN_TYPE, handlers=[seen])
     try:
         await asyncio.sleep(seconds)
-        for name in names:
-            info = AsyncServiceInfo(JOIN_TYPE, name)
-            heard = await info.async_request(zeroconf.zeroconf, RESOLVE_MS)
-            if heard and info.port and info.properties.get(b"run") == run.encode():
-                at = info.parsed_addresses(IPVersion.V4Only)[:MAX_ADDRESSES]
-                found += [f"{address}:{info.port}" for address in at]
+        # All at once: names of which nobody knows an address must not hold up the others.
+        asked = [asyncio.create_task(_invited_to(zeroconf.zeroconf, run, name)) for name in names]
+        for invited in await asyncio.gather(*asked):
+            found += invited
     finally:
         await browser.async_cancel()
         await zeroconf.async_close()
     return found
+
+
+async def _invited_to(zeroconf: Zeroconf, run: str, name: str) -> list[str]:
+    """Where the invitation to a run is that has this name; nowhere within RESOLVE_MS, or ever."""
+    info = AsyncServiceInfo(JOIN_TYPE, name)
+    heard = await info.async_request(zeroconf, RESOLVE_MS)
+    if not heard or not info.port or info.properties.get(b"run") != run.encode():
+        return []
+    return _announced(info)

@@ -35,6 +35,8 @@ LEAST_PAUSE_SECONDS = 0.05
 WHOLE_OVER_FRAMING = 7.0
 # What a byte costs is averaged over so many.
 COST_BYTES = 16 * CHUNK_BYTES
+# There is no place for whoever asks, or it is another's turn: nobody has done anything wrong.
+LATER = "too_many_transfers"
 # A node that leaves stays so long after somebody that catches up has asked for something: between
 # two blocks the joiner checks one, syncs it to its disk and puts it into its model.
 QUIET_SECONDS = 5.0
@@ -124,6 +126,7 @@ class Giver:
         self._bucket = TokenBucket(rate, CHUNK_BYTES, asyncio.get_running_loop().time())
         self._rates = rates
         self._slots = asyncio.Semaphore(MAX_TRANSFERS)
+        self._queued = 0  # of those that have asked, how many have no place yet
         self._asked: Counter[str] = Counter()
         self._moved = Pulse()
         self._asked_at = -math.inf  # when a list or a block was asked for, or a transfer ended
@@ -166,8 +169,10 @@ class Giver:
                 offset = request.offset
                 try:
                     _within(kept, offset)
-                    limit = clock() + transfer_seconds(kept.bytes, self._timing)
+                    begin = clock()
+                    limit = begin + transfer_seconds(kept.bytes, self._timing)
                     while piece := await self._shelf.read(file, offset, CHUNK_BYTES):
+                        self._take_turns(clock() - begin)
                         await self._pace(peer, len(piece))
                         # Who reads more slowly than this holds a slot that others wait for. Looked
                         # at between messages: a timer would go off in whoever is given one.
@@ -183,10 +188,19 @@ class Giver:
                         self._peers.trouble(peer, PeerRefused("hung_up", "before the end"))
                     raise
                 except PeerRefused as error:  # also thrown in by the transport: it does not read
-                    self._peers.trouble(peer, error)
+                    if error.reason != LATER:
+                        self._peers.trouble(peer, error)
                     raise
                 except OSError as error:
                     raise PeerRefused("passed", f"cannot be read here: {error.strerror}") from None
+
+    def _take_turns(self, seconds: float) -> None:
+        """Who has had a place for so long gives it up to those that queue, and queues again.
+
+        It keeps what it has: one block to a slow line takes hours, and there are few places.
+        """
+        if self._queued and seconds > self._timing.step_deadline:
+            raise PeerRefused(LATER, "others queue, ask again later")
 
     def _framed(self, visit: int, offset: int, piece: bytes | memoryview) -> bytes:
         if self._budget is None:
@@ -228,16 +242,19 @@ class Giver:
     async def _slot(self, peer: str) -> AsyncGenerator[None]:
         full = self._asked.total() >= MAX_TRANSFERS + MAX_QUEUED_TRANSFERS
         if full or self._asked[peer] >= MAX_TRANSFERS_PER_PEER:
-            raise PeerRefused("too_many_transfers", "ask again later")
+            raise PeerRefused(LATER, "ask again later")
         self._asked[peer] += 1
         try:
             # Whoever asks gives up when nothing comes for a step_deadline: refused before that, it
             # knows why.
+            self._queued += 1
             try:
                 async with asyncio.timeout(self._timing.step_deadline / 2):
                     await self._slots.acquire()
             except TimeoutError:
-                raise PeerRefused("too_many_transfers", "ask again later") from None
+                raise PeerRefused(LATER, "ask again later") from None
+            finally:
+                self._queued -= 1
             try:
                 yield
             finally:

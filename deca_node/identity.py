@@ -112,6 +112,17 @@ def fingerprint(pem: bytes) -> bytes:
     return _loaded(pem).fingerprint(_HASH)
 
 
+def alone(pem: bytes) -> bytes:
+    """The first certificate of a text that somebody sent, and nothing else of it.
+
+    TLS believes all that stand in a text of authorities; fingerprints are of the first.
+
+    Raises:
+        TrustError: there is none.
+    """
+    return _loaded(pem).public_bytes(serialization.Encoding.PEM)
+
+
 def to_pem(der: bytes) -> bytes:
     """A certificate as TLS gives it.
 

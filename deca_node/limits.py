@@ -54,6 +54,10 @@ MAX_KEPT_ARRIVALS = 32
 MAX_TIME = 1 << 36
 # Pulls served to one peer at once: the one under way and the next, asked for early.
 MAX_PULLS_PER_PEER = 2
+# A pull stays open while this node computes, for a neighbour that is slower; its step ends it.
+# However long that takes, a stream is held open no longer than this, and a step_deadline: what a
+# node computes beside an exchange, a gradient at most, takes minutes.
+MAX_PULL_SECONDS = 3600.0
 # Blocks streamed at once to all neighbours: each holds one message beside the snapshot that all
 # share. Further ones wait for their turn, as the link is full long before.
 MAX_PULLS = 64
@@ -97,6 +101,14 @@ PEER_GREETINGS_BURST = 60
 # gives another address each time must not fill a disk. All are counted.
 REFUSAL_LINES = 0.2
 REFUSAL_LINES_BURST = 50
+# Of those, and of the lines about a peer's state (alive, suspect, gone, ...), what one name may
+# have: a peer that restarts makes three; two nodes of one name are refused in turn at every beat.
+PEER_LINES = 1 / 30
+PEER_LINES_BURST = 12
+# Lines about states of all peers: everybody comes, is suspect, gone and there again, twice. A
+# caller that takes a new name each time has no more.
+STATE_LINES = 0.2
+STATE_LINES_BURST = 8 * MAX_MEMBERS
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
 # Calls answered at once on the port that serves health checks alone: those of an orchestrator.

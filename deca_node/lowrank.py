@@ -1,5 +1,6 @@
 """A weighted sum of low-rank products, cut back to low rank without being formed. Pure."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,7 +26,7 @@ def refactored(
 
     Returns:
         A of shape (r, in) and B of shape (out, r); None when P is 0, of which there is no SVD to
-        speak of.
+        speak of, or has values that the dtype cannot hold, as of large factors.
     """
     rank = factors[0][0].shape[0]
     left = torch.cat([weight * b for (_, b), weight in zip(factors, weights, strict=True)], dim=1)
@@ -34,8 +35,14 @@ def refactored(
         return None
     q_b, r_b = torch.linalg.qr(left)
     q_a, r_a = torch.linalg.qr(right)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    if not s[0] > 0:
+    core = r_b @ r_a.T
+    if not core.isfinite().all():
+        return None
+    try:
+        u, s, vt = torch.linalg.svd(core, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it does not converge
+        return None
+    if not 0 < s[0] < math.inf:
         return None
     b, a, s = q_b @ u[:, :rank], (q_a @ vt[:rank].T).T, s[:rank]
     if split == "b":
@@ -44,6 +51,8 @@ def refactored(
         a = s[:, None] * a
     else:
         b, a = b * s.sqrt(), s.sqrt()[:, None] * a
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return None
     return a.contiguous(), b.contiguous()
 
 

@@ -32,6 +32,7 @@ from deca_node.limits import (
     MAX_JOINERS,
     MAX_REASON_BYTES,
     MAX_REVOKED,
+    MAX_TOKEN_ADDRESSES,
 )
 from deca_node.trust import (
     SECRET_BYTES,
@@ -49,6 +50,10 @@ _TIMES = (9, 10)
 
 class NobodyError(TrustError):
     """The inviter is at none of the addresses."""
+
+
+class _OtherError(Exception):
+    """Who answers at an address is not the inviter; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ def _request(line: bytes) -> tuple[bytes, str, bytes]:
     try:
         said = json.loads(line)
         return bytes.fromhex(said["secret"]), str(said["node"]), str(said["request"]).encode()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise TrustError("not what a joining deca-node sends") from None
 
 
@@ -280,54 +285,68 @@ async def join(
             "the invitation is over by this machine's clock; ask for a new one, or set the clock "
             "(NTP)"
         )
-    why = "nobody answers"
+    others: list[str] = []
     for address in addresses:
         try:
-            authority = await _authority(address)
-        except OSError as error:
-            why = f"{address}: {error.strerror or error or 'no answer in time'}"
+            authority = await _authority(address, invitation)
+            keyring = open_keyring(authority)  # before the secret is spent
+            key = identity.new_key()
+            answer = await _ask(address, invitation, authority, node, identity.new_request(key))
+        except _OtherError as error:
+            others.append(f"{address}: {error}")
             continue
-        if identity.fingerprint(authority) != invitation.fingerprint:
-            why = f"{address}: is not who made the invitation"
-            continue
-        keyring = open_keyring(authority)  # before the secret is spent
-        key = identity.new_key()
-        answer = await _ask(address, invitation, authority, node, identity.new_request(key))
         return _take(keyring, invitation, key, answer)
+    why = "; ".join(others[:MAX_TOKEN_ADDRESSES]) or "nobody answers"
     raise NobodyError(
         f"no inviter for run {invitation.run!r} was found ({why}); see that `deca-node swarm "
         "invite` still waits there, and give its address with --at HOST:PORT"
     )
 
 
-async def _authority(address: str) -> bytes:
-    """The certificate that whoever waits there says is the authority's. Nothing is sent."""
+async def _authority(address: str, invitation: Invitation) -> bytes:
+    """The authority's certificate, as whoever waits there shows it. Nothing is sent.
+
+    Raises:
+        _OtherError: it shows none, or another's.
+    """
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
-    reader, writer = await _connect(address, anybody, None)
-    with contextlib.closing(writer):
-        said = await _line(reader)
     try:
-        return str(said["authority"]).encode()
-    except KeyError:
-        raise OSError("answers, but is no inviter") from None
+        reader, writer = await _connect(address, anybody, None)
+        with contextlib.closing(writer):
+            said = await _line(reader)
+        authority = identity.alone(str(said["authority"]).encode())
+        shown = identity.fingerprint(authority)
+    except OSError as error:
+        raise _OtherError(error.strerror or error or "no answer in time") from None
+    except (KeyError, ValueError, RecursionError, TrustError):
+        raise _OtherError("answers, but is no inviter") from None
+    if shown != invitation.fingerprint:
+        raise _OtherError("is not who made the invitation")
+    return authority
 
 
 async def _ask(
     address: str, invitation: Invitation, authority: bytes, node: str, request: bytes
 ) -> dict[str, Any]:
+    """What the inviter answers; the secret goes to nobody else.
+
+    Raises:
+        _OtherError: it cannot be called again, or has only a copy of the authority's certificate.
+        TrustError: the inviter does not let us in, or breaks off.
+    """
     known = ssl.create_default_context(cadata=authority.decode())
     known.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         reader, writer = await _connect(address, known, pairing_name(invitation.run))
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in _TIMES:
-            raise TrustError(
+            raise _OtherError(
                 "the inviter's clock and this machine's differ too much; set the wrong one (NTP)"
             ) from None
-        raise TrustError(f"{address}: is not who made the invitation") from None
+        raise _OtherError("is not who made the invitation") from None
     except OSError as error:
-        raise TrustError(f"{address}: {error.strerror or error}; try again") from None
+        raise _OtherError(error.strerror or error or "no answer in time") from None
     with contextlib.closing(writer):
         try:
             await _line(reader)
@@ -384,7 +403,7 @@ async def _line(reader: asyncio.StreamReader) -> dict[str, Any]:
     async with asyncio.timeout(CONNECT_SECONDS):
         try:
             said = json.loads(await reader.readline())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise OSError("answers, but is no inviter") from None
     if not isinstance(said, dict):
         raise OSError("answers, but is no inviter")

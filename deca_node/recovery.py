@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from deca_node.blocks import Schedule
-from deca_node.limits import MAX_MEMBERS
+from deca_node.limits import MAX_MEMBERS, MIN_TRANSFER_RATE
 
 # Tries of one giver in a row that brought nothing, be it a list or a block, until it is left alone
 # for a while. One may hit a block that has got a newer version, two a giver that starts again.
@@ -195,6 +195,7 @@ class _Record:
     unheard: int = 0
     vain: int = 0
     broken: int = 0
+    turns: int = 0  # bytes of tries that ended as others' turn had come
     cost: float = 0.0  # seconds that those tries took
     rests: int = 0  # since its last whole block
     until: float = -math.inf  # left alone
@@ -218,8 +219,12 @@ class Records:
         *,
         whole: bool,
         excused: bool = False,
+        size: int = 0,
     ) -> bool:
         """A try to fetch a block has ended.
+
+        Where others queue, a giver's blocks come in turns: it is in order as long as each came at
+        the slowest rate or faster, and no more in all of them than the block has bytes.
 
         Args:
             giver: of whom.
@@ -227,7 +232,8 @@ class Records:
             now: in the same seconds.
             nbytes: that came.
             whole: the block is there, and good.
-            excused: that nothing came was not its fault.
+            excused: that nothing, or not more, came was not its fault.
+            size: bytes of the block.
 
         Returns:
             Whether it is left alone from now on.
@@ -236,8 +242,13 @@ class Records:
         if nbytes or not whole:
             record.rate = nbytes / max(now - begin, 1e-3)
         if whole:
-            record.vain = record.broken = record.rests = 0
+            record.vain = record.broken = record.turns = record.rests = 0
             record.cost = 0.0
+            return False
+        least = max(1.0, (now - begin) * MIN_TRANSFER_RATE)
+        if excused and nbytes >= least and record.turns + nbytes <= size:
+            record.turns += nbytes
+            record.vain = 0
             return False
         record.cost += now - begin
         record.broken += 1
@@ -284,7 +295,7 @@ class Records:
     def _rest(record: _Record, now: float, least: float = LEAST_REST_SECONDS) -> None:
         seconds = max(REST_FACTOR * record.cost, least) * 2**record.rests
         record.until = max(record.until, now + min(seconds, MAX_REST_SECONDS))
-        record.unheard = record.vain = record.broken = 0
+        record.unheard = record.vain = record.broken = record.turns = 0
         record.cost = 0.0
         if seconds < MAX_REST_SECONDS:
             record.rests += 1

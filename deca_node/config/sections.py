@@ -541,7 +541,8 @@ class NetworkSettings(Section):
     )
     step_deadline: Positive | None = Field(
         None,
-        description="Seconds that a step waits for a neighbour's block. Unset: the preset's.",
+        description="Seconds that a step waits for a neighbour's block, from when this node has "
+        "nothing else to do. Unset: the preset's.",
         examples=[30.0],
     )
     visit_deadline: Positive | None = Field(

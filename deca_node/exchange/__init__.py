@@ -177,10 +177,10 @@ class Exchange:
         notes and ``hear`` says it when it has heard the note.
 
         ``busy`` is what the caller does meanwhile: until it is done nobody waits, so it costs no
-        neighbour its budget.
+        neighbour its budget, and the deadline has not begun.
 
         Returns when all came, or those that came lately are through and the others failed, at
-        latest after ``step_deadline``.
+        latest ``step_deadline`` after ``busy`` is done.
         """
         serving = self._serving
         behind = partial(serving.is_behind, serial=serial)

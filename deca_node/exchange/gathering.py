@@ -4,6 +4,7 @@ A peer's failure is an entry in the report, never an exception.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from deca_node.compression import Format
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerError, PeerTimeout, PeerUnavailable
 from deca_node.exchange.neighbourhood import Neighbourhood
+from deca_node.limits import MAX_PULL_SECONDS
 from deca_node.membership import Edges
 from deca_node.patience import Patience
 from deca_node.pb import node_pb2 as pb
@@ -130,6 +132,26 @@ class Step:
     is_behind: Callable[[str], bool]
 
 
+@dataclass
+class _Wait:
+    """Until when a step waits at most: its time begins when its node has nothing else to do.
+
+    Before that a neighbour that is not there holds nobody up, however long this node computes.
+
+    Attributes:
+        most: seconds from then on.
+        idle_since: when that was; None while it is busy.
+    """
+
+    most: float
+    idle_since: float | None
+
+    @property
+    def deadline(self) -> float:
+        """By the loop's clock; infinite while the node is busy."""
+        return math.inf if self.idle_since is None else self.idle_since + self.most
+
+
 class Gathering:
     """See the module; its arguments are Exchange's, what all parts have in common, and one more.
 
@@ -164,12 +186,12 @@ class Gathering:
         """See Exchange."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        idle_since, mixed_before = begin if busy is None else None, 0.0
-        deadline = begin + self._timing.step_deadline
+        wait = _Wait(self._timing.step_deadline, begin if busy is None else None)
+        mixed_before = 0.0
         report = Gathered()
         mixes = {peer: intake(peer) if intake else None for peer in step.edges.weights}
         tasks = {
-            asyncio.create_task(self._take(step, peer, mix, report, deadline)): peer
+            asyncio.create_task(self._take(step, peer, mix, report, wait)): peer
             for peer, mix in mixes.items()
         }
         behind: set[str] = set()
@@ -179,22 +201,22 @@ class Gathering:
                 now = loop.time()
                 # Those that hold nobody up may still bring what they have ready.
                 worth = self._patience.worth(tasks[task] for task in pending)
-                if idle_since is None and busy is not None and busy.done():
-                    idle_since, mixed_before = now, report.mix
-                limit = deadline
+                if wait.idle_since is None and busy is not None and busy.done():
+                    wait.idle_since, mixed_before = now, report.mix
+                limit = deadline = wait.deadline
                 if step.hear and now < deadline:
                     behind = {peer for peer in worth if step.is_behind(peer)}
                 if step.hear and worth:
                     limit = self._patience.for_agreement(behind & worth, deadline)
-                elif idle_since is not None:
-                    limit = self._patience.for_blocks(worth, deadline, idle_since, now)
+                elif wait.idle_since is not None:
+                    limit = self._patience.for_blocks(worth, deadline, wait.idle_since, now)
                 if limit <= now:
                     if worth and now < deadline:
                         self._patience.used_up(worth)
                         continue
                     break
                 pending -= await self._any_done(pending, limit - now, busy)
-                if len(worth) == 1 and idle_since is not None:
+                if len(worth) == 1 and wait.idle_since is not None:
                     # For it alone: its own to answer for, whether it came and who else is missing.
                     self._patience.waited(worth, loop.time() - now)
         finally:
@@ -208,8 +230,8 @@ class Gathering:
             if peer not in (*report.used, *report.partial, *report.missing):
                 report.missing[peer] = "late"
         report.wait = loop.time() - begin
-        if idle_since is not None:
-            exposed = loop.time() - idle_since - (report.mix - mixed_before)
+        if wait.idle_since is not None:
+            exposed = loop.time() - wait.idle_since - (report.mix - mixed_before)
             report.exposed = max(0.0, exposed)
         for peer in step.edges.weights:
             edge = report.edges.setdefault(peer, EdgeUse(report.wait))
@@ -227,14 +249,16 @@ class Gathering:
         others = {changed} if busy is None or busy.done() else {changed, busy}
         try:
             await asyncio.wait(
-                {*tasks, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                {*tasks, *others},
+                timeout=seconds if seconds < math.inf else None,
+                return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
             changed.cancel()
         return {task for task in tasks if task.done()}
 
     async def _take(
-        self, step: Step, peer: str, mix: Mix | None, report: Gathered, deadline: float
+        self, step: Step, peer: str, mix: Mix | None, report: Gathered, wait: _Wait
     ) -> None:
         loop = asyncio.get_running_loop()
         own, hear, weight = step.own, step.hear, step.edges.weights[peer]
@@ -268,6 +292,8 @@ class Gathering:
             if link is None:
                 raise PeerUnavailable("gone")
             most = self._timing.step_deadline + (self._timing.rpc if hear else 0.0)
+            if wait.idle_since is None:  # it is ended by the step, not by the call's own time
+                most += MAX_PULL_SECONDS
             async with aclosing(link.pull(request, most)) as stream:
                 async for message in stream:
                     report.received += len(message)
@@ -313,5 +339,5 @@ class Gathering:
                     report.missing[peer] = problem.reason
                 if not self._stopping.is_set():
                     self._peers.trouble(peer, problem)
-                    if loop.time() >= deadline:
+                    if loop.time() >= wait.deadline:
                         self._patience.missed(peer)

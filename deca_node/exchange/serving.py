@@ -220,10 +220,6 @@ class Serving:
         if self._pulls[peer] >= MAX_PULLS_PER_PEER:
             raise PeerRefused("too_many_pulls", f"at most {MAX_PULLS_PER_PEER} at once")
         self._pulls[peer] += 1
-        if peer in self.edges.weights:
-            asked = self._visit.asked
-            asked[peer] = max(asked.get(peer, -1), request.serial)
-            self._changes.beat()
         try:
             held = await self._once_published(peer, request.serial)
             snapshot = self._in_format(peer, held, request)
@@ -276,6 +272,7 @@ class Serving:
 
     async def _once_published(self, peer: str, serial: int) -> Snapshot:
         while True:
+            self._note_asked(peer, serial)
             held = self.held
             if held is not None and held.serial == serial and peer in self._published.served:
                 return held
@@ -293,6 +290,13 @@ class Serving:
             if settled and peer not in self.edges.weights:
                 raise PeerRefused("not_a_neighbour", f"no edge in visit {visit}")
             await self._changes.wait()
+
+    def _note_asked(self, peer: str, serial: int) -> None:
+        """A neighbour wants this step; who asked before the edges were known may be one by now."""
+        asked = self._visit.asked
+        if peer in self.edges.weights and asked.get(peer, -1) < serial:
+            asked[peer] = serial
+            self._changes.beat()
 
     def _in_format(self, peer: str, held: Snapshot, request: pb.PullRequest) -> Snapshot:
         wire = self._published.formats.get(peer, Format.FP32)

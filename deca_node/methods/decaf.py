@@ -123,7 +123,9 @@ class Decaf(DecLora):
         own = pair(master)
         weights = [1 - sum(each.weight for each in came), *(each.weight for each in came)]
         found = refactored([own, *(pair(each.values) for each in came)], weights, self._split)
-        if found is None:  # all products are 0, as before the first step: there is no basis yet
+        # All products are 0, as before the first step: there is no basis yet. Or somebody's are no
+        # numbers: the node keeps its own, as if nobody had come.
+        if found is None:
             return 0.0
         apart = distance(own, found)
         master[at_a].copy_(found[0].reshape(-1))

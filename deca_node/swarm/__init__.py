@@ -29,13 +29,17 @@ from deca_node.limits import (
     MAX_VERSION_BYTES,
     PEER_GREETINGS,
     PEER_GREETINGS_BURST,
+    PEER_LINES,
+    PEER_LINES_BURST,
+    STATE_LINES,
+    STATE_LINES_BURST,
     STRANGER_GREETINGS,
     STRANGER_GREETINGS_BURST,
 )
 from deca_node.membership import Peer, Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm.contacts import Answer, Contacts, Origin
-from deca_node.swarm.refusals import DETAIL_CHARACTERS, Refusals
+from deca_node.swarm.refusals import DETAIL_CHARACTERS, NAMELESS, Refusals
 from deca_node.swarm.traffic import RateMeter, TrafficTable
 from deca_node.transport import Link, Transport
 
@@ -120,9 +124,9 @@ class Swarm:
         self.told: dict[str, Told] = {}
         self.refusals = Refusals(log)
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
-        self._peer_turns = Turns(
-            PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS
-        )
+        each = PEER_GREETINGS / timing.heartbeat
+        self._peer_turns = Turns(each, PEER_GREETINGS_BURST, MAX_MEMBERS)
+        self._restart_turns = Turns(each, PEER_GREETINGS_BURST, MAX_CONTACTS)
         self._stranger_turns = Turns(STRANGER_GREETINGS, STRANGER_GREETINGS_BURST, MAX_CONTACTS)
         self._timing = timing
         self._position = position
@@ -134,6 +138,8 @@ class Swarm:
         self._links: dict[str, tuple[str, Link]] = {}
         self._duplicates: dict[str, int] = {}  # further addresses of a session that is met
         self._complained: dict[tuple[str, str], float] = {}
+        self._state_lines = Turns(STATE_LINES, STATE_LINES_BURST, 1)
+        self._state_lines_of = Turns(PEER_LINES, PEER_LINES_BURST, MAX_MEMBERS)
 
     # --- contacts
 
@@ -246,7 +252,7 @@ class Swarm:
     def unanswered(self, address: str, failures: int, error: PeerError) -> None:
         """See contacts.Greeter."""
         if error.reason in _OF_TRUST:
-            self.refusals.note(address, "the node", error.reason, str(error), self._now())
+            self.refusals.note(address, NAMELESS, error.reason, str(error), self._now())
         for name, (at, _) in list(self._links.items()):
             if at == address and name in self.peers:
                 self._update(
@@ -321,10 +327,12 @@ class Swarm:
     def _admit(self, sender: pb.Sender, source: str) -> None:
         """Refuse who greets too often: each greeting is compared, and answered at length."""
         known, now = self.peers.get(sender.node), self._now()
-        if known is not None and known.session == sender.session:
-            admitted = self._peer_turns.take(sender.node, now)
-        else:
+        if known is None:
             admitted = self._stranger_turns.take(network(source), now)
+        elif known.session == sender.session:
+            admitted = self._peer_turns.take(sender.node, now)
+        else:  # of each place, so that nobody uses up the turns of a peer that restarts elsewhere
+            admitted = self._restart_turns.take(f"{network(source)} {sender.node}", now)
         if not admitted:
             self.refusals.count["too_many_greetings"] += 1
             raise PeerRefused("too_many_greetings", "greet less often")
@@ -682,13 +690,20 @@ class Swarm:
         ):
             self._changed()
         if known is None or (known.state, known.session) != (peer.state, peer.session):
-            level = (
-                self._log.info
-                if peer.state in (State.ALIVE, State.DONE) or peer.phase == Phase.STOPPING
-                else self._log.warning
-            )
-            level(f"peer {peer.state}", peer=peer.name, address=peer.address, detail=peer.detail)
+            self._tell(peer)
             self._changed()
+
+    def _tell(self, peer: Peer) -> None:
+        """Log a peer's state, unless there were many such lines lately: it stands in the status."""
+        now = self._now()
+        if not (self._state_lines_of.take(peer.name, now) and self._state_lines.take("", now)):
+            return
+        level = (
+            self._log.info
+            if peer.state in (State.ALIVE, State.DONE) or peer.phase == Phase.STOPPING
+            else self._log.warning
+        )
+        level(f"peer {peer.state}", peer=peer.name, address=peer.address, detail=peer.detail)
 
     def _fields(self) -> list[pb.FingerprintField]:
         items = self.identity.fingerprint.items()

@@ -5,10 +5,18 @@ from typing import Any
 
 from deca_node.admission import Turns
 from deca_node.health import Refusal
-from deca_node.limits import MAX_CONTACTS, REFUSAL_LINES, REFUSAL_LINES_BURST
+from deca_node.limits import (
+    MAX_CONTACTS,
+    PEER_LINES,
+    PEER_LINES_BURST,
+    REFUSAL_LINES,
+    REFUSAL_LINES_BURST,
+)
 
 # Characters kept of what was said.
 DETAIL_CHARACTERS = 200
+# Who has no name yet: nobody was understood at the address.
+NAMELESS = "the node"
 
 
 class Refusals:
@@ -27,10 +35,11 @@ class Refusals:
         self.last: dict[str, Refusal] = {}
         self._log = log
         self._lines = Turns(REFUSAL_LINES, REFUSAL_LINES_BURST, 1)
+        self._lines_of = Turns(PEER_LINES, PEER_LINES_BURST, MAX_CONTACTS)
         self._said: dict[str, str] = {}  # the reason that was logged last, by address
 
     def note(self, address: str, name: str, reason: str, text: str, now: float) -> None:
-        """Keep a refusal; the same one of the same address is logged once."""
+        """Keep a refusal; the same one of the same address is logged once, and few of one name."""
         if len(self.last) >= MAX_CONTACTS:
             self.last.clear()
         self.last[address] = Refusal(name, reason, text[:DETAIL_CHARACTERS], now)
@@ -41,7 +50,8 @@ class Refusals:
         self._said[address] = reason
         # Other runs on the same network are normal; anything else wants a look.
         level = self._log.info if reason == "other_run" else self._log.warning
-        if self._lines.take("", now):
+        whose = address if name == NAMELESS else name
+        if self._lines_of.take(whose, now) and self._lines.take("", now):
             level("peer refused", peer=name, address=address, reason=reason, detail=text)
 
     def forget(self, address: str) -> None:

@@ -17,7 +17,7 @@ from deca_node.errors import PeerError, PeerRefused, TrustError, UnreachableErro
 from deca_node.guard import Guard, Visitor
 from deca_node.keyring import Keyring
 from deca_node.limits import MAX_JOIN_ATTEMPTS
-from deca_node.pairing import Inviter, Terms, join
+from deca_node.pairing import Inviter, NobodyError, Terms, join
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink, ask_status
 from deca_node.transport.server import GrpcTransport
@@ -507,6 +507,32 @@ async def inviting(run, node=None, ttl=60.0, **options):
         await asyncio.gather(waiting, return_exceptions=True)
 
 
+@contextlib.asynccontextmanager
+async def showing(other, said, heard):
+    """Who calls itself an inviter with another authority's certificate; its address.
+
+    ``said`` is bytes, or goes as JSON; what callers send is added to ``heard``. Where it says
+    nothing it hangs up.
+    """
+    key = identity.new_key()
+    shown = other.authority.issue_pairing(identity.new_request(key), time.time(), 1)
+    other.folder.mkdir(parents=True, exist_ok=True)
+    both = other.folder / "fake.pem"
+    both.write_bytes(key + shown)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(both)
+
+    async def serve(reader, writer):
+        writer.write(said if isinstance(said, bytes) else json.dumps(said).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            heard.append(await reader.read(1000) if said else b"")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
 def opener(folder):
     return lambda authority: Keyring.made(folder, authority)
 
@@ -616,22 +642,8 @@ async def test_the_secret_goes_to_the_authority_alone(run, tmp_path):
         assert not told
 
         # It copies our authority's certificate, which is no secret, and shows one of its own.
-        key = identity.new_key()
-        shown = other.authority.issue_pairing(identity.new_request(key), time.time(), 1)
-        both = tmp_path / "fake.pem"
-        both.write_bytes(key + shown)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(both)
-
-        async def serve(reader, writer):
-            said = {"authority": run.authority.certificate.decode()}
-            writer.write(json.dumps(said).encode() + b"\n")
-            heard.append(await reader.read(1000))
-            writer.close()
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-        async with server:
-            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        copied = {"authority": run.authority.certificate.decode()}
+        async with showing(other, copied, heard) as address:
             with pytest.raises(TrustError, match="not who made"):
                 await join(invitation, "bob", opener(tmp_path / "b"), [address])
         # A member's certificate does not pass for an invitation's either.
@@ -640,6 +652,46 @@ async def test_the_secret_goes_to_the_authority_alone(run, tmp_path):
                 await join(invitation, "bob", opener(tmp_path / "b"), [address])
         assert (await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)).node
     assert not any(heard)
+
+
+async def test_an_authority_shown_behind_ours_is_not_believed(run, tmp_path):
+    """Whoever shows our certificate, and its own behind it, has no say: nor is it kept."""
+    heard, other = [], Run(tmp_path / "other")
+    both = run.authority.certificate + other.authority.certificate
+    async with inviting(run) as (_, invitation, _):
+        async with showing(other, {"authority": both.decode()}, heard) as address:
+            with pytest.raises(TrustError, match="not who made"):
+                await join(invitation, "bob", opener(tmp_path / "b"), [address])
+        assert not any(heard)
+        joined = await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+    assert joined.keyring.authority == run.authority.certificate
+
+
+FALSE = {
+    "nests": lambda _: b"[" * 100_000 + b"\n",
+    "nests within": lambda _: {"authority": json.loads("[" * 900 + "]" * 900)},
+    "shows nothing": lambda _: {"authority": "x"},
+    "shows no text": lambda _: b'{"authority": "\\ud800"}\n',
+    "is no inviter": lambda _: b"hello\n",
+    "hangs up": lambda _: b"",
+    "copies": lambda run: {"authority": run.authority.certificate.decode()},
+}
+
+
+@pytest.mark.parametrize("what", FALSE)
+async def test_who_is_at_an_address_and_is_not_the_inviter_is_passed_over(run, tmp_path, what):
+    """Whatever it says; with nobody else there the error is one line that names it."""
+    heard, other = [], Run(tmp_path / "other")
+    async with inviting(run) as (waiting, invitation, told):
+        async with showing(other, FALSE[what](run), heard) as false:
+            with pytest.raises(NobodyError, match=f"no inviter for run .*{false}: ") as nobody:
+                await join(invitation, "bob", opener(tmp_path / "b"), [false])
+            assert "\n" not in str(nobody.value)
+            where = [false, *invitation.addresses]
+            joined = await join(invitation, "bob", opener(tmp_path / "b"), where)
+        assert await waiting == joined.node == "bob"
+    assert not any(heard)
+    assert not told
 
 
 async def test_guessing_ends_an_invitation(run, tmp_path):
@@ -683,7 +735,14 @@ async def test_noise_at_an_inviter_changes_nothing(run, tmp_path):
         anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
         for context in (None, anybody):
-            for noise in (b"GET / HTTP/1.1\r\n\r\n", b"{", b"[]\n", b"\xff\n", b"x" * 2_000_000):
+            for noise in (
+                b"GET / HTTP/1.1\r\n\r\n",
+                b"{",
+                b"[]\n",
+                b"\xff\n",
+                b"[" * 100_000 + b"\n",
+                b"x" * 2_000_000,
+            ):
                 reader, writer = await asyncio.open_connection(host, port, ssl=context)
                 try:
                     writer.write(noise)

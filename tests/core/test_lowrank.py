@@ -1,5 +1,7 @@
 """Mixing products of thin matrices against the dense SVD."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +71,18 @@ def test_nothing_to_factor_is_told():
     """Before the first step every B is 0, and so may be the sum of opposite products."""
     pairs = factors(2, 8, 6, 2)
     assert refactored([(a, torch.zeros_like(b)) for a, b in pairs], [0.5, 0.5], "b") is None
+
+
+@pytest.mark.parametrize("split", ["b", "a", "balanced"])
+@pytest.mark.parametrize("size", [1e18, 1e20, 3e38, math.inf, math.nan])
+def test_what_is_no_product_of_finite_numbers_is_told(size, split):
+    """A neighbour may send any finite float32: its product is factored or not, never an error."""
+    own, other = ((a.float(), b.float()) for a, b in factors(2, 8, 6, 2))
+    found = refactored([own, tuple(size * t.clamp(-1, 1) for t in other)], [0.5, 0.5], split)
+    if size > 1e18 or math.isnan(size):
+        assert found is None
+    else:
+        assert all(bool(each.isfinite().all()) for each in (*found, found[1] @ found[0]))
 
 
 def test_directions_without_a_value_stay_alive_in_a():

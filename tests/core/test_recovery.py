@@ -5,7 +5,7 @@ import math
 import pytest
 
 from deca_node.blocks import Schedule
-from deca_node.limits import MAX_MEMBERS
+from deca_node.limits import MAX_MEMBERS, MIN_TRANSFER_RATE
 from deca_node.recovery import (
     LEAST_REST_SECONDS,
     MAX_BROKEN_TRIES,
@@ -189,6 +189,19 @@ def test_parts_alone_are_no_block():
         assert ended == [False] * (MAX_BROKEN_TRIES - 1) + [True]
         assert records.resting(19_050 + MAX_REST_SECONDS - 1) == {"a"}
         assert records.resting(19_050 + MAX_REST_SECONDS) == frozenset()
+
+
+def test_who_takes_turns_and_brings_its_share_is_not_left_alone():
+    """Others queue there: what has come stays, and the rest comes in the next turns."""
+    records, enough = Records(), 50 * MIN_TRANSFER_RATE
+    turns = 3 * MAX_BROKEN_TRIES
+    for n in range(turns):
+        assert not tried(records, "a", 1000 * n, 50, enough, excused=True, size=turns * enough)
+    # Too little in a turn, or more than the block has: it changes what it gives.
+    for name, nbytes, size in (("b", enough - 1, turns * enough), ("a", enough, turns * enough)):
+        for n in range(MAX_BROKEN_TRIES - 1):
+            assert not tried(records, name, 100_000 + n, 50, nbytes, excused=True, size=size)
+        assert tried(records, name, 200_000, 50, nbytes, excused=True, size=size)
 
 
 def test_the_fastest_are_asked_before_the_slower_and_the_unknown_before_all():

@@ -9,6 +9,7 @@ import pytest
 from zeroconf import ServiceStateChange
 
 from deca_node import discovery as discovery_module
+from deca_node.addresses import is_address
 from deca_node.config import load
 from deca_node.discovery import Discovery, inviters, inviting, loops_back, own_addresses
 from deca_node.errors import ListenError
@@ -17,13 +18,22 @@ from deca_node.search import Search
 PATIENCE = 30.0  # a bound on failure; multicast answers within two seconds
 
 
-def discovery(run, node, port, sighted, browse_every=3.0, interfaces=("127.0.0.1",), now=None):
+def discovery(
+    run,
+    node,
+    port,
+    sighted,
+    browse_every=3.0,
+    interfaces=("127.0.0.1",),
+    now=None,
+    addresses=("127.0.0.1",),
+):
     return Discovery(
         run=run,
         node=node,
         port=port,
         protocol=1,
-        addresses=["127.0.0.1"],
+        addresses=addresses,
         interfaces=interfaces,
         browse_every=browse_every,
         sighted=sighted,
@@ -68,6 +78,47 @@ async def test_nodes_of_one_run_find_each_other_and_nobody_else():
     assert seen[0].addresses == {"127.0.0.1:7002"}
     assert seen[1].addresses == {"127.0.0.1:7001"}
     assert seen[2].addresses == set()
+
+
+async def test_addresses_of_both_protocols_are_proposed():
+    """In brackets where they must be; one of a link alone only with the link."""
+    run, here = f"run-{uuid.uuid4().hex[:8]}", ["192.0.2.2", "fd00::2", "fe80::2"]
+    seen = Sightings()
+    first = discovery(run, "a", 7001, seen, addresses=["fd00::1"])
+    second = discovery(run, "b", 7002, Sightings(), addresses=here)
+    try:
+        await first.start()
+        await second.start()
+        await seen.until("[fd00::2]:7002")
+        await seen.until("192.0.2.2:7002")
+        assert not [at for at in seen.addresses if at.startswith("[fe80") and "%" not in at]
+        assert all(map(is_address, seen.addresses))
+    finally:
+        await first.stop()
+        await second.stop()
+
+
+async def test_an_address_of_a_link_is_proposed_with_the_link():
+    """As the packet that told it came by one."""
+    sighted = Sightings()
+    node = discovery("run", "a", 7001, sighted)
+
+    class Info:
+        port, properties = 7002, {b"run": b"run"}
+
+        def __init__(self, service_type, name):
+            pass
+
+        async def async_request(self, zeroconf, timeout):
+            return True
+
+        def parsed_scoped_addresses(self, version):
+            return ["fe80::2%3", "fe80::3"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discovery_module, "AsyncServiceInfo", Info)
+        await node._resolve(None, "", "b")
+    assert sighted.addresses == {"[fe80::2%3]:7002"}
 
 
 async def test_a_node_is_sighted_again_by_every_fresh_browser():
@@ -285,6 +336,15 @@ def test_addresses_to_announce():
     assert everywhere == ["127.0.0.1"] or not any(a.startswith("127.") for a in everywhere)
 
 
+async def test_an_invitation_at_an_address_of_ipv6_is_found():
+    """In brackets."""
+    run = f"inv-{uuid.uuid4().hex[:8]}"
+    async with inviting(run, 7009, ["fd00::1"]), asyncio.timeout(PATIENCE):
+        while not (found := await inviters(run, 0.5)):
+            pass
+        assert found == ["[fd00::1]:7009"]
+
+
 async def test_an_invitation_is_found_by_who_joins_that_run():
     """And by nobody of another."""
     run = f"inv-{uuid.uuid4().hex[:8]}"
@@ -293,3 +353,38 @@ async def test_an_invitation_is_found_by_who_joins_that_run():
             pass
         assert found == ["127.0.0.1:7009"]
         assert await inviters(f"{run}x", 0.5) == []
+
+
+async def test_false_invitations_do_not_hold_up_the_true_one(monkeypatch):
+    """Names without an address are all asked for at once; only when they are is any answered."""
+    run, names, asked = "bbc", [f"false-{i}" for i in range(40)], asyncio.Event()
+    waiting = []
+
+    class Browser:
+        def __init__(self, zeroconf, service_type, handlers):
+            for name in (*names, "true"):
+                handlers[0](name=name, state_change=ServiceStateChange.Added)
+
+        async def async_cancel(self):
+            pass
+
+    class Info:
+        port, properties = 7009, {b"run": run.encode()}
+
+        def __init__(self, service_type, name):
+            self.name = name
+
+        async def async_request(self, zeroconf, timeout):
+            waiting.append(self.name)
+            if len(waiting) > len(names):
+                asked.set()
+            await asked.wait()
+            return self.name == "true"
+
+        def parsed_scoped_addresses(self, version):
+            return ["192.0.2.2"]
+
+    monkeypatch.setattr(discovery_module, "AsyncServiceBrowser", Browser)
+    monkeypatch.setattr(discovery_module, "AsyncServiceInfo", Info)
+    async with asyncio.timeout(PATIENCE):
+        assert await inviters(run, 0) == ["192.0.2.2:7009"]

@@ -1,6 +1,7 @@
 """The exchange over the loopback transport, in virtual time: deadlines cost no waiting."""
 
 import asyncio
+import contextlib
 import math
 import random
 from dataclasses import replace
@@ -14,7 +15,17 @@ from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout, PeerUnavailable
 from deca_node.exchange import Exchange, send_rates
-from deca_node.limits import MAX_MEMBERS
+from deca_node.limits import (
+    MAX_MEMBERS,
+    MAX_PULL_SECONDS,
+    PEER_GREETINGS,
+    PEER_GREETINGS_BURST,
+    PEER_LINES,
+    PEER_LINES_BURST,
+    STATE_LINES,
+    STRANGER_GREETINGS,
+    STRANGER_GREETINGS_BURST,
+)
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.mixing import mix_arrival
@@ -543,6 +554,52 @@ def test_room_is_made_when_the_readers_are_done():
     run(scenario())
 
 
+def test_who_asks_before_a_visits_edges_are_known_has_asked():
+    """A new neighbour that has its own edges first gets no less time to read than the others."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        asked, asking = members
+        opening = asyncio.create_task(asked.open(frozenset({"n1"})))
+        await asyncio.sleep(0.1)
+        assert not opening.done()
+        stream = asked.pull(pb.PullRequest(sender=asking.swarm.sender(), serial=0))
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.1)
+        await asking.open(frozenset({"n0"}))
+        await opening
+        made = snapshot(asked.values, LAYOUT, 0, metadata("run", "n0", 0))
+        asked.exchange.publish(made)
+        await first
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        room = asyncio.create_task(asked.exchange.make_room())
+        await asyncio.sleep(2 * TIMING.rpc)
+        assert not room.done()
+        assert len([m async for m in stream]) == made.count - 1
+        await room
+        assert clock() - begin < TIMING.step_deadline
+        assert not asked.exchange._serving._visit.idle
+
+    run(scenario())
+
+
+def test_callers_without_an_edge_leave_no_trace_of_what_they_asked():
+    """Before a visit's edges are known anybody may ask: nothing of it is kept."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        stream = members[0].pull(pb.PullRequest(sender=members[1].swarm.sender(), serial=0))
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+        assert not members[0].exchange._serving._visit.asked
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("error", [PayloadError("checksum", "hit"), PeerUnavailable("reset")])
 def test_streams_that_break_off_both_ways_cost_no_waiting(error):
     """Who failed to fetch a step's block will not come for it again."""
@@ -641,6 +698,86 @@ def test_a_table_full_of_the_refused_makes_room():
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("callers", "most", "answered"),
+    [
+        ("sessions", PEER_LINES_BURST, PEER_GREETINGS_BURST),  # one name, as if it started anew
+        ("goodbyes", PEER_LINES_BURST, PEER_GREETINGS_BURST),
+        ("names", 100, None),
+        ("settings", 100, None),
+    ],
+)
+def test_nobody_fills_the_log_by_coming_and_going(callers, most, answered, monkeypatch):
+    """Whatever a caller changes with each greeting."""
+    monkeypatch.setattr("deca_node.swarm.STATE_LINES_BURST", 100)
+    seconds, rate = 10, STRANGER_GREETINGS
+
+    async def scenario():
+        member = Member(LoopbackNetwork(), 0)
+        await member.listen()
+        let_in = 0
+        for i in range(int(seconds * rate)):
+            one = callers in ("sessions", "goodbyes")
+            said = greeting(
+                node="x" if one else f"x{i}",
+                session=9 if callers == "goodbyes" else 10 + i,
+                seed="1" if callers == "settings" else "0",
+                port=7430 if one else 1 + i,
+            )
+            with contextlib.suppress(PeerRefused):
+                reply = await member.hello(said, "10.0.0.77")
+                let_in += not reply.refusal
+                if callers in ("goodbyes", "names"):
+                    await member.goodbye(pb.GoodbyeRequest(sender=said.sender))
+            await asyncio.sleep(1 / rate)
+        await member.swarm.close()
+        return let_in
+
+    with structlog.testing.capture_logs() as logged:
+        let_in = run(scenario())
+    lines = sum(line["event"].startswith("peer ") for line in logged)
+    assert lines > most // 2
+    assert lines <= most + seconds * (PEER_LINES if answered else STATE_LINES) + 1
+    if answered:
+        # And the first, as a stranger.
+        assert let_in <= 1 + answered + seconds * PEER_GREETINGS / TIMING.heartbeat + 1
+
+
+def test_two_nodes_of_one_name_do_not_fill_the_log_of_a_third():
+    """They are refused in turn, for as long as both are there."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        swarm, seconds = members[0].swarm, 600
+        for i in range(seconds):  # in turn a peer and not: its address is forgotten, and told anew
+            at = f"10.0.0.{5 + i % 2}:7430"
+            swarm.refusals.note(at, "n1", "name_taken", "another node is called 'n1'", float(i))
+            swarm.refusals.forget(at)
+        return seconds
+
+    with structlog.testing.capture_logs() as logged:
+        seconds = run(scenario())
+    lines = sum(line["event"] == "peer refused" for line in logged)
+    assert PEER_LINES_BURST <= lines <= PEER_LINES_BURST + seconds * PEER_LINES + 1
+
+
+def test_a_caller_under_a_peers_name_uses_up_none_of_its_turns():
+    """Elsewhere somebody greets as it without end: it is heard, and when it starts anew, too."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        for i in range(2 * STRANGER_GREETINGS_BURST):
+            with contextlib.suppress(PeerRefused):
+                await members[0].hello(greeting(node="n1", session=1000 + i), "10.0.0.66")
+        for session in (101, 102):
+            same = greeting(node="n1", session=session, host="10.0.0.1")
+            assert not (await members[0].hello(same, "10.0.0.1")).refusal
+        for member in members:
+            await member.swarm.close()
+
+    run(scenario())
+
+
 def test_who_calls_but_cannot_be_called_is_no_member():
     """A peer behind a firewall is not waited for at visits; nor is one long silent."""
 
@@ -670,6 +807,89 @@ def test_a_lone_late_neighbour_is_recorded_and_may_come_back():
         back = asyncio.create_task(members[1].step(2))
         assert (await members[0].step(2)).used == ["n1"]
         await back
+
+    run(scenario())
+
+
+async def gathers(member, busy_seconds):
+    """A member's first exchange while it computes for so long; the report, and the seconds."""
+    clock = asyncio.get_running_loop().time
+    begin = clock()
+    member.exchange.publish(snapshot(member.values, LAYOUT, 0, metadata("run", member.name, 0)))
+    busy = asyncio.ensure_future(asyncio.sleep(busy_seconds))
+    report = await member.exchange.gather(0, LAYOUT, lambda _: lambda *_: None, busy=busy)
+    return report, clock() - begin
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5, 2.5, 3.5])
+def test_a_step_waits_from_when_its_node_has_nothing_else_to_do(late):
+    """However long it computed before, a slower neighbour has its deadline after that."""
+    busy = 3 * TIMING.step_deadline
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+
+        async def slower():
+            await asyncio.sleep(late * TIMING.step_deadline)
+            return await members[1].step(0)
+
+        (report, took), theirs = await asyncio.gather(gathers(members[0], busy), slower())
+        assert report.used == ["n1"]
+        assert theirs.used == ["n0"]
+        assert took == pytest.approx(late * TIMING.step_deadline, abs=0.1)
+        exposed = max(0.0, late * TIMING.step_deadline - busy)
+        assert report.exposed == pytest.approx(exposed, abs=0.1)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_silent_neighbour_costs_one_deadline_after_what_its_node_computes(drips):
+    """Whether it sends nothing or a message now and then; its stream is closed with the step."""
+    busy = 3 * TIMING.step_deadline
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        streams = []
+
+        async def hostile(request):
+            streams.append(request.serial)
+            try:
+                made = snapshot(members[1].values, LAYOUT, 0, metadata("run", "n1", 0))
+                for message in made.messages if drips else ():
+                    await asyncio.sleep(1.4 * TIMING.step_deadline)
+                    yield message
+                await asyncio.sleep(math.inf)
+            finally:
+                streams.remove(request.serial)
+
+        members[1].exchange.answer_pull = hostile
+        report, took = await gathers(members[0], busy)
+        assert took == pytest.approx(busy + TIMING.step_deadline, abs=0.1)
+        assert report.exposed == pytest.approx(TIMING.step_deadline, abs=0.1)
+        assert not report.used
+        assert not members[0].exchange._patience.worth({"n1"})
+        assert not streams
+
+    run(scenario())
+
+
+def test_a_stream_is_not_held_open_for_ever():
+    """A node that computes for hours gives its places at its neighbours back."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        gathering = asyncio.create_task(gathers(members[0], 3 * MAX_PULL_SECONDS))
+        await asyncio.sleep(MAX_PULL_SECONDS)
+        assert members[1].exchange._serving._pulls == {"n0": 1}
+        await asyncio.sleep(TIMING.step_deadline + 1)
+        assert not members[1].exchange._serving._pulls
+        report, _ = await gathering
+        assert report.missing == {"n1": "late"}
+        assert members[0].exchange._patience.worth({"n1"})  # nobody waited for it
 
     run(scenario())
 

@@ -20,6 +20,10 @@ from deca_node.limits import (
     MAX_TRANSFERS_PER_PEER,
     PEER_GREETINGS,
     PEER_GREETINGS_BURST,
+    PEER_LINES,
+    PEER_LINES_BURST,
+    STATE_LINES,
+    STATE_LINES_BURST,
     STRANGER_GREETINGS,
     STRANGER_GREETINGS_BURST,
 )
@@ -262,6 +266,11 @@ def test_the_bounds_hold_an_honest_swarm():
     for second in range(120):
         for node in range(MAX_MEMBERS):
             assert known.take(f"n{node}", second * timing.heartbeat * 0.75)
+    # Everybody comes at once, is suspect, gone and there again: each change is a line of the log.
+    lines = Turns(STATE_LINES, STATE_LINES_BURST, 1)
+    lines_of = Turns(PEER_LINES, PEER_LINES_BURST, MAX_MEMBERS)
+    for node in range(MAX_MEMBERS):
+        assert all(lines_of.take(f"n{node}", 0.0) and lines.take("", 0.0) for _ in range(4))
     # Another run's nodes on the same machine, refused for as long as they are there.
     for tick in range(600):
         pause = REFUSED_HEARTBEATS * timing.heartbeat

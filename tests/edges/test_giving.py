@@ -1,17 +1,20 @@
 """Handing out kept blocks: when a node leaves, and what callers that hang up cost."""
 
 import asyncio
+import contextlib
 import io
 from contextlib import aclosing
 
 import pytest
 
 from deca_node.config import Timing
+from deca_node.errors import PeerRefused
 from deca_node.exchange import send_rates
 from deca_node.giving import MAX_DRAIN_SECONDS, QUIET_SECONDS, Giver
 from deca_node.limits import CHUNK_BYTES
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Kept
+from deca_node.wire import parse
 from tests.virtual_time import run
 
 BLOCKS = 5
@@ -168,5 +171,46 @@ def test_who_has_the_last_byte_may_turn_away():
         async with aclosing(giving.answer_fetch(asked("late", offset=SIZE - 1))) as stream:
             await anext(stream)
         assert peers.reasons == []
+
+    run(scenario())
+
+
+def test_slow_readers_take_turns_while_others_queue():
+    """Each has its place for a step_deadline and a message; what came before that it keeps."""
+
+    async def scenario():
+        peers, giving = giver()
+        clock, ended = asyncio.get_running_loop().time, asyncio.Event()
+        refused = []
+
+        async def slow(name, block):
+            got = 0
+            while not ended.is_set():
+                try:
+                    async with aclosing(giving.answer_fetch(asked(name, block, got))) as stream:
+                        async for message in stream:
+                            got += len(parse(message).data)
+                            await asyncio.sleep(0.9 * TIMING.step_deadline)
+                except PeerRefused as error:
+                    refused.append((error.reason, got))
+                    await asyncio.sleep(0.1)
+
+        others = [asyncio.create_task(slow(name, block)) for name in ("a", "b") for block in (0, 1)]
+        await asyncio.sleep(5 * TIMING.step_deadline)
+        assert not refused  # as long as nobody waits for their places
+        begin, got = clock(), 0
+        while got < SIZE:
+            with contextlib.suppress(PeerRefused):
+                async with aclosing(giving.answer_fetch(asked("fast", 2, got))) as stream:
+                    async for message in stream:
+                        got += len(parse(message).data)
+        assert clock() - begin < 2 * TIMING.step_deadline
+        assert {reason for reason, _ in refused} == {"too_many_transfers"}
+        assert all(part > CHUNK_BYTES for _, part in refused)
+        assert not peers.reasons  # nobody has done anything wrong
+        ended.set()
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     run(scenario())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import numpy as np
 import pytest
@@ -345,6 +346,27 @@ def test_factors_of_nothing_are_left_alone(folder):
     for method in methods.values():
         assert method.settle(0).disagreement == 0
         assert torch.equal(method.state()["x"], before)
+
+
+@needs_peft
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_factors_whose_product_is_no_number_leave_a_matrix_its_own(folder, size):
+    """Each number of theirs is a float32; the matrices that they came well for are mixed."""
+    mine, other = (make(folder, ("decaf",), name)[0] for name in NAMES[:2])
+    for node, method in enumerate((mine, other)):
+        method.open(VISIT, None)
+        method.gradient(batch(node, 0))
+        method.advance(0)
+    before, values = mine.state()["x"].clone(), other.state()["x"].clone()
+    first = sum(spec.numel for spec in mine.layout.tensors[:2])  # of one matrix: A and B
+    values[:first] = size
+    mine.intake("n1")(0, values, 0.5)
+    settled = mine.settle(0)
+    after = mine.state()["x"]
+    assert torch.equal(after[:first], before[:first])
+    assert bool(after.isfinite().all())
+    assert 0 < settled.disagreement < math.inf
+    assert not torch.equal(after[first:], before[first:])
 
 
 @needs_peft
