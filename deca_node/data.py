@@ -486,9 +486,7 @@ def _messages(row: Row, settings: DataSettings, where: str) -> list[dict[str, st
     found = []
     for number, entry in enumerate(messages, start=1):
         place_in_row = f"{where}: message {number} of {field!r}"
-        if entry.get(
-            "tool_calls"
-        ):  # templates write them, each in its way; here they would be lost
+        if entry.get("tool_calls"):  # each template writes them in its way; here they would be lost
             raise DataError(
                 f"{place_in_row} has tool_calls, which are not trained; write the call into its"
                 " content as the model is to say it, or take the row out"

@@ -335,7 +335,7 @@ class Laboratory:
                 for path, part in zip((*sources, data.test or source), (*parts, test), strict=True)
                 for index, row in enumerate(part)
             }
-            words = dict(data.labels) or {value: value for value in sorted(values)}
+            words = _words(data, values)
         make = partial(examples, settings=data, tokenizer=tokenizer, words=words or None)
         shards: list[list[Example]] = [
             make(part, source=path) for part, path in zip(parts, sources, strict=True)
@@ -363,8 +363,8 @@ class Laboratory:
         """What each row asks; the same in all cells of equal data settings."""
         key = data.model_dump_json()
         if key not in self._questions:
-            words = dict(data.labels) or {value: value for value in sorted(set(labels))}
-            found = asked(self._rows, data, self._model.tokenizer, data.train, words)
+            tokenizer, words = self._model.tokenizer, _words(data, labels)
+            found = asked(self._rows, data, tokenizer, data.train, words)
             self._questions[key] = found
             self._has_twins |= len(set(found)) < len(found)
         return self._questions[key]
@@ -395,6 +395,10 @@ class Laboratory:
             raise DataError(f"{source}: {error}") from None
         parts = [[rows[index] for index in shard] for shard in shards]
         return parts, self._test or [rows[index] for index in test]
+
+
+def _words(data: DataSettings, values: Iterable[str]) -> dict[str, str]:
+    return dict(data.labels) or {value: value for value in sorted(set(values))}
 
 
 def read_cell(path: Path) -> list[dict[str, Any]]:

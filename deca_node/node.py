@@ -222,7 +222,7 @@ class Node:
         if standing.progress.finished:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
-                model=str((settings.node.output / "model").absolute()),
+                model=str(self._model_folder),
             )
             await self._stay()
             return True
@@ -453,6 +453,11 @@ class Node:
             raise saved
 
     @property
+    def _model_folder(self) -> Path:
+        """Whole, as a log is read elsewhere."""
+        return (self.settings.node.output / "model").absolute()
+
+    @property
     def _summary_path(self) -> Path:
         return self.settings.node.output / "summary.json"
 
@@ -493,9 +498,7 @@ class Node:
         self._standing.progress = replace(self._standing.progress, finished=True)
         if not kept.is_saved:  # a block was damaged here, and fetched
             await self._until_there_is_room(kept.save)
-        self._log.info(
-            "finished as before", model=str((self.settings.node.output / "model").absolute())
-        )
+        self._log.info("finished as before", model=str(self._model_folder))
         return False
 
     async def _agree(self, member: Member, loaded: _Loaded, logbook: Logbook) -> Agreement:
@@ -632,7 +635,7 @@ class Node:
         standing.waiting_for = ""
         note = {"note": model.note} if model.note else {}
         seconds = round(progress.seconds, 1)
-        self._log.info("finished", model=str(folder.absolute()), seconds=seconds, **note)
+        self._log.info("finished", model=str(self._model_folder), seconds=seconds, **note)
 
     async def _stay(self) -> None:
         """Where that is wanted, answer status until a signal: the run is finished."""

@@ -336,22 +336,16 @@ def test_addresses_to_announce():
     assert everywhere == ["127.0.0.1"] or not any(a.startswith("127.") for a in everywhere)
 
 
-async def test_an_invitation_at_an_address_of_ipv6_is_found():
-    """In brackets."""
+@pytest.mark.parametrize(
+    ("address", "at"), [("127.0.0.1", "127.0.0.1:7009"), ("fd00::1", "[fd00::1]:7009")]
+)
+async def test_an_invitation_is_found_by_who_joins_that_run(address, at):
+    """And by nobody of another; an address of IPv6 is in brackets."""
     run = f"inv-{uuid.uuid4().hex[:8]}"
-    async with inviting(run, 7009, ["fd00::1"]), asyncio.timeout(PATIENCE):
+    async with inviting(run, 7009, [address]), asyncio.timeout(PATIENCE):
         while not (found := await inviters(run, 0.5)):
             pass
-        assert found == ["[fd00::1]:7009"]
-
-
-async def test_an_invitation_is_found_by_who_joins_that_run():
-    """And by nobody of another."""
-    run = f"inv-{uuid.uuid4().hex[:8]}"
-    async with inviting(run, 7009, ["127.0.0.1"]), asyncio.timeout(PATIENCE):
-        while not (found := await inviters(run, 0.5)):
-            pass
-        assert found == ["127.0.0.1:7009"]
+        assert found == [at]
         assert await inviters(f"{run}x", 0.5) == []
 
 
