@@ -27,10 +27,11 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deca_node import __version__, config, rehearsal, sizes, status, virtual_time
+from deca_node import __version__, config, rehearsal, status, virtual_time
 from deca_node.batches import Example
 from deca_node.config import DataSettings, Settings
-from deca_node.data import Row, asked, check_capacity, examples, label_token_ids, text_of
+from deca_node.corpus import Corpus
+from deca_node.data import Row, asked, examples, label_token_ids, text_of
 from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
@@ -351,13 +352,9 @@ class Laboratory:
     def _check_rows(self, cell: Cell) -> str:
         """Whether the model can take a cell's rows; what may do harm."""
         material = self._dealt(cell)
-        return check_capacity(
-            [example for part in (*material.shards, material.test) for example in part],
-            material.completions.values(),
-            self._model.tokenizer.pad_id,
-            cell.settings.model.path,
-            sizes.capacity(self._model.module),
-        )
+        train = [example for shard in material.shards for example in shard]
+        corpus = Corpus(len(train), train, material.test, material.completions)
+        return "; ".join(corpus.warnings(self._model, cell.settings.model.path))
 
     def _asked(self, data: DataSettings, labels: Iterable[str]) -> list[tuple[object, ...]]:
         """What each row asks; the same in all cells of equal data settings."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from deca_node import __version__, logs, memory, registry, sizes
+from deca_node import __version__, logs, memory, registry
 from deca_node.addresses import as_called_here, joined
 from deca_node.agreement import Agreeing, Agreement
 from deca_node.batches import BatchStream
@@ -24,7 +24,8 @@ from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.consensus import extends
 from deca_node.control import Control
-from deca_node.data import Corpus, check_capacity, label_counts, read_corpus
+from deca_node.corpus import Corpus, read_corpus
+from deca_node.data import label_counts
 from deca_node.disk import replace_folder
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
@@ -342,24 +343,15 @@ class Node:
         standing.waiting_for = "the data"
         corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
         standing.label_counts = label_counts(corpus.train)
-        pad_id = model.tokenizer.pad_id
-        tight = await self._compute(
-            partial(
-                check_capacity,
-                [*corpus.train, *corpus.test],
-                corpus.completions.values(),
-                pad_id,
-                settings.model.path,
-                sizes.capacity(model.module),
-            )
-        )
-        for warning in filter(None, (corpus.warning(), tight)):
+        for warning in await self._compute(partial(corpus.warnings, model, settings.model.path)):
             standing.warn(warning)
         resumed = await self._compute(checkpoint.claim)
         self._judge(checkpoint)
         standing.resume(checkpoint.state.progress)
         self._met_before = checkpoint.state.peers
-        batches = BatchStream(corpus.train, settings.data.batch_size, settings.run.seed, pad_id)
+        batches = BatchStream(
+            corpus.train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
+        )
         batches.position = standing.progress.data_position
         return _Loaded(model, schedule, marks, checkpoint, resumed, corpus, batches)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from deca_node import estimate, sizes, status
+from deca_node import estimate, status
 from deca_node.batches import Example
 from deca_node.checkpoint.mark import check_mark
 from deca_node.config import is_loopback
-from deca_node.data import check_capacity, label_counts, read_corpus
+from deca_node.corpus import read_corpus
+from deca_node.data import label_counts
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
 from deca_node.errors import OutputError
 from deca_node.fingerprint import schedule_for
@@ -112,16 +113,7 @@ def _data(facts: Facts) -> Iterable[Check]:
     if data.test is not None:
         found += f", {len(corpus.test):,} to test"
     yield Check("data", Verdict.OK, found + (f"; {labels}" if labels else ""))
-    if warning := corpus.warning():
-        yield Check("data", Verdict.WARN, warning)
-    model = facts.model
-    if warning := check_capacity(
-        [*corpus.train, *corpus.test],
-        corpus.completions.values(),
-        model.tokenizer.pad_id,
-        facts.settings.model.path,
-        sizes.capacity(model.module),
-    ):
+    for warning in corpus.warnings(facts.model, facts.settings.model.path):
         found, _, remedy = warning.partition("; ")
         yield Check("data", Verdict.WARN, found, remedy)
 

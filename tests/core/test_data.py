@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -16,7 +18,8 @@ from structlog.testing import capture_logs
 
 from deca_node.batches import Example
 from deca_node.config import DataSettings
-from deca_node.data import asked, examples, label_counts, label_token_ids, label_words, read_corpus
+from deca_node.corpus import read_corpus
+from deca_node.data import asked, examples, label_counts, label_token_ids, label_words
 from deca_node.errors import ConfigError, DataError
 from deca_node.rows import read_rows
 
@@ -656,6 +659,13 @@ def test_what_is_trained_on_is_no_test(
 ) -> None:
     """Test rows that ask what a row to train on asks are counted and told, with the remedy."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    module = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=SimpleNamespace),
+        get_input_embeddings=lambda: torch.nn.Embedding(PAD + 1, 1),
+        named_modules=list,
+        named_buffers=list,
+    )
+    model = SimpleNamespace(tokenizer=TOKENIZER, module=module)
     other = {name: f"{value}!" if name != "label" else value for name, value in held.items()}
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for found, twins in (([held, other, held], 2), ([other], 0)):
@@ -663,4 +673,5 @@ def test_what_is_trained_on_is_no_test(
         corpus = read_corpus(data_settings(task=task, train=train, test=test), TOKENIZER)
         assert len(corpus.test) == len(found)
         assert corpus.twins == twins
-        assert ("2 rows of data.test" in corpus.warning()) == bool(twins)
+        warnings = corpus.warnings(model, tmp_path)
+        assert [each.partition(" ask ")[0] for each in warnings] == ["2 rows of data.test"][:twins]

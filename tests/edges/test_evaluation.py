@@ -11,11 +11,11 @@ import torch
 from deca_node import data, metrics
 from deca_node.batches import Example, collate
 from deca_node.config import DataSettings, ModelSettings
-from deca_node.data import check_capacity, label_token_ids
+from deca_node.corpus import Corpus
+from deca_node.data import label_token_ids
 from deca_node.errors import ConfigError
 from deca_node.evaluation import Evaluation, evaluate
 from deca_node.models import LanguageModel
-from deca_node.sizes import capacity
 from deca_node.trainer import gradient
 from tests.tiny import LETTERS, make_model
 
@@ -139,7 +139,7 @@ def test_training_goes_on_as_if_nothing_had_been(model: LanguageModel) -> None:
 
 
 def test_what_the_capacity_allows_can_be_evaluated(tmp_path: Path) -> None:
-    """A table of positions must hold each prompt with the longest label, not only with its own."""
+    """A table of positions must hold each tested prompt with the longest label."""
     folder = make_model(tmp_path / "gpt2", "gpt2", layers=1, n_positions=64)
     model = LanguageModel.load(ModelSettings(path=folder), torch.device("cpu"))
     words = {"one": "a", "two": "something else"}
@@ -152,10 +152,10 @@ def test_what_the_capacity_allows_can_be_evaluated(tmp_path: Path) -> None:
         found = label_token_ids(words, settings, model.tokenizer)
         return data.examples(rows, settings, model.tokenizer, folder), found
 
-    def check(size: int) -> str:
+    def check(size: int, *, tested: bool = True) -> list[str]:
         found, completions = corpus(size)
-        room = capacity(model.module)
-        return check_capacity(found, completions.values(), 0, folder, room)
+        whole = Corpus(len(rows), found, found if tested else [], completions)
+        return whole.warnings(model, folder)
 
     with pytest.raises(
         ConfigError,
@@ -165,6 +165,9 @@ def test_what_the_capacity_allows_can_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lower it to 51"):
         check(52)
     assert not check(51)
+    assert not check(64, tested=False)
+    with pytest.raises(ConfigError, match=r"has 65 tokens, .* can take 64; lower it to 64"):
+        check(65, tested=False)
     examples, completions = corpus(51)
     assert evaluate(model, examples, completions, batch_size=2) is not None
 
