@@ -7,9 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,28 +23,27 @@ from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
 from deca_node.consensus import extends
 from deca_node.control import Control
-from deca_node.corpus import Corpus, read_corpus
-from deca_node.data import label_counts
-from deca_node.disk import replace_folder
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
 from deca_node.events import Heard, Ring
-from deca_node.fingerprint import agreement_marks, fingerprint, schedule_for
+from deca_node.fingerprint import agreement_marks
 from deca_node.guard import Guard
 from deca_node.kept import KeptBlocks
 from deca_node.keyring import Keyring
 from deca_node.limits import MAX_MEMBERS
+from deca_node.loading import Loaded, load
 from deca_node.logbook import Books, Logbook
 from deca_node.lookout import Lookout
 from deca_node.member import Member, Run
 from deca_node.membership import Phase, State, came_to
 from deca_node.methods import Method
-from deca_node.methods.choose import build, prepare
-from deca_node.models import LanguageModel, pick_device
+from deca_node.methods.choose import build
+from deca_node.models import pick_device
+from deca_node.outcome import Agreed, Outcome
 from deca_node.pb import node_pb2 as pb
 from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.reception import Reception
-from deca_node.record import History, read_summary, write_summary
+from deca_node.record import History
 from deca_node.rounds import Start
 from deca_node.saving import Saving, tried_to_save
 from deca_node.search import Search, check_interfaces
@@ -67,41 +65,6 @@ CLOSE_GRACE_SECONDS = 0.5
 ROOM_SECONDS = 5.0
 # Of what is done each second: more would fill the log with one defect in many words.
 MAX_DEFECTS_TOLD = 8
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What a node has read when it begins.
-
-    Attributes:
-        marks: the run's fingerprint.
-        resumed: whether the folder holds this run's state.
-        corpus: what the data files hold.
-        batches: of the examples to train on.
-    """
-
-    model: LanguageModel
-    schedule: Schedule
-    marks: dict[str, str]
-    checkpoint: Checkpoint
-    resumed: bool
-    corpus: Corpus
-    batches: BatchStream
-
-
-@dataclass(frozen=True)
-class _Agreed:
-    """What the record says of an agreement that was reached; nobody's where there is none.
-
-    Attributes:
-        members: who has that one model.
-        missing: who was to have it.
-        finer: whether the settings ask for a smaller tolerance now.
-    """
-
-    members: frozenset[str] = frozenset()
-    missing: frozenset[str] = frozenset()
-    finer: bool = True
 
 
 class Node:
@@ -151,7 +114,8 @@ class Node:
         self._worker: TrainingThread
         self._measurements = Measurements(self._status_elsewhere)
         self._met_before: dict[str, str] = {}
-        self._agreed = _Agreed()
+        self._outcome = Outcome(settings)
+        self._agreed = Agreed()
 
     # --- life
 
@@ -216,14 +180,15 @@ class Node:
         if not network.static_peers and not network.dns_peers:
             check_interfaces(network)  # now, as a model may take minutes to read; see _join
         port = await self._listen(stack)
-        loaded = await self._load(stack)
-        self._agreed = self._read_agreement()
+        loaded = await load(settings, standing, self._compute, stack)
+        self._met_before = loaded.checkpoint.state.peers
+        self._agreed = self._outcome.agreed()
         if standing.progress.finished and self._is_agreement_due():
             standing.progress = replace(standing.progress, finished=False)
         if standing.progress.finished:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
-                model=str(self._model_folder),
+                model=self._outcome.shown,
             )
             await self._stay()
             return True
@@ -320,41 +285,6 @@ class Node:
         self._log.info("listening", address=f"{settings.node.host}:{port}", version=__version__)
         return called
 
-    async def _load(self, stack: contextlib.AsyncExitStack) -> _Loaded:
-        """Read model, data and what is kept of the run."""
-        settings, standing = self.settings, self._standing
-        model = await self._compute(partial(LanguageModel.load, settings.model, standing.device))
-        standing.model = model.name
-        standing.schedule = schedule = schedule_for(settings, model.n_layers)
-        marks = fingerprint(
-            settings,
-            schedule,
-            await self._compute(model.config_digest),
-            await self._compute(model.weights_digest),
-            await self._compute(model.tokenizer.digest),
-            model.dtype,
-        )
-        await self._compute(partial(prepare, settings, model))
-        checkpoint = Checkpoint(
-            settings.node.output, {**marks, "node": settings.node.name}, schedule
-        )
-        stack.callback(checkpoint.release)
-        # The data first: what is wrong with it must not mark the folder as this run's.
-        standing.waiting_for = "the data"
-        corpus = await self._compute(partial(read_corpus, settings.data, model.tokenizer))
-        standing.label_counts = label_counts(corpus.train)
-        for warning in await self._compute(partial(corpus.warnings, model, settings.model.path)):
-            standing.warn(warning)
-        resumed = await self._compute(checkpoint.claim)
-        self._judge(checkpoint)
-        standing.resume(checkpoint.state.progress)
-        self._met_before = checkpoint.state.peers
-        batches = BatchStream(
-            corpus.train, settings.data.batch_size, settings.run.seed, model.tokenizer.pad_id
-        )
-        batches.position = standing.progress.data_position
-        return _Loaded(model, schedule, marks, checkpoint, resumed, corpus, batches)
-
     def _open_books(
         self, stack: contextlib.AsyncExitStack, schedule: Schedule, start: Start
     ) -> Books:
@@ -371,7 +301,7 @@ class Node:
             stack.callback(tried_to_save, standing, curves.close)
         return Books(history, self._measurements, curves)
 
-    async def _evaluate_before(self, loaded: _Loaded) -> None:
+    async def _evaluate_before(self, loaded: Loaded) -> None:
         standing = self._standing
         if standing.progress.before is None and loaded.corpus.test:
             standing.waiting_for = "the evaluation before training"
@@ -380,7 +310,7 @@ class Node:
             self._log.info("before training", **before)
 
     async def _meet(
-        self, stack: contextlib.AsyncExitStack, loaded: _Loaded, kept: KeptBlocks, port: int
+        self, stack: contextlib.AsyncExitStack, loaded: Loaded, kept: KeptBlocks, port: int
     ) -> Member:
         """Become a member of the run, once enough others are there."""
         member = self._make_member(loaded.marks, port, loaded.schedule, kept)
@@ -444,25 +374,6 @@ class Node:
         if isinstance(saved, BaseException):
             raise saved
 
-    @property
-    def _model_folder(self) -> Path:
-        """Whole, as a log is read elsewhere."""
-        return (self.settings.node.output / "model").absolute()
-
-    @property
-    def _summary_path(self) -> Path:
-        return self.settings.node.output / "summary.json"
-
-    def _read_agreement(self) -> _Agreed:
-        found = read_summary(self._summary_path).get("consensus") or {}
-        if found.get("complete") is not True:
-            return _Agreed()
-        return _Agreed(
-            frozenset(found.get("members", ())),
-            frozenset(found.get("missing", ())),
-            found.get("tolerance", 1.0) > self.settings.consensus.tolerance,
-        )
-
     def _is_agreement_due(self) -> bool:
         """Whether a finished run is to agree once more, on what its settings ask for now."""
         # Who was missing can come to an agreement only with those that have one already.
@@ -490,15 +401,12 @@ class Node:
         self._standing.progress = replace(self._standing.progress, finished=True)
         if not kept.is_saved:  # a block was damaged here, and fetched
             await self._until_there_is_room(kept.save)
-        self._log.info("finished as before", model=str(self._model_folder))
+        self._log.info("finished as before", model=self._outcome.shown)
         return False
 
-    async def _agree(self, member: Member, loaded: _Loaded, logbook: Logbook) -> Agreement:
+    async def _agree(self, member: Member, loaded: Loaded, logbook: Logbook) -> Agreement:
         """Bring all nodes to one model."""
-        if summary := read_summary(self._summary_path):
-            # What was agreed before does not count from now on: the blocks change.
-            summary["consensus"] = None
-            await self._until_there_is_room(partial(write_summary, self._summary_path, summary))
+        await self._until_there_is_room(self._outcome.forget_agreement)
         self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
         agreement = await Agreeing(
             loaded.schedule,
@@ -564,7 +472,7 @@ class Node:
         self,
         member: Member,
         kept: KeptBlocks,
-        loaded: _Loaded,
+        loaded: Loaded,
         agreement: Agreement | None,
         sent_before: int,
     ) -> None:
@@ -596,38 +504,17 @@ class Node:
         sent = standing.progress.bytes_sent + exchange.bytes_sent - sent_before
         standing.progress = replace(standing.progress, bytes_sent=sent)
         standing.waiting_for = "the model to be written"
-        folder = self.settings.node.output / "model"
-        await self._until_there_is_room(partial(replace_folder, folder, model.export))
+        await self._until_there_is_room(partial(self._outcome.write_model, model))
         progress = replace(standing.progress, finished=True, seconds=standing.seconds())
-        summary = {
-            "run": self.settings.run.name,
-            "node": self.settings.node.name,
-            "finished": True,
-            "label_counts": standing.label_counts,
-            "before": progress.before,
-            "after": after,
-            "bytes_sent": progress.bytes_sent,
-            "bytes_received": progress.bytes_received,
-            "steps": standing.schedule.total_steps if standing.schedule else 0,
-            "seconds": round(progress.seconds, 3),
-            "incomplete_mixes": progress.incomplete,
-            "visits_passed_over": progress.passed_over,
-            "bytes_caught_up": progress.caught_up,
-            "consensus": {**asdict(agreement), "tolerance": self.settings.consensus.tolerance}
-            if agreement is not None
-            else None,
-            "model": str(folder),
-            "device": str(standing.device),
-            "version": __version__,
-            "settings": self.settings.model_dump(mode="json"),
-        }
-        await self._until_there_is_room(partial(write_summary, self._summary_path, summary))
+        await self._until_there_is_room(
+            partial(self._outcome.write_summary, standing, progress, after, agreement)
+        )
         standing.progress = progress
         await self._until_there_is_room(kept.save)
         standing.waiting_for = ""
         note = {"note": model.note} if model.note else {}
         seconds = round(progress.seconds, 1)
-        self._log.info("finished", model=str(self._model_folder), seconds=seconds, **note)
+        self._log.info("finished", model=self._outcome.shown, seconds=seconds, **note)
 
     async def _stay(self) -> None:
         """Where that is wanted, answer status until a signal: the run is finished."""
@@ -656,17 +543,6 @@ class Node:
                 return
 
     # --- parts of starting
-
-    def _judge(self, checkpoint: Checkpoint) -> None:
-        """Say what of the state was damaged.
-
-        Raises:
-            OutputError: a block is lost, and no other node can have it.
-        """
-        for line in checkpoint.warnings:
-            if checkpoint.lost and self.settings.run.start_when == 1:
-                raise OutputError(f"{line}; restore it, or set node.output to a new folder")
-            self._standing.warn(line)
 
     def _restore(self, checkpoint: Checkpoint, kept: KeptBlocks) -> Start:
         kept.saved_blocks()
@@ -736,7 +612,7 @@ class Node:
             ends.append(search.stop())
         await asyncio.gather(*ends, return_exceptions=True)
 
-    async def _evaluate(self, loaded: _Loaded) -> dict[str, Any]:
+    async def _evaluate(self, loaded: Loaded) -> dict[str, Any]:
         found = await self._compute(
             partial(
                 evaluate,

@@ -10,7 +10,7 @@ import structlog
 import torch
 from safetensors.torch import load_file
 
-from deca_node import checkpoint, member, registry
+from deca_node import checkpoint, loading, member, registry
 from deca_node.config import load
 from deca_node.errors import DiskFullError
 from deca_node.loopback import LoopbackNetwork
@@ -262,7 +262,7 @@ async def test_what_is_said_again_and_again_pushes_nothing_out(tmp_path):
     assert standing.warnings[-1] == "another 99"
 
 
-async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path):
+async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path, monkeypatch):
     """A restart that meets nobody keeps the addresses that it knew."""
     node = Looking(
         settings(tmp_path, "schedule.rounds=30"),
@@ -275,13 +275,13 @@ async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path):
         settings(tmp_path, "schedule.rounds=30"),
         lambda status: node.stop() if status.steps_done == 12 else None,
     )
-    judge = node._judge
 
-    def know(checkpoint):
-        judge(checkpoint)
-        checkpoint.state.peers["bob"] = "192.0.2.1:7430"
+    async def know(*given):
+        loaded = await loading.load(*given)
+        loaded.checkpoint.state.peers["bob"] = "192.0.2.1:7430"
+        return loaded
 
-    node._judge = know
+    monkeypatch.setattr("deca_node.node.load", know)
     assert not await node.run()
     assert json.loads(path.read_text())["peers"] == {"bob": "192.0.2.1:7430"}
 
