@@ -28,6 +28,11 @@ def is_full(error: Exception) -> bool:
     return "No space left" in text or any(f"os error {code})" in text for code in _FULL)
 
 
+def is_unwritable(error: Exception) -> bool:
+    """Whether an error means that this place cannot be written, and another one might be."""
+    return isinstance(error, OSError) and error.errno in _UNWRITABLE
+
+
 @contextmanager
 def translated(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
     """Turn a full disk into DiskFullError and other trouble with files into OutputError.
@@ -44,7 +49,7 @@ def translated(path: Path, elsewhere: str = "choose another folder") -> Iterator
                 f"{path}: no space left on the disk; free some or {elsewhere}"
             ) from None
         text = f"{path}: {getattr(error, 'strerror', None) or error}"
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        if is_unwritable(error):
             text += f"; {elsewhere} that can be written"
         raise OutputError(text) from None
 

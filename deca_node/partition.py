@@ -11,8 +11,8 @@ import numpy as np
 
 from deca_node.config import DataSettings
 from deca_node.data import questions, text_of
-from deca_node.disk import is_full
-from deca_node.errors import DataError, DiskFullError, OutputError
+from deca_node.disk import make_folder, translated
+from deca_node.errors import DataError, OutputError
 from deca_node.rows import place, read_rows
 
 MAX_DRAWS = 1000
@@ -225,19 +225,15 @@ def _json_line(row: dict[str, Any], where: str) -> str:
 
 
 def _write_all(files: Mapping[Path, str]) -> None:
-    path = Path()
-    try:
-        for path in files:
+    for path in files:
+        with translated(path):
             if path.exists():
                 raise OutputError(f"{path} is there already; choose another folder or move it away")
-        with ExitStack() as undo:  # so that no interrupted split passes for a whole one
-            for path, content in files.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as undo:  # so that no interrupted split passes for a whole one
+        for path, content in files.items():
+            with translated(path):
+                make_folder(path.parent)
                 with path.open("x", encoding="utf-8", newline="\n") as file:
                     undo.callback(path.unlink)
                     file.write(content)
-            undo.pop_all()
-    except OSError as error:
-        if is_full(error):
-            raise DiskFullError(f"{path}: the disk is full") from None
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        undo.pop_all()

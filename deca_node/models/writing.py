@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deca_node.disk import is_full, sync
+from deca_node.disk import is_full, is_unwritable, sync
 from deca_node.errors import DecaError, DiskFullError, OutputError, first_line
 
 
@@ -38,4 +38,5 @@ def write_error(folder: Path, error: Exception) -> DecaError:
     if is_full(error):
         return DiskFullError(f"{folder.parent}: no space left on this disk; free some and repeat")
     reason = getattr(error, "strerror", None) or first_line(error)
-    return OutputError(f"{folder}: cannot be written: {reason}")
+    remedy = "; name a folder in one that can be written" if is_unwritable(error) else ""
+    return OutputError(f"{folder}: cannot be written: {reason}{remedy}")

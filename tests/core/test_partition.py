@@ -242,7 +242,7 @@ def test_full_disk_leaves_no_half_split(
 
     monkeypatch.setattr(Path, "open", fill_up)
     out = tmp_path / "out"
-    with pytest.raises(DiskFullError, match=r"node-1\.jsonl: the disk is full"):
+    with pytest.raises(DiskFullError, match=r"node-1\.jsonl: no space left on the disk; free some"):
         write_shards(source, out, 3, 1.0, 0, label_field="label")
     assert list(out.iterdir()) == []
 
