@@ -177,8 +177,8 @@ def _parts(layer: nn.Module, index: int) -> dict[str, nn.Module]:
 
 def _hook(adapter: Bottleneck) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # attention gives its weights, too
-            return adapter(output[0]), *output[1:]
+        if isinstance(output, (tuple, list)):  # attention gives its weights, too; GPT in a list
+            return type(output)([adapter(output[0]), *output[1:]])
         return adapter(output)
 
     return hook

@@ -40,7 +40,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 # What not every test need see: linear layers of an own class; files that are converted as they are
-# read, for their experts; kernels of an own.
+# read, for their experts; kernels of an own; layers that give lists.
 _ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"hidden_size": HIDDEN, "num_attention_heads": 4}),
     "deepseek_v3": (
@@ -62,6 +62,7 @@ _ODD: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 8,
         },
     ),
+    "openai-gpt": ("OpenAIGPTConfig", {"n_embd": HIDDEN, "n_head": 4, "n_positions": 256}),
     "mamba": ("MambaConfig", {"hidden_size": HIDDEN, "state_size": 4, "time_step_rank": 8}),
 }
 

@@ -425,7 +425,7 @@ def test_only_adapters_are_trained_in_any_architecture(tmp_path, family):
 # Adapters
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "openai-gpt"])
 def test_adapters_hang_behind_attention_and_feed_forward(tmp_path, family):
     """Two a layer; near the identity at first; exported beside the base model, and read again."""
     from transformers import AutoModelForCausalLM
