@@ -58,18 +58,19 @@ _TROUBLE = (OSError, ValueError, RuntimeError, NonUniqueNameException, BadTypeIn
 def own_addresses(host: str) -> list[str]:
     """IP addresses to announce for a server that is called ``host`` or listens on it.
 
-    Those of all interfaces when ``host`` means all, or is a name that only others can resolve.
+    Those of all interfaces when ``host`` means all, or is a name that only others can resolve; of
+    IPv6 only where ``host`` means that, too, and behind those of IPv4, which more networks carry.
     """
     if host not in ("0.0.0.0", "::", ""):  # noqa: S104 - compares, binds nothing
         with contextlib.suppress(OSError):
             return [str(socket.getaddrinfo(host, None)[0][4][0])]
-    found = [
-        ip.ip
-        for adapter in ifaddr.get_adapters()
-        for ip in adapter.ips
-        if isinstance(ip.ip, str) and not ipaddress.ip_address(ip.ip).is_loopback
-    ]
-    return found[:MAX_ADDRESSES] or ["127.0.0.1"]
+    every = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
+    found = [ipaddress.ip_address(at) for at in every if isinstance(at, str)]
+    if host == "::":
+        wide = [ipaddress.ip_address(at[0]) for at in every if not isinstance(at, str)]
+        found += [at for at in wide if not at.is_link_local]  # which names no link here
+    shown = [str(at) for at in found if not at.is_loopback]
+    return shown[:MAX_ADDRESSES] or ["::1" if host == "::" else "127.0.0.1"]
 
 
 def multicast_addresses(interfaces: Sequence[str]) -> list[str]:

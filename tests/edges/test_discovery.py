@@ -327,8 +327,18 @@ async def test_a_machine_that_cannot_tell_its_addresses_is_one_clear_error(monke
     await search.stop()
 
 
-def test_addresses_to_announce():
+def test_addresses_to_announce(monkeypatch):
     """A host that is one address is announced as such; all interfaces are without loopback."""
+    many = ["127.0.0.1", ("::1", 0, 0), ("fd00::2", 0, 0), ("fe80::2", 0, 2), "192.0.2.2"]
+    for given, narrow, wide in (
+        (many, ["192.0.2.2"], ["192.0.2.2", "fd00::2"]),
+        (many[:2], ["127.0.0.1"], ["::1"]),
+    ):
+        adapter = SimpleNamespace(ips=[SimpleNamespace(ip=at) for at in given])
+        with monkeypatch.context() as patched:
+            patched.setattr(discovery_module.ifaddr, "get_adapters", lambda found=adapter: [found])
+            assert own_addresses("0.0.0.0") == narrow
+            assert own_addresses("::") == wide
     assert own_addresses("127.0.0.1") == ["127.0.0.1"]
     everywhere = own_addresses("0.0.0.0")
     assert own_addresses("only-outsiders-know.invalid") == everywhere
