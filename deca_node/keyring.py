@@ -186,9 +186,19 @@ class Keyring:
             _ANEW,
         )
 
-    def keep_node(self, name: str, pair: Pair) -> None:
-        """Keep a node's key and certificate."""
-        self._keep(self.folder / _NODES / f"{name}.pem", pair)
+    def keep_node(self, name: str, pair: Pair, *, wait: bool = True) -> None:
+        """Keep a node's key and certificate.
+
+        Args:
+            name: of the node.
+            pair: what is kept.
+            wait: until other processes have done what they are at; else they are an error.
+
+        Raises:
+            TrustError: the folder cannot be written.
+            DiskFullError: there is no room.
+        """
+        self._keep(self.folder / _NODES / f"{name}.pem", pair, wait=wait)
 
     @property
     def has_operator(self) -> bool:
@@ -264,10 +274,10 @@ class Keyring:
             return self._pair(path, remedy, damaged)  # another process has replaced it meanwhile
         return pair
 
-    def _keep(self, path: Path, pair: Pair) -> None:
+    def _keep(self, path: Path, pair: Pair, *, wait: bool = True) -> None:
         with _written(path):
             _make_folder(path.parent)
-            with self._alone():
+            with self._alone(wait=wait):
                 with contextlib.suppress(TrustError):  # of a damaged certificate no key is kept
                     _rename_key(path)  # what an earlier replacement left half done
                 # Whenever this is cut off, the certificate's key is there: see _pair.
@@ -276,23 +286,27 @@ class Keyring:
                 _rename_key(path)
 
     def _end_replacing(self, path: Path) -> None:
-        with _written(path), self._alone():
+        # A running node comes here on its event loop; another process may as well end it.
+        with _written(path), self._alone(wait=False):
             _rename_key(path)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, *, wait: bool = True) -> Iterator[None]:
         """No other process changes this folder meanwhile.
 
+        Args:
+            wait: for another one to be done.
+
         Raises:
-            TrustError: another one holds it for too long.
+            TrustError: another one holds it, for too long if it was waited for.
             OSError: the folder cannot be written.
         """
         lock = self.folder / _LOCK
         try:
-            with filelock.FileLock(lock, timeout=_LOCK_SECONDS, mode=0o600):
+            with filelock.FileLock(lock, timeout=_LOCK_SECONDS * wait, mode=0o600):
                 yield
         except filelock.Timeout:
-            raise TrustError(f"{lock}: another process holds it") from None
+            raise TrustError(f"{lock}: another process holds it; try again") from None
 
     # --- who is out
 
@@ -300,7 +314,7 @@ class Keyring:
         """Nodes that are out, with the authority's signatures.
 
         Raises:
-            TrustError: the list is damaged; without it nobody could be trusted.
+            TrustError: the list is damaged or cannot be read; without it nobody could be trusted.
         """
         path = self.folder / REVOKED
         try:
@@ -309,7 +323,9 @@ class Keyring:
             found = {node: bytes.fromhex(mark) for node, mark in json.loads(text).items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except (ValueError, AttributeError, TypeError):
             found = {"": b""}
         if len(found) > MAX_REVOKED or not all(
             is_name(node) and identity.revokes(self.authority, node, mark)
@@ -318,8 +334,12 @@ class Keyring:
             raise TrustError(f"{path}: damaged; copy it from another member, they all have it")
         return found
 
-    def keep_revoked(self, revoked: Mapping[str, bytes]) -> dict[str, bytes]:
+    def keep_revoked(self, revoked: Mapping[str, bytes], *, wait: bool = True) -> dict[str, bytes]:
         """Add to those who are out; other processes may do so at the same time.
+
+        Args:
+            revoked: nodes, with the authority's signatures.
+            wait: as for ``keep_node``.
 
         Returns:
             All that are out now.
@@ -330,7 +350,7 @@ class Keyring:
         """
         with _written(self.folder):
             _make_folder(self.folder)
-            with self._alone():
+            with self._alone(wait=wait):
                 now = {**self.revoked(), **revoked}
                 if len(now) > MAX_REVOKED:  # a longer list would be refused when read again
                     raise TrustError(f"more than {MAX_REVOKED} nodes are revoked")
@@ -353,8 +373,9 @@ class Keyring:
         ]
 
     def stamp(self, node: str) -> tuple[int, ...]:
-        """Changes when another process has changed what a running node uses."""
-        return _states(self.folder / REVOKED, self.folder / _NODES / f"{node}.pem")
+        """Changes when another process has changed what a running node uses, or who may read it."""
+        path = self.folder / _NODES / f"{node}.pem"
+        return _states(self.folder / REVOKED, path, *_keys(path))
 
     def issue(self, node: str, request: bytes, now: float, days: float) -> bytes:
         """A node's certificate from the authority here, noted as issued."""
@@ -367,12 +388,6 @@ class Keyring:
         key = identity.new_key()
         request = identity.new_request(key)
         self.keep_operator(Pair(key, self.open_authority().issue_operator(request, now, days)))
-
-    def renew(self, node: str, now: float) -> None:
-        """Give a node of this machine a new key and certificate, from the authority here."""
-        key, days = identity.new_key(), lifetime_days(self.node(node).says)
-        certificate = self.issue(node, identity.new_request(key), now, days)
-        self.keep_node(node, Pair(key, certificate))
 
 
 def lifetime_days(shown: Certificate) -> float:
@@ -415,8 +430,9 @@ def _states(*paths: Path) -> tuple[int, ...]:
     for path in paths:
         with contextlib.suppress(OSError):
             state = path.stat()
-            # Two replacements within a tick of the file system's clock differ in the file.
-            found += [state.st_mtime_ns, state.st_ino]
+            # Two replacements within a tick of the file system's clock differ in the file; of
+            # another owner or mode, ctime alone tells.
+            found += [state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
     return tuple(found)
 
 
@@ -445,10 +461,16 @@ def _read(path: Path, remedy: str) -> bytes:
     except FileNotFoundError:
         raise TrustError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
-        raise TrustError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
     if len(content) > MAX_CERTIFICATE_BYTES:
         raise TrustError(f"{path}: too long for a key or a certificate")
     return content
+
+
+def _unreadable(path: Path, error: OSError) -> TrustError:
+    mine = isinstance(error, PermissionError)
+    remedy = "; the user who runs the node must own it (chown)" if mine else ""
+    return TrustError(f"{path}: cannot be read: {error.strerror or error}{remedy}")
 
 
 def _read_key(path: Path, remedy: str) -> bytes:

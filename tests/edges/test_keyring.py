@@ -203,8 +203,8 @@ def test_what_another_process_writes_while_a_revocation_is_kept_is_taken_up(run,
     other.keep_node("alice", pair)
     keep = keyring.keep_revoked
 
-    def kept(revoked):
-        found = keep(revoked)
+    def kept(revoked, **options):
+        found = keep(revoked, **options)
         other.keep_revoked({"mallory": run.authority.revoke("mallory")})
         return found
 
@@ -382,10 +382,69 @@ def test_what_another_process_changes_is_taken_up(run):
     assert guard.refresh()
     assert guard.credentials() is not before
     (keyring.folder / "revoked.json").write_text("nonsense")
-    with pytest.raises(TrustError, match="damaged"):
-        guard.refresh()
-    assert not guard.refresh()  # told once
+    for _ in range(2):  # Upkeep says it once
+        with pytest.raises(TrustError, match="damaged"):
+            guard.refresh()
     assert guard.revoked == {"eve"}
+
+
+def test_what_could_not_be_read_is_taken_up_after_the_remedy(run):
+    """Mode and owner are put right, or the other half arrives; no content may change with it."""
+    keyring = run.keyring("alice")
+    guard = Guard(keyring, "alice")
+    nodes = keyring.folder / "nodes"
+
+    def renewed(days):
+        key = identity.new_key()
+        return Pair(key, run.authority.issue(identity.new_request(key), "alice", time.time(), days))
+
+    pair = renewed(2.0)
+    (nodes / "alice.key").write_bytes(pair.key)
+    (nodes / "alice.key").chmod(0o644)
+    (nodes / "alice.pem").write_bytes(pair.certificate)
+    with pytest.raises(TrustError, match="chmod 600"):
+        guard.refresh()
+    (nodes / "alice.key").chmod(0o600)
+    assert guard.refresh()
+    assert guard.credentials().certificate == pair.certificate
+    pair = renewed(3.0)
+    (nodes / "alice.pem").write_bytes(pair.certificate)  # as `kubectl cp` does, one by one
+    with pytest.raises(TrustError, match="not the certificate's"):
+        guard.refresh()
+    (nodes / "alice.key").write_bytes(pair.key)
+    assert guard.refresh()
+    assert guard.credentials().certificate == pair.certificate
+    assert not guard.refresh()
+
+
+def test_a_list_of_another_user_is_not_called_damaged(run, monkeypatch):
+    """`sudo deca-node swarm revoke` leaves one; it counts as soon as it is this user's."""
+    keyring = run.keyring("alice")
+    guard = Guard(keyring, "alice")
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    opened = Path.open
+
+    def refused(path, *arguments, **options):
+        if path.name == "revoked.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refused)
+        with pytest.raises(TrustError, match=r"cannot be read: Permission denied; .*chown"):
+            guard.refresh()
+    assert guard.refresh()  # chown changes no content and no mtime
+    assert guard.revoked == {"eve"}
+
+
+def test_a_change_of_owner_or_mode_is_seen(run):
+    """Of the list, the certificate and the key."""
+    keyring = run.keyring("alice")
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    for name in ("revoked.json", "nodes/alice.pem", "nodes/alice.key"):
+        before, path = keyring.stamp("alice"), keyring.folder / name
+        while keyring.stamp("alice") == before:  # the file system's clock ticks in milliseconds
+            path.chmod(path.stat().st_mode ^ 0o040)
 
 
 def test_only_who_is_due_is_renewed_and_only_by_the_authority(run):
