@@ -64,6 +64,7 @@ class Keyring:
 
     Args:
         folder: where.
+        authority: its certificate, PEM, of a folder that is just being made; else it is read.
 
     Attributes:
         authority: its certificate, PEM.
@@ -73,9 +74,9 @@ class Keyring:
         TrustError: there is none, or it is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, authority: bytes | None = None) -> None:
         self.folder = folder
-        self.authority = _read(
+        self.authority = authority or _read(
             folder / AUTHORITY,
             "make the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN); on "
             "a network whose every machine is trusted, trust.insecure = true does without",
@@ -137,8 +138,12 @@ class Keyring:
 
     def keep_authority(self, authority: Authority) -> None:
         """Keep a new authority's key here."""
+        path = self.folder / AUTHORITY_KEY
         with _written(self.folder):
-            _write(self.folder / AUTHORITY_KEY, authority.key)
+            _make_folder(self.folder)
+            if path.exists():  # what is left of an `init` that was cut off; or all that is left
+                path.replace(path.with_name(f"{path.name}.old"))
+            _write(path, authority.key)
 
     def issued(self) -> list[str]:
         """The nodes that the authority here has issued certificates for, by name."""
