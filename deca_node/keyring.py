@@ -382,10 +382,30 @@ class Keyring:
         path = self.folder / _NODES / f"{node}.pem"
         return _states(self.folder / REVOKED, path, *_keys(path))
 
-    def issue(self, node: str, request: bytes, now: float, days: float) -> bytes:
-        """A node's certificate from the authority here, noted as issued."""
-        certificate = self.open_authority().issue(request, node, now, days)
-        self.note_issued(node, certificate)
+    def issue(
+        self, node: str, request: bytes, now: float, days: float, *, fresh: bool = False
+    ) -> bytes:
+        """A node's certificate from the authority here, noted as issued.
+
+        Args:
+            node: whom it will name.
+            request: for a certificate.
+            now: seconds since 1970.
+            days: that it is good for.
+            fresh: whether the name must be nobody's yet, whoever else issues at the same time.
+
+        Raises:
+            TrustError: the request is none, or the name is taken.
+        """
+        authority = self.open_authority()
+        with _written(self.folder), self._alone():
+            if fresh and node in self.issued():
+                raise TrustError(
+                    f"there is a node {node!r} already; join with --node and another name, or have "
+                    f"it invited anew: deca-node swarm invite --node {node}"
+                )
+            certificate = authority.issue(request, node, now, days)
+            self.note_issued(node, certificate)
         return certificate
 
     def issue_operator(self, now: float, days: float) -> None:

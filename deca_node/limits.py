@@ -143,10 +143,14 @@ MAX_TOKEN_ADDRESSES = 4
 MAX_CERTIFICATE_BYTES = 4096
 # What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
 MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
-# Callers that an inviter hears at once.
-MAX_JOINERS = 16
+# Callers that an inviter hears at once, for a few seconds each, ...
+MAX_JOINERS = 64
+# ... and of one address: a joiner calls twice, one after the other, and others may be behind its
+# router. Who has no certificate must come from many to keep the joiner out.
+MAX_JOINERS_PER_ADDRESS = 8
 # Wrong secrets until an invitation ends. None of them could have been right by chance (128 bits),
-# but a person who waits should know.
+# but a person who waits should know. Also lines at once about callers that were not let in; in the
+# long run they are as many as a node's (REFUSAL_LINES).
 MAX_JOIN_ATTEMPTS = 16
 # What a node tells of its past: the latest events, each a line, in every status, ...
 MAX_EVENTS = 64

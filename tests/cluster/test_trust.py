@@ -3,20 +3,24 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import ssl
 import time
 from collections import Counter
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import pytest
 
-from deca_node import identity
+from deca_node import identity, pairing
+from deca_node import keyring as keyring_module
 from deca_node.access import credentials
+from deca_node.admission import Turns
 from deca_node.errors import PeerError, PeerRefused, TrustError, UnreachableError
 from deca_node.guard import Guard, Visitor
+from deca_node.identity import Authority
 from deca_node.keyring import Keyring
-from deca_node.limits import MAX_JOIN_ATTEMPTS
+from deca_node.limits import MAX_JOIN_ATTEMPTS, MAX_JOINERS, MAX_JOINERS_PER_ADDRESS
 from deca_node.pairing import Inviter, NobodyError, Terms, join
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink, ask_status
@@ -726,6 +730,121 @@ async def test_nobody_joins_as_another(run, tmp_path):
     with pytest.raises(TrustError, match="for good"):
         async with inviting(run, node="eve"):
             pass
+
+
+async def idle(invitation, source, held):
+    """Connects from an address and says nothing until ``held`` ends; whether it was heard."""
+    host, port = invitation.addresses[0].split(":")
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection(host, port, ssl=anybody, local_addr=(source, 0))
+    held.callback(writer.close)
+    return bool(await reader.readline())
+
+
+async def test_two_invitations_give_a_name_once(run, monkeypatch):
+    """Of two processes one comes while the other has looked who is there, and not yet noted it."""
+    monkeypatch.setattr(keyring_module, "_LOCK_SECONDS", 0.0)
+    one, other = (Inviter(run.head(), Terms(None, 1.0, 60.0), print) for _ in range(2))
+    look, inside = Keyring.issued, []
+
+    def asking(inviter):
+        said = {
+            "secret": inviter._secret.hex(),
+            "node": "bob",
+            "request": identity.new_request(identity.new_key()).decode(),
+        }
+        return inviter._answer(json.dumps(said).encode(), "10.0.0.1")[0]
+
+    def issued(keyring):
+        found = look(keyring)
+        if not inside:
+            inside.append(True)
+            inside.append(asking(other))
+        return found
+
+    monkeypatch.setattr(Keyring, "issued", issued)
+    assert asking(one) == "bob"
+    assert inside == [True, ""]
+    assert asking(other) == ""
+
+
+async def test_strangers_do_not_keep_the_joiner_out(run, tmp_path, monkeypatch):
+    """Each address has its share of the places; who finds none is told so, and comes again."""
+    monkeypatch.setattr(pairing, "CONNECT_SECONDS", 60.0)
+    connect = asyncio.open_connection
+
+    def elsewhere(*address, **options):
+        return connect(*address, local_addr=("127.0.2.1", 0), **options)
+
+    async with inviting(run) as (waiting, invitation, told), AsyncExitStack() as held:
+        heard = [
+            await idle(invitation, "127.0.0.1", held) for _ in range(MAX_JOINERS_PER_ADDRESS + 1)
+        ]
+        assert heard == [True] * MAX_JOINERS_PER_ADDRESS + [False]
+        with pytest.raises(TrustError, match="has hung up: busy, try again"):
+            await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+        monkeypatch.setattr(asyncio, "open_connection", elsewhere)
+        joined = await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+        assert await waiting == joined.node == "bob"
+        assert not told
+
+
+async def test_all_places_of_an_inviter_are_bounded(run, monkeypatch):
+    """From however many addresses they come."""
+    monkeypatch.setattr(pairing, "CONNECT_SECONDS", 60.0)
+    async with inviting(run) as (_, invitation, _), AsyncExitStack() as held:
+        sources = [f"127.0.1.{1 + number}" for number in range(MAX_JOINERS + 1)]
+        heard = [await idle(invitation, source, held) for source in sources]
+        assert heard == [True] * MAX_JOINERS + [False]
+
+
+async def test_callers_in_vain_do_not_fill_the_terminal(run):
+    """Some lines, and how many more there were."""
+    told = []
+    inviter = Inviter(run.head(), Terms(None, 1.0, 60.0), told.append)
+    for _ in range(200):
+        assert inviter._answer(b"{}\n", "10.0.0.1")[1]["refusal"]
+    assert 0 < len(told) <= MAX_JOIN_ATTEMPTS + 1
+    inviter._lines = Turns(1.0, 1.0, 1)
+    inviter._answer(b"{}\n", "10.0.0.1")
+    assert re.search(r"\(and \d+ callers before\)$", told[-1])
+
+
+async def test_an_inviter_at_all_addresses_is_reached_by_both_protocols(run, tmp_path):
+    """Its token names addresses of both; each caller counts by its own."""
+    inviter = Inviter(run.head(), Terms(None, 1.0, 60.0), print)
+    port = await inviter.listen("::", 0)
+    invitation = inviter.invitation([])
+    waiting = asyncio.create_task(inviter.joined())
+    counted = []
+    enter = inviter._places.enter
+    inviter._places.enter = lambda caller: counted.append(caller) or enter(caller)
+    wrong = type(invitation)(**{**vars(invitation), "secret": bytes(16)})
+    for address in (f"127.0.0.1:{port}", f"[::1]:{port}"):
+        with pytest.raises(TrustError, match="not let in"):
+            await join(wrong, "bob", opener(tmp_path / "b"), [address])
+    assert counted == ["127.0.0.1", "127.0.0.1", "::/64", "::/64"]
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_joiner_believes_no_unsigned_list(run, tmp_path):
+    """Of who is out; nothing of the answer is kept, the node's own certificate neither."""
+    head = run.head()
+    head.keep_revoked({"eve": run.authority.revoke("eve")})
+    other = Authority.new("run", time.time())
+    lists = ({"mallory": run.authority.revoke("eve")}, {"mallory": other.revoke("mallory")})
+    for number, said in enumerate(lists):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Keyring, "revoked", lambda _, said=said: said)
+            async with inviting(run) as (_, invitation, _):
+                with pytest.raises(TrustError, match="list of revoked nodes is not signed"):
+                    await join(
+                        invitation, f"b{number}", opener(tmp_path / "b"), invitation.addresses
+                    )
+    assert Keyring(tmp_path / "b").nodes() == []
+    assert Keyring(tmp_path / "b").revoked() == {}
 
 
 async def test_noise_at_an_inviter_changes_nothing(run, tmp_path):
