@@ -115,8 +115,12 @@ MAX_STREAMS_PER_CONNECTION = 32
 MAX_HEALTH_CHECKS = 16
 # Nodes that one look at a swarm asks, whatever others say that they know.
 MAX_SURVEYED = MAX_MEMBERS
-# Watchers of WatchStatus over all connections.
+# Watchers of WatchStatus over all connections, ...
 MAX_WATCHERS = 64
+# ... of one member, or in plain text of one address: as many desks as a person may have; ...
+MAX_WATCHERS_PER_CALLER = 16
+# ... and those that are kept for operators and this machine's own tools, whatever members do.
+KEPT_WATCHERS = 16
 # Addresses of one DNS name that are called: those of a run's members, as many as there may be.
 MAX_NAMED_ADDRESSES = MAX_MEMBERS
 # Network names seen by discovery that are kept at once.

@@ -20,7 +20,13 @@ from deca_node.errors import PeerError, PeerRefused, TrustError, UnreachableErro
 from deca_node.guard import Guard, Visitor
 from deca_node.identity import Authority
 from deca_node.keyring import Keyring
-from deca_node.limits import MAX_JOIN_ATTEMPTS, MAX_JOINERS, MAX_JOINERS_PER_ADDRESS
+from deca_node.limits import (
+    KEPT_WATCHERS,
+    MAX_JOIN_ATTEMPTS,
+    MAX_JOINERS,
+    MAX_JOINERS_PER_ADDRESS,
+    MAX_WATCHERS_PER_CALLER,
+)
 from deca_node.pairing import Inviter, NobodyError, Terms, join
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink, ask_status
@@ -266,6 +272,119 @@ async def test_a_stream_ends_with_a_revocation(run):
         await transport.close(0)
 
 
+async def test_a_stream_from_who_is_revoked_ends(run):
+    """The caller's end: who sends knows of nothing, or is the very one."""
+    bob, alice = run.guard("bob"), run.guard("alice")
+    mark = pb.Revocation(node="alice", signature=run.authority.revoke("alice"))
+
+    class Endless(Desk):
+        async def pull(self, request):
+            while True:
+                yield b"x" * 100_000
+                await asyncio.sleep(0)
+
+    transport = GrpcTransport("127.0.0.1", 0, alice)
+    port = await transport.listen(Endless("alice"), None)
+    link = GrpcLink(f"127.0.0.1:{port}", bob)
+    got = []
+    try:
+        await link.hello(greeting("bob"), 5)
+        request = pb.PullRequest(sender=pb.Sender(run="run", node="bob"))
+        with pytest.raises(PeerRefused) as caught:
+            async with aclosing(link.pull(request, 60)) as messages:
+                async for message in messages:
+                    got.append(message)
+                    bob.learn(pb.Revocations(revoked=[mark]))
+        assert caught.value.reason == "revoked"
+        assert len(got) == 1
+    finally:
+        await link.close()
+        await transport.close(0)
+
+
+class Watched(Desk):
+    """A node whose status changes when it is told so."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.change, self.left = asyncio.Event(), asyncio.Event()
+
+    async def watch_status(self, interval):
+        try:
+            while True:
+                yield pb.NodeStatus(node=self.name)
+                await self.change.wait()
+        finally:
+            self.left.set()
+
+
+@asynccontextmanager
+async def watched(run, guard):
+    """A node that can be watched; a function that watches it with credentials, if any."""
+    desk, transport = Watched("alice"), GrpcTransport("127.0.0.1", 0, guard)
+    socket_file = run.folder / "node.sock"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    address = f"127.0.0.1:{await transport.listen(desk, desk, None, socket_file)}"
+    async with AsyncExitStack() as held:
+
+        async def watch(shown=None, *, local=False):
+            link = GrpcLink(f"unix:{socket_file}" if local else address, credentials=shown)
+            held.push_async_callback(link.close)
+            states = await held.enter_async_context(aclosing(link.watch_status(1)))
+            await anext(states)
+            return states
+
+        try:
+            yield desk, watch
+        finally:
+            await held.aclose()
+            await transport.close(0)
+
+
+async def test_an_open_status_stream_ends_with_a_revocation(run):
+    """At the next status."""
+    guard = run.guard("alice")
+    shown = Visitor(run.keyring("eve")).credentials()
+    mark = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    async with watched(run, guard) as (desk, watch):
+        states = await watch(shown)
+        guard.learn(pb.Revocations(revoked=[mark]))
+        desk.change.set()
+        with pytest.raises(PeerRefused) as caught:
+            await anext(states)
+        assert caught.value.reason == "revoked"
+
+
+async def test_a_members_watchers_keep_nobody_else_out(run):
+    """Each has its share; operators and the machine's own tools have places of their own."""
+    shown = [Visitor(run.keyring(f"m{number}")).credentials() for number in range(4)]
+    operator = Visitor(run.head()).credentials()
+    async with watched(run, run.guard("alice")) as (desk, watch):
+
+        async def full(*arguments, **options):
+            with pytest.raises(PeerRefused) as caught:
+                await watch(*arguments, **options)
+            assert caught.value.reason == "too_many_watchers"
+
+        for member in shown[:3]:
+            states = [await watch(member) for _ in range(MAX_WATCHERS_PER_CALLER)]
+            await full(member)
+        await full(shown[3])  # members' places are bounded as well
+        desk.left.clear()  # of those that were refused
+        await states[0].aclose()
+        await desk.left.wait()
+        await watch(shown[3])
+        for _ in range(KEPT_WATCHERS // 2):
+            await watch(operator)
+            await watch(local=True)
+    async with watched(run, None) as (_, watch):
+        for _ in range(MAX_WATCHERS_PER_CALLER):
+            await watch()
+        with pytest.raises(PeerRefused, match="no place"):
+            await watch()
+        await watch(local=True)
+
+
 async def test_who_is_not_on_the_list_stays_out(run):
     """A certificate of the run is not enough where trust.allow names others."""
     async with listening(run.guard("alice", allow=("bob",))) as (_, address):
@@ -351,6 +470,27 @@ async def test_who_answers_is_who_it_says(run):
     finally:
         await link.close()
         await usurper.close(0)
+
+
+async def test_who_calls_itself_another_once_it_is_met_is_an_impostor(run):
+    """Its certificate is its own, and so is the name that it gave at first."""
+
+    class Turncoat(Desk):
+        async def hello(self, request, source):
+            reply = await super().hello(request, source)
+            self.name = "alice"
+            return reply
+
+    transport = GrpcTransport("127.0.0.1", 0, run.guard("eve"))
+    port = await transport.listen(Turncoat("eve"), None)
+    link = GrpcLink(f"127.0.0.1:{port}", run.guard("bob"))
+    try:
+        with pytest.raises(PeerRefused) as caught:
+            await link.hello(greeting("bob"), 5)
+        assert caught.value.reason == "impostor"
+    finally:
+        await link.close()
+        await transport.close(0)
 
 
 async def test_downgrade_to_plain_text(run):
