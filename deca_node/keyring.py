@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from deca_node.disk import is_full, sync
 from deca_node.errors import DiskFullError, TrustError
 from deca_node.identity import Authority
 from deca_node.limits import MAX_CERTIFICATE_BYTES, MAX_REVOKED, MAX_REVOKED_BYTES
-from deca_node.trust import Certificate, is_name, objection
+from deca_node.trust import CLOCK_SECONDS, Certificate, is_name, objection
 
 AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
 OPERATOR = "operator"
@@ -324,7 +324,10 @@ class Keyring:
         path = self.folder / REVOKED
         try:
             with path.open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
                 text = file.read(MAX_REVOKED_BYTES + 1)
+            if wrong := _changeable(path, mode):
+                raise TrustError(wrong)
             found = {node: bytes.fromhex(mark) for node, mark in json.loads(text).items()}
         except FileNotFoundError:
             return {}
@@ -364,18 +367,15 @@ class Keyring:
         return now
 
     def readable_by_others(self) -> list[str]:
-        """Keys that more than their owner can read, in words with a remedy each."""
+        """Keys that others can read, in words with a remedy each; their group, too."""
         keys = [
             path
             for folder in (self.folder, self.folder / _NODES)
             for ending in (".key", _KEY_BEFORE)
             for path in folder.glob(f"*{ending}")
         ]
-        return [
-            f"{path}: others can read this key; chmod 600 {path}"
-            for path in sorted(keys)
-            if path.stat().st_mode & 0o077
-        ]
+        found = (loose(path, path.stat().st_mode, strict=True) for path in sorted(keys))
+        return [wrong for wrong in found if wrong]
 
     def stamp(self, node: str) -> tuple[int, ...]:
         """Changes when another process has changed what a running node uses, or who may read it."""
@@ -416,16 +416,28 @@ class Keyring:
 
 
 def lifetime_days(shown: Certificate) -> float:
-    """How long a certificate was made for."""
-    return (shown.ends - shown.begins) / 86400
+    """How long a certificate was made for; it begins earlier than it was made."""
+    return (shown.ends - shown.begins - CLOCK_SECONDS) / 86400
 
 
-def loose(path: Path) -> str:
-    """What is wrong with a key file's permissions, in words; empty when all is well."""
-    mode = path.stat().st_mode
+def loose(path: Path, mode: int, *, strict: bool = False) -> str:
+    """What is wrong with a key file's permissions, in words; empty when all is well.
+
+    Args:
+        path: of the file.
+        mode: of the file.
+        strict: whether a group that can read it is worth a word, too.
+    """
     if mode & 0o037:  # a group may read it: that is how orchestrators hand secrets to a daemon
         return f"{path}: others can read or change this key; chmod 600 {path}"
+    if strict and mode & 0o040 and mode & 0o200:  # a secret's owner cannot write it either
+        return f"{path}: its group can read this key; chmod 600 {path}"
     return ""
+
+
+def _changeable(path: Path, mode: int) -> str:
+    """The same of a file that anybody may read: who changes it says whom a node believes."""
+    return f"{path}: others can change this file; chmod go-w {path}" if mode & 0o022 else ""
 
 
 def _keys(path: Path) -> tuple[Path, Path]:
@@ -436,7 +448,7 @@ def _keys(path: Path) -> tuple[Path, Path]:
 def _fits(key: Path, certificate: bytes) -> bool:
     """Whether a key is there and is the certificate's."""
     with contextlib.suppress(TrustError):
-        return identity.fits(_read(key, ""), certificate)
+        return identity.fits(_read(key, "", None), certificate)
     return False  # there is none, or a damaged one: the other key is looked at as it is
 
 
@@ -479,14 +491,17 @@ def _at(path: Path, damaged: str = _ANEW) -> Iterator[None]:
         raise TrustError(f"{path}: {error}; {damaged}") from None
 
 
-def _read(path: Path, remedy: str) -> bytes:
+def _read(path: Path, remedy: str, check: Callable[[Path, int], str] | None = _changeable) -> bytes:
     try:
         with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             content = file.read(MAX_CERTIFICATE_BYTES + 1)
     except FileNotFoundError:
         raise TrustError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+    if check is not None and (wrong := check(path, mode)):
+        raise TrustError(wrong)
     if len(content) > MAX_CERTIFICATE_BYTES:
         raise TrustError(f"{path}: too long for a key or a certificate")
     return content
@@ -499,10 +514,7 @@ def _unreadable(path: Path, error: OSError) -> TrustError:
 
 
 def _read_key(path: Path, remedy: str) -> bytes:
-    key = _read(path, remedy)
-    if wrong := loose(path):
-        raise TrustError(wrong)
-    return key
+    return _read(path, remedy, loose)
 
 
 @contextlib.contextmanager

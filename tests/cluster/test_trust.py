@@ -370,7 +370,6 @@ async def test_a_members_watchers_keep_nobody_else_out(run):
             states = [await watch(member) for _ in range(MAX_WATCHERS_PER_CALLER)]
             await full(member)
         await full(shown[3])  # members' places are bounded as well
-        desk.left.clear()  # of those that were refused
         await states[0].aclose()
         await desk.left.wait()
         await watch(shown[3])

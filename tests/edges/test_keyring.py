@@ -155,7 +155,9 @@ def test_half_a_replacement_is_read_where_nothing_can_be_written(run, monkeypatc
     new = folder / "alice.key.new"
     new.write_bytes(pair.key)
     new.chmod(0o644)
-    assert keyring.readable_by_others() == [f"{new}: others can read this key; chmod 600 {new}"]
+    assert keyring.readable_by_others() == [
+        f"{new}: others can read or change this key; chmod 600 {new}"
+    ]
 
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -285,8 +287,27 @@ def test_a_bad_key_is_one_line(run, damage, words):
 def test_a_group_may_read_a_key(run):
     """That is how orchestrators hand secrets to a daemon that is not root."""
     keyring = run.keyring("alice")
-    (keyring.folder / "nodes" / "alice.key").chmod(0o440)
+    key = keyring.folder / "nodes" / "alice.key"
+    key.chmod(0o440)
     assert keyring.node("alice").key
+    assert keyring.readable_by_others() == []
+    key.chmod(0o640)  # no secret of an orchestrator: its owner can change it
+    assert keyring.node("alice").key
+    assert keyring.readable_by_others() == [f"{key}: its group can read this key; chmod 600 {key}"]
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+@pytest.mark.parametrize("name", ["authority.pem", "nodes/alice.pem", "revoked.json"])
+def test_what_others_can_change_is_refused(run, name, mode):
+    """They would say whom a node believes; a copy with a lax umask has such a mode."""
+    keyring = run.keyring("alice")
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    path = keyring.folder / name
+    path.chmod(mode)
+    with pytest.raises(TrustError, match=rf"{name}: others can change .*; chmod go-w .*{name}"):
+        Guard(Keyring(keyring.folder), "alice")
+    path.chmod(0o444)  # as of a secret that is mounted
+    assert Guard(Keyring(keyring.folder), "alice").revoked == {"eve"}
 
 
 def test_a_folder_belongs_to_one_authority(run, tmp_path):

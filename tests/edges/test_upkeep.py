@@ -242,6 +242,18 @@ async def test_a_key_that_cannot_renew_is_said_as_it_is(tmp_path):
     assert not any("no node that runs" in line for line in said)
 
 
+def test_a_renewed_certificate_is_good_for_as_long(tmp_path):
+    """Also after many renewals."""
+    run = Run(tmp_path)
+    keyring, now = run.keyring("hub", days=2.0), [time.time()]
+    keyring.keep_authority(run.authority)
+    guard = Guard(keyring, "hub", clock=lambda: now[0])
+    for _ in range(3):
+        now[0] += 1.5 * 86400
+        guard.renew_here()
+        assert abs(guard.ends - now[0] - 2 * 86400) < 2
+
+
 def test_keys_of_a_renewal_are_new(tmp_path):
     """The old key is not certified again."""
     run = Run(tmp_path)
