@@ -2,7 +2,7 @@
 
 import asyncio
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from deca_node import identity, registry
@@ -11,10 +11,12 @@ from deca_node.config import default_trust_folder
 from deca_node.errors import ConfigError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
+from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink
 from deca_node.transport.connection import Credentials
 
 PROBE_SECONDS = 3.0
+ASKED_IN_PLAIN_TEXT = "asked in PLAIN TEXT: whoever stands between can answer for the node"
 
 
 def targets(given: str | None) -> list[str]:
@@ -86,6 +88,26 @@ async def credentials(
         if folder is not None:
             found[address] = Visitor(Keyring(folder)).credentials()
     return found
+
+
+def is_plain(address: str, shown: Mapping[str, Credentials]) -> bool:
+    """Whether a node is asked over the network without certificates: anybody may answer for it.
+
+    Args:
+        address: HOST:PORT, or a socket file, which its user alone can open.
+        shown: what ``credentials`` found.
+    """
+    return address not in shown and not address.startswith("unix:")
+
+
+def as_asked(now: pb.NodeStatus, address: str, shown: Mapping[str, Credentials]) -> pb.NodeStatus:
+    """A node's status; arguments as of ``is_plain``.
+
+    Where its certificate was not seen, this end's word is in the place of what it says of it.
+    """
+    if is_plain(address, shown):
+        now.security, now.certificate_ends = ASKED_IN_PLAIN_TEXT, 0.0
+    return now
 
 
 async def link(address: str, trust: Path | None = None) -> GrpcLink:

@@ -12,11 +12,13 @@ from deca_node.pacing import TokenBucket
 def network(address: str) -> str:
     """What a caller's address counts as: of IPv6 the /64, which one caller has for itself."""
     try:
-        known = ipaddress.ip_address(address)
+        known = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
     if known.version == 4:
         return address
+    if known.ipv4_mapped is not None:  # a caller by IPv4 at a socket that is open for both
+        return str(known.ipv4_mapped)
     return str(ipaddress.ip_network((known, 64), strict=False))
 
 

@@ -320,7 +320,7 @@ async def _states(
         link = GrpcLink(where[0], credentials=shown.get(where[0]))
         try:
             async for now in link.watch_status(WATCH_SECONDS):
-                yield [now]
+                yield [access.as_asked(now, where[0], shown)]
         except PeerError as error:
             raise _unreachable(error) from None
         finally:
@@ -336,11 +336,16 @@ async def _ask(where: list[str], trust: Path | None = None) -> list[pb.NodeStatu
     shown = await access.credentials(where, trust)
     if len(where) == 1:
         try:
-            return [await ask_status(where[0], ASK_SECONDS, shown.get(where[0]))]
+            now = await ask_status(where[0], ASK_SECONDS, shown.get(where[0]))
+            return [access.as_asked(now, where[0], shown)]
         except PeerError as error:
             raise _unreachable(error) from None
     answers = await ask_all(where, ASK_SECONDS, shown)
-    states = [answer for answer in answers if isinstance(answer, pb.NodeStatus)]
+    states = [
+        access.as_asked(answer, address, shown)
+        for address, answer in zip(where, answers, strict=True)
+        if isinstance(answer, pb.NodeStatus)
+    ]
     if not states:
         raise _unreachable(next(one for one in answers if isinstance(one, PeerError)))
     return states

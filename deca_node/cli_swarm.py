@@ -22,7 +22,7 @@ from deca_node.discovery import inviters, inviting, own_addresses
 from deca_node.errors import ConfigError, PeerError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.identity import Authority
-from deca_node.keyring import Keyring, Pair, lifetime_days
+from deca_node.keyring import OPERATOR, Keyring, Pair, lifetime_days
 from deca_node.limits import MAX_REVOKED, MAX_TOKEN_ADDRESSES
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink
@@ -102,10 +102,12 @@ def init(
         )
     now = time.time()
     authority = Authority.new(place.run, now)
-    keyring = Keyring.made(place.folder, authority.certificate)
+    keyring = Keyring(place.folder, authority.certificate)
     keyring.keep_authority(authority)
     keyring.issue_operator(now, days)
     _certify(keyring, place.node, days)
+    # Last: with it the folder is a run's. Whatever is cut off before can be done again.
+    Keyring.made(place.folder, authority.certificate)
     typer.echo(
         f"run {place.run}: authority, operator and node {place.node} in {place.folder}; let "
         f"another machine in with: deca-node swarm invite{_again(config, run, trust)}"
@@ -290,7 +292,13 @@ def renew(
     place = _place(config, run, node, trust)
     keyring = place.keyring()
     keyring.open_authority()  # or say at once that its key is elsewhere
-    names = [node] if node else keyring.nodes()
+    here = keyring.nodes()
+    if node is not None and node not in here:
+        raise TrustError(
+            f"node {node!r} is not of {place.folder}, which has {', '.join(here) or 'none'}; for "
+            f"another machine's: deca-node swarm invite --node {node}{_again(config, run, trust)}"
+        )
+    names = [node] if node else here
     for name in names:
         if name in keyring.revoked():
             raise TrustError(f"node {name!r} was revoked for good")
@@ -321,15 +329,27 @@ def revoke(
     addresses = [_checked(address) for address in tell or ()]
     keyring = place.keyring()
     revoked = keyring.revoked()
+    known = {*keyring.issued(), *revoked}
+    if node == OPERATOR and node not in known:  # a node may be called so
+        raise TrustError(
+            "an operator's certificate cannot be taken back, only nodes' can: it ends with its "
+            "time (deca-node swarm show); make a new run's authority if its key was stolen"
+        )
     if node not in revoked:
         if len(revoked) >= MAX_REVOKED:
             raise TrustError(f"{MAX_REVOKED} nodes are revoked: make a new authority for the run")
         keyring.keep_revoked({node: keyring.open_authority().revoke(node)})
-    known = "" if node in {*keyring.issued(), *revoked} else " (no such name was issued here)"
-    typer.echo(f"revoked {node} in run {place.run}{known}")
+    note = "" if node in known else " (no such name was issued here)"
+    typer.echo(f"revoked {node} in run {place.run}{note}")
+    failed = []
     for address in addresses:
-        asyncio.run(_tell(keyring, address))
-        typer.echo(f"told {address}")
+        try:
+            asyncio.run(_tell(keyring, address))
+            typer.echo(f"told {address}")
+        except PeerError as error:
+            failed.append(str(error))
+    if failed:
+        raise UnreachableError(f"revoked, but not told to {'; '.join(failed)}")
 
 
 async def _tell(keyring: Keyring, address: str) -> None:
@@ -337,8 +357,6 @@ async def _tell(keyring: Keyring, address: str) -> None:
     marks = [pb.Revocation(node=n, signature=s) for n, s in keyring.revoked().items()]
     try:
         await link.exchange_revocations(pb.Revocations(revoked=marks), TELL_SECONDS)
-    except PeerError as error:
-        raise UnreachableError(f"revoked, but not told to {error}") from None
     finally:
         await link.close()
 

@@ -47,7 +47,8 @@ class Guard:
         self.refused: Counter[str] = Counter()
         self._stamp = keyring.stamp(node)  # before what it is of: no change can come between
         self._revoked = keyring.revoked()
-        self._unsaved = False
+        # What counts already and could not be written yet: the list, this node's pair.
+        self._unsaved_list = self._unsaved_pair = False
         self._issued: dict[str, float] = {}  # when to whom; names are those of certificates
         self._issuing = threading.Lock()
         self._pair = keyring.node(node)
@@ -109,9 +110,9 @@ class Guard:
                 raise PeerRefused("bad_list", "a revocation that the authority has not signed")
             found[each.node] = each.signature
         if len(found) > len(self._revoked):
-            self._revoked, self._unsaved = found, True
-            with suppress(DecaError):  # in force all the same; refresh tries again, and tells
-                self._save()
+            self._revoked, self._unsaved_list = found, True
+            with suppress(DecaError):  # in force all the same; Upkeep tries again, and tells
+                self.keep_list()
 
     def renew_for(self, certificate: bytes, request: bytes) -> bytes:
         """See transport.Guard."""
@@ -159,27 +160,41 @@ class Guard:
     def refresh(self) -> bool:
         """Look whether another process has changed the files; whether anything is new.
 
+        What cannot be read is tried again at each look: the remedy may not change the file.
+
         Raises:
             TrustError: what is there now is damaged; what was known before stays in force.
-            DiskFullError: what was learned cannot be kept yet.
         """
-        if self._unsaved:
-            self._save()
         stamp = self._keyring.stamp(self._node)
         if stamp == self._stamp:
             return False
-        self._stamp = stamp  # so that damage is told once
         before = self._revoked, self._pair
         self._revoked = {**self._revoked, **self._keyring.revoked()}
-        self._pair = self._keyring.node(self._node)
-        if self._pair != before[1]:
-            self._credentials = self._shown()
+        pair = self._keyring.node(self._node)
+        # One that could not be written is newer than what it was to replace.
+        if not self._unsaved_pair or pair.says.ends > self.ends:
+            self._take(pair)
+            self._unsaved_pair = False
+        self._stamp = stamp
         return (self._revoked, self._pair) != before
 
-    def _save(self) -> None:
-        # What another process has written meanwhile counts as well.
-        self._revoked = self._keyring.keep_revoked(self._revoked)
-        self._unsaved = False
+    def keep_list(self) -> None:
+        """Write the revocations that peers have told, if that is still to be done.
+
+        Raises:
+            TrustError: the folder cannot be written, or another process is at it.
+            DiskFullError: there is no room.
+        """
+        if self._unsaved_list:
+            # What another process has written meanwhile counts as well.
+            self._revoked = self._keyring.keep_revoked(self._revoked, wait=False)
+            self._unsaved_list = False
+
+    def keep_pair(self) -> None:
+        """Write this node's renewed pair, if that is still to be done; raises as ``keep_list``."""
+        if self._unsaved_pair:
+            self._keyring.keep_node(self._node, self._pair, wait=False)
+            self._unsaved_pair = False
 
     @property
     def is_renewal_due(self) -> bool:
@@ -195,8 +210,13 @@ class Guard:
         """Renew this node's certificate where the authority's key is; False where it is not."""
         if not self._keyring.has_authority:
             return False
-        self._keyring.renew(self._node, self._clock())
-        return self.refresh()
+        key, days = identity.new_key(), lifetime_days(self._pair.says)
+        authority = self._keyring.open_authority()
+        certificate = authority.issue(identity.new_request(key), self._node, self._clock(), days)
+        with suppress(DecaError):  # the older copy there keeps the name as well
+            self._keyring.note_issued(self._node, certificate)
+        self.renewed(key, certificate)
+        return True
 
     def renew_operator_here(self) -> bool:
         """Renew the operator's certificate if it is here, due, and the authority's key is, too."""
@@ -210,7 +230,7 @@ class Guard:
         return True
 
     def renewed(self, key: bytes, certificate: bytes) -> None:
-        """Use another certificate from now on.
+        """Use another certificate from now on, also where it cannot be written yet.
 
         Raises:
             TrustError: it is not one of this node's.
@@ -219,8 +239,15 @@ class Guard:
         pair = Pair(key, certificate)
         if pair.says.holder != self._pair.says.holder or pair.says.ends <= self.ends:
             raise TrustError("not a renewal of this node's certificate")
-        self._keyring.keep_node(self._node, pair)
-        self.refresh()
+        self._take(pair)
+        self._unsaved_pair = True
+        with suppress(DecaError):  # Upkeep tries again, and tells
+            self.keep_pair()
+
+    def _take(self, pair: Pair) -> None:
+        if pair != self._pair:
+            self._pair = pair
+            self._credentials = self._shown()
 
     def _shown(self) -> Credentials:
         return Credentials(

@@ -252,7 +252,7 @@ _REMEDIES = {
     "bad_address": "set node.advertise there to a host that can be called",
     "handshake": "both need certificates of one authority, or neither (docs/securing.md)",
     "revoked": "who was put out can be invited under another name",
-    "expired": "renew it (deca-node swarm renew, or invite the node anew)",
+    "expired": "invite it anew where the authority's key is (docs/securing.md)",
     "not_allowed": "name it in trust.allow there, or clear that list",
     "full": "see docs/protocol.md on the size of a run",
 }

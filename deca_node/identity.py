@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deca_node.errors import TrustError
-from deca_node.limits import MAX_CERTIFICATE_BYTES
+from deca_node.limits import MAX_CERTIFICATE_BYTES, MAX_REVOKED
 from deca_node.trust import (
     CLOCK_SECONDS,
     Certificate,
@@ -185,6 +185,7 @@ def _revocation(run: str, node: str) -> bytes:
     return "\n".join((_REVOKES, run, node)).encode()
 
 
+@functools.lru_cache(maxsize=MAX_REVOKED)  # while a file is damaged, the list is read at each look
 def revokes(authority: bytes, node: str, signature: bytes) -> bool:
     """Whether a signature of the authority says that a node is out of its run."""
     key = _loaded(authority).public_key()

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from deca_node.disk import is_full, sync
 from deca_node.errors import DiskFullError, TrustError
 from deca_node.identity import Authority
 from deca_node.limits import MAX_CERTIFICATE_BYTES, MAX_REVOKED, MAX_REVOKED_BYTES
-from deca_node.trust import Certificate, is_name, objection
+from deca_node.trust import CLOCK_SECONDS, Certificate, is_name, objection
 
 AUTHORITY, AUTHORITY_KEY = "authority.pem", "authority.key"
 OPERATOR = "operator"
@@ -64,6 +64,7 @@ class Keyring:
 
     Args:
         folder: where.
+        authority: its certificate, PEM, of a folder that is just being made; else it is read.
 
     Attributes:
         authority: its certificate, PEM.
@@ -73,9 +74,9 @@ class Keyring:
         TrustError: there is none, or it is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, authority: bytes | None = None) -> None:
         self.folder = folder
-        self.authority = _read(
+        self.authority = authority or _read(
             folder / AUTHORITY,
             "make the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN); on "
             "a network whose every machine is trusted, trust.insecure = true does without",
@@ -137,8 +138,12 @@ class Keyring:
 
     def keep_authority(self, authority: Authority) -> None:
         """Keep a new authority's key here."""
+        path = self.folder / AUTHORITY_KEY
         with _written(self.folder):
-            _write(self.folder / AUTHORITY_KEY, authority.key)
+            _make_folder(self.folder)
+            if path.exists():  # what is left of an `init` that was cut off; or all that is left
+                path.replace(path.with_name(f"{path.name}.old"))
+            _write(path, authority.key)
 
     def issued(self) -> list[str]:
         """The nodes that the authority here has issued certificates for, by name."""
@@ -186,9 +191,19 @@ class Keyring:
             _ANEW,
         )
 
-    def keep_node(self, name: str, pair: Pair) -> None:
-        """Keep a node's key and certificate."""
-        self._keep(self.folder / _NODES / f"{name}.pem", pair)
+    def keep_node(self, name: str, pair: Pair, *, wait: bool = True) -> None:
+        """Keep a node's key and certificate.
+
+        Args:
+            name: of the node.
+            pair: what is kept.
+            wait: until other processes have done what they are at; else they are an error.
+
+        Raises:
+            TrustError: the folder cannot be written.
+            DiskFullError: there is no room.
+        """
+        self._keep(self.folder / _NODES / f"{name}.pem", pair, wait=wait)
 
     @property
     def has_operator(self) -> bool:
@@ -264,10 +279,10 @@ class Keyring:
             return self._pair(path, remedy, damaged)  # another process has replaced it meanwhile
         return pair
 
-    def _keep(self, path: Path, pair: Pair) -> None:
+    def _keep(self, path: Path, pair: Pair, *, wait: bool = True) -> None:
         with _written(path):
             _make_folder(path.parent)
-            with self._alone():
+            with self._alone(wait=wait):
                 with contextlib.suppress(TrustError):  # of a damaged certificate no key is kept
                     _rename_key(path)  # what an earlier replacement left half done
                 # Whenever this is cut off, the certificate's key is there: see _pair.
@@ -276,23 +291,27 @@ class Keyring:
                 _rename_key(path)
 
     def _end_replacing(self, path: Path) -> None:
-        with _written(path), self._alone():
+        # A running node comes here on its event loop; another process may as well end it.
+        with _written(path), self._alone(wait=False):
             _rename_key(path)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, *, wait: bool = True) -> Iterator[None]:
         """No other process changes this folder meanwhile.
 
+        Args:
+            wait: for another one to be done.
+
         Raises:
-            TrustError: another one holds it for too long.
+            TrustError: another one holds it, for too long if it was waited for.
             OSError: the folder cannot be written.
         """
         lock = self.folder / _LOCK
         try:
-            with filelock.FileLock(lock, timeout=_LOCK_SECONDS, mode=0o600):
+            with filelock.FileLock(lock, timeout=_LOCK_SECONDS * wait, mode=0o600):
                 yield
         except filelock.Timeout:
-            raise TrustError(f"{lock}: another process holds it") from None
+            raise TrustError(f"{lock}: another process holds it; try again") from None
 
     # --- who is out
 
@@ -300,16 +319,21 @@ class Keyring:
         """Nodes that are out, with the authority's signatures.
 
         Raises:
-            TrustError: the list is damaged; without it nobody could be trusted.
+            TrustError: the list is damaged or cannot be read; without it nobody could be trusted.
         """
         path = self.folder / REVOKED
         try:
             with path.open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
                 text = file.read(MAX_REVOKED_BYTES + 1)
+            if wrong := _changeable(path, mode):
+                raise TrustError(wrong)
             found = {node: bytes.fromhex(mark) for node, mark in json.loads(text).items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except (ValueError, AttributeError, TypeError):
             found = {"": b""}
         if len(found) > MAX_REVOKED or not all(
             is_name(node) and identity.revokes(self.authority, node, mark)
@@ -318,8 +342,12 @@ class Keyring:
             raise TrustError(f"{path}: damaged; copy it from another member, they all have it")
         return found
 
-    def keep_revoked(self, revoked: Mapping[str, bytes]) -> dict[str, bytes]:
+    def keep_revoked(self, revoked: Mapping[str, bytes], *, wait: bool = True) -> dict[str, bytes]:
         """Add to those who are out; other processes may do so at the same time.
+
+        Args:
+            revoked: nodes, with the authority's signatures.
+            wait: as for ``keep_node``.
 
         Returns:
             All that are out now.
@@ -330,7 +358,7 @@ class Keyring:
         """
         with _written(self.folder):
             _make_folder(self.folder)
-            with self._alone():
+            with self._alone(wait=wait):
                 now = {**self.revoked(), **revoked}
                 if len(now) > MAX_REVOKED:  # a longer list would be refused when read again
                     raise TrustError(f"more than {MAX_REVOKED} nodes are revoked")
@@ -339,27 +367,45 @@ class Keyring:
         return now
 
     def readable_by_others(self) -> list[str]:
-        """Keys that more than their owner can read, in words with a remedy each."""
+        """Keys that others can read, in words with a remedy each; their group, too."""
         keys = [
             path
             for folder in (self.folder, self.folder / _NODES)
             for ending in (".key", _KEY_BEFORE)
             for path in folder.glob(f"*{ending}")
         ]
-        return [
-            f"{path}: others can read this key; chmod 600 {path}"
-            for path in sorted(keys)
-            if path.stat().st_mode & 0o077
-        ]
+        found = (loose(path, path.stat().st_mode, strict=True) for path in sorted(keys))
+        return [wrong for wrong in found if wrong]
 
     def stamp(self, node: str) -> tuple[int, ...]:
-        """Changes when another process has changed what a running node uses."""
-        return _states(self.folder / REVOKED, self.folder / _NODES / f"{node}.pem")
+        """Changes when another process has changed what a running node uses, or who may read it."""
+        path = self.folder / _NODES / f"{node}.pem"
+        return _states(self.folder / REVOKED, path, *_keys(path))
 
-    def issue(self, node: str, request: bytes, now: float, days: float) -> bytes:
-        """A node's certificate from the authority here, noted as issued."""
-        certificate = self.open_authority().issue(request, node, now, days)
-        self.note_issued(node, certificate)
+    def issue(
+        self, node: str, request: bytes, now: float, days: float, *, fresh: bool = False
+    ) -> bytes:
+        """A node's certificate from the authority here, noted as issued.
+
+        Args:
+            node: whom it will name.
+            request: for a certificate.
+            now: seconds since 1970.
+            days: that it is good for.
+            fresh: whether the name must be nobody's yet, whoever else issues at the same time.
+
+        Raises:
+            TrustError: the request is none, or the name is taken.
+        """
+        authority = self.open_authority()
+        with _written(self.folder), self._alone():
+            if fresh and node in self.issued():
+                raise TrustError(
+                    f"there is a node {node!r} already; join with --node and another name, or have "
+                    f"it invited anew: deca-node swarm invite --node {node}"
+                )
+            certificate = authority.issue(request, node, now, days)
+            self.note_issued(node, certificate)
         return certificate
 
     def issue_operator(self, now: float, days: float) -> None:
@@ -368,24 +414,30 @@ class Keyring:
         request = identity.new_request(key)
         self.keep_operator(Pair(key, self.open_authority().issue_operator(request, now, days)))
 
-    def renew(self, node: str, now: float) -> None:
-        """Give a node of this machine a new key and certificate, from the authority here."""
-        key, days = identity.new_key(), lifetime_days(self.node(node).says)
-        certificate = self.issue(node, identity.new_request(key), now, days)
-        self.keep_node(node, Pair(key, certificate))
-
 
 def lifetime_days(shown: Certificate) -> float:
-    """How long a certificate was made for."""
-    return (shown.ends - shown.begins) / 86400
+    """How long a certificate was made for; it begins earlier than it was made."""
+    return (shown.ends - shown.begins - CLOCK_SECONDS) / 86400
 
 
-def loose(path: Path) -> str:
-    """What is wrong with a key file's permissions, in words; empty when all is well."""
-    mode = path.stat().st_mode
+def loose(path: Path, mode: int, *, strict: bool = False) -> str:
+    """What is wrong with a key file's permissions, in words; empty when all is well.
+
+    Args:
+        path: of the file.
+        mode: of the file.
+        strict: whether a group that can read it is worth a word, too.
+    """
     if mode & 0o037:  # a group may read it: that is how orchestrators hand secrets to a daemon
         return f"{path}: others can read or change this key; chmod 600 {path}"
+    if strict and mode & 0o040 and mode & 0o200:  # a secret's owner cannot write it either
+        return f"{path}: its group can read this key; chmod 600 {path}"
     return ""
+
+
+def _changeable(path: Path, mode: int) -> str:
+    """The same of a file that anybody may read: who changes it says whom a node believes."""
+    return f"{path}: others can change this file; chmod go-w {path}" if mode & 0o022 else ""
 
 
 def _keys(path: Path) -> tuple[Path, Path]:
@@ -396,7 +448,7 @@ def _keys(path: Path) -> tuple[Path, Path]:
 def _fits(key: Path, certificate: bytes) -> bool:
     """Whether a key is there and is the certificate's."""
     with contextlib.suppress(TrustError):
-        return identity.fits(_read(key, ""), certificate)
+        return identity.fits(_read(key, "", None), certificate)
     return False  # there is none, or a damaged one: the other key is looked at as it is
 
 
@@ -415,8 +467,9 @@ def _states(*paths: Path) -> tuple[int, ...]:
     for path in paths:
         with contextlib.suppress(OSError):
             state = path.stat()
-            # Two replacements within a tick of the file system's clock differ in the file.
-            found += [state.st_mtime_ns, state.st_ino]
+            # Two replacements within a tick of the file system's clock differ in the file; of
+            # another owner or mode, ctime alone tells.
+            found += [state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
     return tuple(found)
 
 
@@ -438,24 +491,30 @@ def _at(path: Path, damaged: str = _ANEW) -> Iterator[None]:
         raise TrustError(f"{path}: {error}; {damaged}") from None
 
 
-def _read(path: Path, remedy: str) -> bytes:
+def _read(path: Path, remedy: str, check: Callable[[Path, int], str] | None = _changeable) -> bytes:
     try:
         with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             content = file.read(MAX_CERTIFICATE_BYTES + 1)
     except FileNotFoundError:
         raise TrustError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
-        raise TrustError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
+    if check is not None and (wrong := check(path, mode)):
+        raise TrustError(wrong)
     if len(content) > MAX_CERTIFICATE_BYTES:
         raise TrustError(f"{path}: too long for a key or a certificate")
     return content
 
 
+def _unreadable(path: Path, error: OSError) -> TrustError:
+    mine = isinstance(error, PermissionError)
+    remedy = "; the user who runs the node must own it (chown)" if mine else ""
+    return TrustError(f"{path}: cannot be read: {error.strerror or error}{remedy}")
+
+
 def _read_key(path: Path, remedy: str) -> bytes:
-    key = _read(path, remedy)
-    if wrong := loose(path):
-        raise TrustError(wrong)
-    return key
+    return _read(path, remedy, loose)
 
 
 @contextlib.contextmanager

@@ -115,8 +115,12 @@ MAX_STREAMS_PER_CONNECTION = 32
 MAX_HEALTH_CHECKS = 16
 # Nodes that one look at a swarm asks, whatever others say that they know.
 MAX_SURVEYED = MAX_MEMBERS
-# Watchers of WatchStatus over all connections.
+# Watchers of WatchStatus over all connections, ...
 MAX_WATCHERS = 64
+# ... of one member, or in plain text of one address: as many desks as a person may have; ...
+MAX_WATCHERS_PER_CALLER = 16
+# ... and those that are kept for operators and this machine's own tools, whatever members do.
+KEPT_WATCHERS = 16
 # Addresses of one DNS name that are called: those of a run's members, as many as there may be.
 MAX_NAMED_ADDRESSES = MAX_MEMBERS
 # Network names seen by discovery that are kept at once.
@@ -143,10 +147,14 @@ MAX_TOKEN_ADDRESSES = 4
 MAX_CERTIFICATE_BYTES = 4096
 # What either end of an invitation reads at most: a certificate, and the list of revoked nodes.
 MAX_JOIN_BYTES = MAX_REVOKED_BYTES + 4 * MAX_CERTIFICATE_BYTES
-# Callers that an inviter hears at once.
-MAX_JOINERS = 16
+# Callers that an inviter hears at once, for a few seconds each, ...
+MAX_JOINERS = 64
+# ... and of one address: a joiner calls twice, one after the other, and others may be behind its
+# router. Who has no certificate must come from many to keep the joiner out.
+MAX_JOINERS_PER_ADDRESS = 8
 # Wrong secrets until an invitation ends. None of them could have been right by chance (128 bits),
-# but a person who waits should know.
+# but a person who waits should know. Also lines at once about callers that were not let in; in the
+# long run they are as many as a node's (REFUSAL_LINES).
 MAX_JOIN_ATTEMPTS = 16
 # What a node tells of its past: the latest events, each a line, in every status, ...
 MAX_EVENTS = 64

@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import json
 import secrets
+import socket
 import ssl
 import tempfile
 import time
@@ -24,15 +25,18 @@ from typing import Any
 
 from deca_node import identity
 from deca_node.addresses import split
+from deca_node.admission import Places, Turns, network
 from deca_node.errors import DecaError, ListenError, TrustError
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import (
     MAX_JOIN_ATTEMPTS,
     MAX_JOIN_BYTES,
     MAX_JOINERS,
+    MAX_JOINERS_PER_ADDRESS,
     MAX_REASON_BYTES,
     MAX_REVOKED,
     MAX_TOKEN_ADDRESSES,
+    REFUSAL_LINES,
 )
 from deca_node.trust import (
     SECRET_BYTES,
@@ -97,7 +101,9 @@ class Inviter:
             raise TrustError(f"node {terms.node!r} was revoked for good; invite it by another name")
         self._expires = clock() + terms.ttl
         self._secret: bytes | None = secrets.token_bytes(SECRET_BYTES)
-        self._wrong = self._open = 0
+        self._wrong = self._untold = 0
+        self._places = Places(MAX_JOINERS, MAX_JOINERS_PER_ADDRESS)
+        self._lines = Turns(REFUSAL_LINES, MAX_JOIN_ATTEMPTS, 1)
         self._server: asyncio.Server | None = None
         self._done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -110,8 +116,7 @@ class Inviter:
         try:
             self._server = await asyncio.start_server(
                 self._serve,
-                host,
-                port,
+                sock=_socket(host, port),
                 limit=MAX_JOIN_BYTES,
                 ssl=self._context(),
                 ssl_handshake_timeout=CONNECT_SECONDS,
@@ -163,18 +168,18 @@ class Inviter:
         return context
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._open >= MAX_JOINERS or self._done.done():
+        host = str((writer.get_extra_info("peername") or ("?",))[0])
+        caller = network(host)
+        if self._done.done() or not self._places.enter(caller):
             writer.close()
             return
-        self._open += 1
         node = ""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 _send(writer, {"authority": self._authority.certificate.decode()})
                 await writer.drain()
                 if line := await reader.readline():  # else it only asked for the certificate
-                    host = (writer.get_extra_info("peername") or ("?",))[0]
-                    node, answer = self._answer(line, str(host))
+                    node, answer = self._answer(line, host)
                     _send(writer, answer)
                     await writer.drain()
                     if node and not self._done.done():
@@ -189,7 +194,7 @@ class Inviter:
                 )
             # Else it is the joiner's affair; ValueError: a line that is too long.
         finally:
-            self._open -= 1
+            self._places.leave(caller)
             writer.close()
 
     def _answer(self, line: bytes, host: str) -> tuple[str, dict[str, Any]]:
@@ -200,12 +205,22 @@ class Inviter:
             node = self._name(asked)
             now = self._clock()
             revoked = {name: mark.hex() for name, mark in self._keyring.revoked().items()}
-            certificate = self._keyring.issue(node, request, now, self._terms.days)
+            fresh = self._terms.node is None
+            certificate = self._keyring.issue(node, request, now, self._terms.days, fresh=fresh)
         except DecaError as error:
-            self._tell(f"{host} was not let in: {error}")
+            self._tell_of(host, error)
             return "", {"refusal": str(error)}
         self._secret = None
         return node, {"certificate": certificate.decode(), "node": node, "revoked": revoked}
+
+    def _tell_of(self, host: str, error: DecaError) -> None:
+        """Who came in vain; callers that come again and again do not fill a terminal."""
+        if not self._lines.take("", time.monotonic()):
+            self._untold += 1
+            return
+        more = f" (and {self._untold} callers before)" if self._untold else ""
+        self._untold = 0
+        self._tell(f"{host} was not let in: {error}{more}")
 
     def _check_secret(self, shown: bytes) -> None:
         good = self._secret is not None and self._clock() < self._expires
@@ -232,11 +247,6 @@ class Inviter:
             raise TrustError("a node's name has 1 to 48 characters of a-z, 0-9 and -")
         if asked in self._keyring.revoked():
             raise TrustError(f"node {asked!r} was revoked for good; join with --node and another")
-        if asked in self._keyring.issued():
-            raise TrustError(
-                f"there is a node {asked!r} already; join with --node and another name, or have it "
-                f"invited anew: deca-node swarm invite --node {asked}"
-            )
         return asked
 
 
@@ -246,6 +256,16 @@ def _request(line: bytes) -> tuple[bytes, str, bytes]:
         return bytes.fromhex(said["secret"]), str(said["node"]), str(said["request"]).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise TrustError("not what a joining deca-node sends") from None
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    """Where callers are waited for; ``::`` means all addresses of IPv4, too."""
+    if host == "::" and socket.has_dualstack_ipv6():
+        return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+    family, *_, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server(address[:2], family=family)
 
 
 def _send(writer: asyncio.StreamWriter, said: dict[str, Any]) -> None:
@@ -339,6 +359,11 @@ async def _ask(
     known.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         reader, writer = await _connect(address, known, pairing_name(invitation.run))
+        try:
+            await _line(reader)
+        except OSError:
+            writer.close()
+            raise
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in _TIMES:
             raise _OtherError(
@@ -349,7 +374,6 @@ async def _ask(
         raise _OtherError(error.strerror or error or "no answer in time") from None
     with contextlib.closing(writer):
         try:
-            await _line(reader)
             said = {"secret": invitation.secret.hex(), "node": node, "request": request.decode()}
             _send(writer, said)
             answer = await _line(reader)
@@ -402,7 +426,10 @@ async def _connect(
 async def _line(reader: asyncio.StreamReader) -> dict[str, Any]:
     async with asyncio.timeout(CONNECT_SECONDS):
         try:
-            said = json.loads(await reader.readline())
+            line = await reader.readline()
+            if not line:
+                raise OSError("has hung up: busy, try again")
+            said = json.loads(line)
         except (ValueError, RecursionError):
             raise OSError("answers, but is no inviter") from None
     if not isinstance(said, dict):

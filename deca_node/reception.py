@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator
 
 from deca_node.errors import PeerRefused
-from deca_node.limits import MAX_WATCHERS
 from deca_node.lookout import Lookout
 from deca_node.member import Member
 from deca_node.pb import node_pb2 as pb
@@ -33,7 +32,6 @@ class Reception:
 
     def __init__(self, standing: Standing, lookout: Lookout, stopping: asyncio.Event) -> None:
         self._standing, self._lookout, self._stopping = standing, lookout, stopping
-        self._watchers = 0
         self._made: tuple[float, pb.NodeStatus] | None = None  # for watchers, and when
         self.member: Member | None = None
 
@@ -80,17 +78,11 @@ class Reception:
 
     async def watch_status(self, interval: float) -> AsyncGenerator[pb.NodeStatus]:
         """See StatusHandler."""
-        if self._watchers >= MAX_WATCHERS:
-            raise PeerRefused("too_many_watchers", f"at most {MAX_WATCHERS}")
         low, high = WATCH_INTERVAL_SECONDS
         pause = min(max(interval if interval > 0 else 1.0, low), high)
-        self._watchers += 1
-        try:
-            while not self._stopping.is_set():
-                yield self._shared()
-                await happens(self._stopping, pause)
-        finally:
-            self._watchers -= 1
+        while not self._stopping.is_set():
+            yield self._shared()
+            await happens(self._stopping, pause)
 
     def _shared(self) -> pb.NodeStatus:
         """The status that all watchers get who ask at about the same time."""

@@ -157,7 +157,7 @@ def render(status: pb.NodeStatus) -> RenderableType:
 
 def _security(status: pb.NodeStatus) -> Text:
     if not status.certificate_ends:
-        return text(status.security, "yellow" if "network" in status.security else "")
+        return text(status.security, "yellow" if "PLAIN TEXT" in status.security else "")
     try:
         ends = dt.datetime.fromtimestamp(status.certificate_ends, dt.UTC).strftime("%Y-%m-%d")
     except (ValueError, OverflowError, OSError):

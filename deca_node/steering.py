@@ -10,6 +10,7 @@ from deca_node.errors import ControlError, OutputError, PeerError, UnreachableEr
 from deca_node.events import printable
 from deca_node.limits import MAX_SHOWN_CHARACTERS
 from deca_node.pb import node_pb2 as pb
+from deca_node.transport.client import GrpcLink
 
 TELL_SECONDS = 10.0
 # A step may take minutes, and a model is written after all of it was read.
@@ -69,12 +70,21 @@ async def tell(address: str, trust: Path | None, order: Order) -> str:
 
     Raises:
         UnreachableError: nobody answers, or not in time.
-        ControlError: the node refuses.
+        ControlError: the node refuses, or answers in plain text.
         OutputError: what was to be written is there already, or could not be.
         TrustError: there is no certificate to show here.
     """
-    link = await access.link(address, trust)
+    shown = await access.credentials([address], trust)
+    link = GrpcLink(address, credentials=shown.get(address))
+    verb = order.call.lower()
     try:
+        if access.is_plain(address, shown):
+            await link.get_status(TELL_SECONDS)  # that nobody is there is another error
+            raise ControlError(
+                f"{verb} refused: {address} answers in plain text, where whoever stands between "
+                "could answer for it; type it on the node's machine, which has its socket file, "
+                "or give the trust folder with the operator's certificate (--trust)"
+            )
         said = order.said(await link.control(order.call, order.request, order.seconds))
         return printable(said, MAX_SHOWN_CHARACTERS)
     except PeerError as error:
@@ -82,6 +92,6 @@ async def tell(address: str, trust: Path | None, order: Order) -> str:
             raise UnreachableError(f"no deca-node answers at {error}") from None
         if error.reason in ("exists", "failed", "not_saved"):
             raise OutputError(str(error)) from None
-        raise ControlError(f"{order.call.lower()} refused by {error}") from None
+        raise ControlError(f"{verb} refused by {error}") from None
     finally:
         await link.close()

@@ -115,11 +115,16 @@ def objection(
     """
     if shown.holder is None or shown.holder.run != run:
         return f"no_certificate: it names nobody of run {run!r}"
+    node = shown.holder.node
     if now >= shown.ends:
-        return "expired: its time is over; renew it (deca-node swarm renew)"
+        anew = (
+            f"`deca-node swarm invite --node {node}` (of a node there, `deca-node swarm renew`)"
+            if node is not None
+            else "`deca-node swarm renew`, and copy operator.pem and operator.key from there"
+        )
+        return f"expired: its time is over; on the authority's machine {anew}"
     if now < shown.begins - CLOCK_SECONDS:
         return "expired: its time has not begun; set the clock of the machine that is wrong (NTP)"
-    node = shown.holder.node
     return "" if node is None else barred(node, revoked, allow)
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import datetime as dt
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deca_node import identity
@@ -28,7 +29,8 @@ class Upkeep:
 
     def __init__(self, guard: Guard, warn: Callable[[str], None], log: Any) -> None:
         self._guard, self._warn, self._log = guard, warn, log
-        self._out = self._trouble = ""
+        self._out = ""
+        self._troubles: dict[str, str] = {}  # by what each means
         self._known = guard.revoked
         self._tried = self._tried_operator = -RENEW_EVERY_SECONDS
         self._renewing: asyncio.Task[None] | None = None
@@ -36,14 +38,13 @@ class Upkeep:
     def look(self, member: Member | None) -> None:
         """See whether anything has changed, and act on it."""
         guard = self._guard
-        try:
+        with self._told_once("what was known before stays in force"):
             if guard.refresh():
                 self._log.info("certificates read anew", ends=_date(guard.ends))
-            self._trouble = ""
-        except DecaError as error:
-            if str(error) != self._trouble:
-                self._warn(f"what was known before stays in force: {error}")
-            self._trouble = str(error)
+        with self._told_once("revoked, but only until this node ends"):
+            guard.keep_list()
+        with self._told_once("renewed, but only until this node ends"):
+            guard.keep_pair()
         for name in sorted(guard.revoked - self._known):
             self._log.warning("revoked", peer=name)
         self._known = guard.revoked
@@ -67,17 +68,28 @@ class Upkeep:
             self._tried = now
             self._renewing = asyncio.create_task(self._renew(member))
 
+    @contextmanager
+    def _told_once(self, means: str) -> Iterator[None]:
+        """Warn of trouble and of what it means, unless it is what there was at the last look."""
+        try:
+            yield
+            self._troubles.pop(means, None)
+        except DecaError as error:
+            if str(error) != self._troubles.get(means):
+                self._warn(f"{means}: {error}")
+            self._troubles[means] = str(error)
+
     async def _renew(self, member: Member | None) -> None:
+        why = "no node that runs has the authority's key; run one there"
         try:
             if self._guard.renew_here() or (member and await self._ask(member)):
                 self._log.info("certificate renewed", ends=_date(self._guard.ends))
                 return
         except DecaError as error:
-            self._log.warning("certificate not renewed", reason=str(error))
+            why = f"is not renewed: {error}; mend that"
         self._warn(
-            f"this node's certificate ends on {_date(self._guard.ends)}, and no node that runs has "
-            "the authority's key; run one there, or invite this node anew (deca-node swarm invite "
-            "--node)"
+            f"this node's certificate ends on {_date(self._guard.ends)}, and {why}, or invite this "
+            "node anew (deca-node swarm invite --node)"
         )
 
     async def _ask(self, member: Member) -> bool:

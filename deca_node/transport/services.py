@@ -8,7 +8,9 @@ from typing import Any
 import grpc
 from google.protobuf.message_factory import GetMessageClass
 
+from deca_node.admission import Places, network
 from deca_node.errors import PeerError, PeerRefused
+from deca_node.limits import KEPT_WATCHERS, MAX_WATCHERS, MAX_WATCHERS_PER_CALLER
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport import Caller, ControlHandler, Handler, StatusHandler
 from deca_node.transport.connection import CONTROL, PEER, STATUS, Guard
@@ -164,6 +166,8 @@ def status_handlers(
     status: StatusHandler, patience: float, guard: Guard | None
 ) -> grpc.GenericRpcHandler:
     """What people and scripts ask; ``patience`` as for ``peer_handlers``."""
+    kept = Places(KEPT_WATCHERS, KEPT_WATCHERS)
+    others = Places(MAX_WATCHERS - KEPT_WATCHERS, MAX_WATCHERS_PER_CALLER)
 
     async def get(_: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> Any:
         try:
@@ -186,15 +190,22 @@ def status_handlers(
 
     async def watch(request: pb.WatchStatusRequest, context: grpc.aio.ServicerContext) -> None:
         try:
-            admitted(context, guard)
-            async with aclosing(status.watch_status(request.interval_seconds)) as states:
-                async for now in states:
-                    admitted(context, guard)
-                    try:
-                        async with asyncio.timeout(patience):
-                            await context.write(now)
-                    except TimeoutError:
-                        raise _unread(patience) from None
+            caller = admitted(context, guard)
+            places = kept if caller.local or caller.operator else others
+            name = caller.node or network(host_of(context.peer()))
+            if not places.enter(name):
+                raise PeerRefused("too_many_watchers", "no place for another; ask now and then")
+            try:
+                async with aclosing(status.watch_status(request.interval_seconds)) as states:
+                    async for now in states:
+                        admitted(context, guard)  # it may be out since it asked
+                        try:
+                            async with asyncio.timeout(patience):
+                                await context.write(now)
+                        except TimeoutError:
+                            raise _unread(patience) from None
+            finally:
+                places.leave(name)
         except PeerError as error:
             await _refuse(context, error)
 

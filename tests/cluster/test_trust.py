@@ -3,20 +3,30 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import ssl
 import time
 from collections import Counter
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import pytest
 
-from deca_node import identity
+from deca_node import identity, pairing
+from deca_node import keyring as keyring_module
 from deca_node.access import credentials
+from deca_node.admission import Turns
 from deca_node.errors import PeerError, PeerRefused, TrustError, UnreachableError
 from deca_node.guard import Guard, Visitor
+from deca_node.identity import Authority
 from deca_node.keyring import Keyring
-from deca_node.limits import MAX_JOIN_ATTEMPTS
+from deca_node.limits import (
+    KEPT_WATCHERS,
+    MAX_JOIN_ATTEMPTS,
+    MAX_JOINERS,
+    MAX_JOINERS_PER_ADDRESS,
+    MAX_WATCHERS_PER_CALLER,
+)
 from deca_node.pairing import Inviter, NobodyError, Terms, join
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink, ask_status
@@ -262,6 +272,118 @@ async def test_a_stream_ends_with_a_revocation(run):
         await transport.close(0)
 
 
+async def test_a_stream_from_who_is_revoked_ends(run):
+    """The caller's end: who sends knows of nothing, or is the very one."""
+    bob, alice = run.guard("bob"), run.guard("alice")
+    mark = pb.Revocation(node="alice", signature=run.authority.revoke("alice"))
+
+    class Endless(Desk):
+        async def pull(self, request):
+            while True:
+                yield b"x" * 100_000
+                await asyncio.sleep(0)
+
+    transport = GrpcTransport("127.0.0.1", 0, alice)
+    port = await transport.listen(Endless("alice"), None)
+    link = GrpcLink(f"127.0.0.1:{port}", bob)
+    got = []
+    try:
+        await link.hello(greeting("bob"), 5)
+        request = pb.PullRequest(sender=pb.Sender(run="run", node="bob"))
+        with pytest.raises(PeerRefused) as caught:
+            async with aclosing(link.pull(request, 60)) as messages:
+                async for message in messages:
+                    got.append(message)
+                    bob.learn(pb.Revocations(revoked=[mark]))
+        assert caught.value.reason == "revoked"
+        assert len(got) == 1
+    finally:
+        await link.close()
+        await transport.close(0)
+
+
+class Watched(Desk):
+    """A node whose status changes when it is told so."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.change, self.left = asyncio.Event(), asyncio.Event()
+
+    async def watch_status(self, interval):
+        try:
+            while True:
+                yield pb.NodeStatus(node=self.name)
+                await self.change.wait()
+        finally:
+            self.left.set()
+
+
+@asynccontextmanager
+async def watched(run, guard):
+    """A node that can be watched; a function that watches it with credentials, if any."""
+    desk, transport = Watched("alice"), GrpcTransport("127.0.0.1", 0, guard)
+    socket_file = run.folder / "node.sock"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    address = f"127.0.0.1:{await transport.listen(desk, desk, None, socket_file)}"
+    async with AsyncExitStack() as held:
+
+        async def watch(shown=None, *, local=False):
+            link = GrpcLink(f"unix:{socket_file}" if local else address, credentials=shown)
+            held.push_async_callback(link.close)
+            states = await held.enter_async_context(aclosing(link.watch_status(1)))
+            await anext(states)
+            return states
+
+        try:
+            yield desk, watch
+        finally:
+            await held.aclose()
+            await transport.close(0)
+
+
+async def test_an_open_status_stream_ends_with_a_revocation(run):
+    """At the next status."""
+    guard = run.guard("alice")
+    shown = Visitor(run.keyring("eve")).credentials()
+    mark = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    async with watched(run, guard) as (desk, watch):
+        states = await watch(shown)
+        guard.learn(pb.Revocations(revoked=[mark]))
+        desk.change.set()
+        with pytest.raises(PeerRefused) as caught:
+            await anext(states)
+        assert caught.value.reason == "revoked"
+
+
+async def test_a_members_watchers_keep_nobody_else_out(run):
+    """Each has its share; operators and the machine's own tools have places of their own."""
+    shown = [Visitor(run.keyring(f"m{number}")).credentials() for number in range(4)]
+    operator = Visitor(run.head()).credentials()
+    async with watched(run, run.guard("alice")) as (desk, watch):
+
+        async def full(*arguments, **options):
+            with pytest.raises(PeerRefused) as caught:
+                await watch(*arguments, **options)
+            assert caught.value.reason == "too_many_watchers"
+
+        for member in shown[:3]:
+            states = [await watch(member) for _ in range(MAX_WATCHERS_PER_CALLER)]
+            await full(member)
+        await full(shown[3])  # members' places are bounded as well
+        await states[0].aclose()
+        await desk.left.wait()
+        await watch(shown[3])
+        for _ in range(KEPT_WATCHERS // 2):
+            await watch(operator)
+            await watch(local=True)
+    async with watched(run, None) as (_, watch):
+        for _ in range(MAX_WATCHERS_PER_CALLER):
+            await watch()
+        with pytest.raises(PeerRefused, match="no place"):
+            await watch()
+        await watch(local=True)
+
+
 async def test_who_is_not_on_the_list_stays_out(run):
     """A certificate of the run is not enough where trust.allow names others."""
     async with listening(run.guard("alice", allow=("bob",))) as (_, address):
@@ -347,6 +469,27 @@ async def test_who_answers_is_who_it_says(run):
     finally:
         await link.close()
         await usurper.close(0)
+
+
+async def test_who_calls_itself_another_once_it_is_met_is_an_impostor(run):
+    """Its certificate is its own, and so is the name that it gave at first."""
+
+    class Turncoat(Desk):
+        async def hello(self, request, source):
+            reply = await super().hello(request, source)
+            self.name = "alice"
+            return reply
+
+    transport = GrpcTransport("127.0.0.1", 0, run.guard("eve"))
+    port = await transport.listen(Turncoat("eve"), None)
+    link = GrpcLink(f"127.0.0.1:{port}", run.guard("bob"))
+    try:
+        with pytest.raises(PeerRefused) as caught:
+            await link.hello(greeting("bob"), 5)
+        assert caught.value.reason == "impostor"
+    finally:
+        await link.close()
+        await transport.close(0)
 
 
 async def test_downgrade_to_plain_text(run):
@@ -726,6 +869,121 @@ async def test_nobody_joins_as_another(run, tmp_path):
     with pytest.raises(TrustError, match="for good"):
         async with inviting(run, node="eve"):
             pass
+
+
+async def idle(invitation, source, held):
+    """Connects from an address and says nothing until ``held`` ends; whether it was heard."""
+    host, port = invitation.addresses[0].split(":")
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection(host, port, ssl=anybody, local_addr=(source, 0))
+    held.callback(writer.close)
+    return bool(await reader.readline())
+
+
+async def test_two_invitations_give_a_name_once(run, monkeypatch):
+    """Of two processes one comes while the other has looked who is there, and not yet noted it."""
+    monkeypatch.setattr(keyring_module, "_LOCK_SECONDS", 0.0)
+    one, other = (Inviter(run.head(), Terms(None, 1.0, 60.0), print) for _ in range(2))
+    look, inside = Keyring.issued, []
+
+    def asking(inviter):
+        said = {
+            "secret": inviter._secret.hex(),
+            "node": "bob",
+            "request": identity.new_request(identity.new_key()).decode(),
+        }
+        return inviter._answer(json.dumps(said).encode(), "10.0.0.1")[0]
+
+    def issued(keyring):
+        found = look(keyring)
+        if not inside:
+            inside.append(True)
+            inside.append(asking(other))
+        return found
+
+    monkeypatch.setattr(Keyring, "issued", issued)
+    assert asking(one) == "bob"
+    assert inside == [True, ""]
+    assert asking(other) == ""
+
+
+async def test_strangers_do_not_keep_the_joiner_out(run, tmp_path, monkeypatch):
+    """Each address has its share of the places; who finds none is told so, and comes again."""
+    monkeypatch.setattr(pairing, "CONNECT_SECONDS", 60.0)
+    connect = asyncio.open_connection
+
+    def elsewhere(*address, **options):
+        return connect(*address, local_addr=("127.0.2.1", 0), **options)
+
+    async with inviting(run) as (waiting, invitation, told), AsyncExitStack() as held:
+        heard = [
+            await idle(invitation, "127.0.0.1", held) for _ in range(MAX_JOINERS_PER_ADDRESS + 1)
+        ]
+        assert heard == [True] * MAX_JOINERS_PER_ADDRESS + [False]
+        with pytest.raises(TrustError, match="has hung up: busy, try again"):
+            await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+        monkeypatch.setattr(asyncio, "open_connection", elsewhere)
+        joined = await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)
+        assert await waiting == joined.node == "bob"
+        assert not told
+
+
+async def test_all_places_of_an_inviter_are_bounded(run, monkeypatch):
+    """From however many addresses they come."""
+    monkeypatch.setattr(pairing, "CONNECT_SECONDS", 60.0)
+    async with inviting(run) as (_, invitation, _), AsyncExitStack() as held:
+        sources = [f"127.0.1.{1 + number}" for number in range(MAX_JOINERS + 1)]
+        heard = [await idle(invitation, source, held) for source in sources]
+        assert heard == [True] * MAX_JOINERS + [False]
+
+
+async def test_callers_in_vain_do_not_fill_the_terminal(run):
+    """Some lines, and how many more there were."""
+    told = []
+    inviter = Inviter(run.head(), Terms(None, 1.0, 60.0), told.append)
+    for _ in range(200):
+        assert inviter._answer(b"{}\n", "10.0.0.1")[1]["refusal"]
+    assert 0 < len(told) <= MAX_JOIN_ATTEMPTS + 1
+    inviter._lines = Turns(1.0, 1.0, 1)
+    inviter._answer(b"{}\n", "10.0.0.1")
+    assert re.search(r"\(and \d+ callers before\)$", told[-1])
+
+
+async def test_an_inviter_at_all_addresses_is_reached_by_both_protocols(run, tmp_path):
+    """Its token names addresses of both; each caller counts by its own."""
+    inviter = Inviter(run.head(), Terms(None, 1.0, 60.0), print)
+    port = await inviter.listen("::", 0)
+    invitation = inviter.invitation([])
+    waiting = asyncio.create_task(inviter.joined())
+    counted = []
+    enter = inviter._places.enter
+    inviter._places.enter = lambda caller: counted.append(caller) or enter(caller)
+    wrong = type(invitation)(**{**vars(invitation), "secret": bytes(16)})
+    for address in (f"127.0.0.1:{port}", f"[::1]:{port}"):
+        with pytest.raises(TrustError, match="not let in"):
+            await join(wrong, "bob", opener(tmp_path / "b"), [address])
+    assert counted == ["127.0.0.1", "127.0.0.1", "::/64", "::/64"]
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_joiner_believes_no_unsigned_list(run, tmp_path):
+    """Of who is out; nothing of the answer is kept, the node's own certificate neither."""
+    head = run.head()
+    head.keep_revoked({"eve": run.authority.revoke("eve")})
+    other = Authority.new("run", time.time())
+    lists = ({"mallory": run.authority.revoke("eve")}, {"mallory": other.revoke("mallory")})
+    for number, said in enumerate(lists):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Keyring, "revoked", lambda _, said=said: said)
+            async with inviting(run) as (_, invitation, _):
+                with pytest.raises(TrustError, match="list of revoked nodes is not signed"):
+                    await join(
+                        invitation, f"b{number}", opener(tmp_path / "b"), invitation.addresses
+                    )
+    assert Keyring(tmp_path / "b").nodes() == []
+    assert Keyring(tmp_path / "b").revoked() == {}
 
 
 async def test_noise_at_an_inviter_changes_nothing(run, tmp_path):

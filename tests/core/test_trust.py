@@ -74,6 +74,15 @@ def test_who_has_a_say(shown, revoked, allow, now, reason):
     assert not reason or reason in REASONS
 
 
+def test_an_expired_certificates_holder_is_told_what_helps_where_it_is():
+    """Only the authority's machine can renew, and there only its own nodes."""
+    for whose, words in (
+        (Holder("run", "bob", operator=False), "authority's machine `deca-node swarm invite --n"),
+        (Holder("run", None, operator=True), "copy operator.pem and operator.key"),
+    ):
+        assert words in objection(Certificate(whose, 0.0, 1.0, 1), "run", (), (), 2.0)
+
+
 def test_a_barred_node_is_told_apart():
     """Revoked wins over not on the list."""
     assert barred("eve", {"eve"}, {"bob"}).startswith("revoked: ")

@@ -1,5 +1,6 @@
 """The verbs of `deca-node swarm` that need no network, as docs/securing.md has them."""
 
+import errno
 import itertools
 import json
 import re
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deca_node import cli
+from deca_node import cli, cli_swarm, keyring
+from deca_node.errors import PeerUnavailable
 from deca_node.identity import new_key
 from deca_node.keyring import Keyring
 
@@ -107,6 +109,84 @@ def test_a_damaged_copy_of_what_was_issued_stops_nothing(say):
     assert say("deca-node swarm renew --run r --trust keys")[0] == 0
 
 
+def test_nobody_elses_key_is_made_here(say):
+    """The certificate of another machine's node would be renewed on paper only."""
+    assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
+    assert say("deca-node swarm issue b --to elsewhere --run r --trust keys")[0] == 0
+    issued = Keyring(Path("keys")).issued_certificate("b")
+    assert say("deca-node swarm renew --trust keys --node b")[0] == 12
+    assert Keyring(Path("keys")).nodes() == ["a"]
+    assert Keyring(Path("keys")).issued_certificate("b") == issued
+    assert say("deca-node swarm renew --trust keys --node a")[0] == 0
+
+
+def test_a_node_that_is_called_operator_can_be_put_out(say):
+    assert say("deca-node swarm init --run r --node operator")[0] == 0
+    assert say("deca-node swarm revoke operator --run r")[0] == 0
+
+
+def test_all_are_told_whoever_does_not_answer(say, monkeypatch):
+    """In the order given; the line at the end names each that is to be told again."""
+    asked = []
+
+    class Link:
+        def __init__(self, address, credentials):
+            self.address = address
+
+        async def exchange_revocations(self, marks, timeout):
+            asked.append(self.address)
+            if self.address != "10.0.0.2:1":
+                raise PeerUnavailable(f"{self.address}: Connection refused")
+
+        async def close(self):
+            pass
+
+    monkeypatch.setattr(cli_swarm, "GrpcLink", Link)
+    assert say("deca-node swarm init --run r --node a")[0] == 0
+    addresses = [f"10.0.0.{number}:1" for number in (1, 2, 3)]
+    tell = " ".join(f"--tell {address}" for address in addresses)
+    code, said = say(f"deca-node swarm revoke b --run r {tell}")
+    assert (code, asked) == (3, addresses)
+    assert "told 10.0.0.2:1" in said
+    assert "not told to 10.0.0.1:1: Connection refused; 10.0.0.3:1: Connection refused" in said
+
+
+@pytest.mark.parametrize("crash", range(1, 9))
+def test_a_run_whose_making_was_cut_off_can_be_made(say, monkeypatch, crash):
+    """A full disk at each file in turn: afterwards `init` can be typed again, or is done."""
+    write, written = keyring._write, []
+
+    def full(path, content):
+        written.append(path.name)
+        if len(written) == crash:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keyring, "_write", full)
+        code, said = say("deca-node swarm init --run r --node a --trust keys")
+    assert code == (9 if len(written) == crash else 0), said
+    if code:
+        code, said = say("deca-node swarm init --run r --node a --trust keys")
+    else:
+        assert written[-1] == "authority.pem"
+    assert code == 0, said
+    made = Keyring(Path("keys"))
+    assert made.open_authority().certificate == made.authority
+    assert made.operator()
+    assert made.node("a")
+
+
+def test_a_key_whose_authority_is_lost_is_not_overwritten(say):
+    """Every member has authority.pem, so that the run can go on with both."""
+    assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
+    key = Path("keys/authority.key").read_bytes()
+    Path("keys/authority.pem").unlink()
+    assert say("deca-node swarm init --run r --node a --trust keys")[0] == 0
+    assert Path("keys/authority.key.old").read_bytes() == key
+    assert Path("keys/authority.key").read_bytes() != key
+
+
 def test_names_come_from_a_nodes_settings(say, tmp_path):
     """Run, node and folder, as `start` would use them."""
     (tmp_path / "node.toml").write_text(
@@ -140,6 +220,9 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
         ("swarm join nonsense", 12, "no invitation"),
         ("swarm revoke c --run r --tell host", 2, "HOST:PORT"),
         ("swarm revoke b --run r --tell 127.0.0.1:9", 3, "revoked, but not told"),
+        ("swarm revoke operator --run r", 12, "cannot be taken back"),
+        ("swarm renew --run r --node typo", 12, "has a; for another machine's: deca-node swarm"),
+        ("swarm renew --run r --node typo", 12, "invite --node typo --run r"),
         ("status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
         ("swarm status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
         ("status 127.0.0.1:9 --trust config/deca-node/r", 3, "no deca-node answers"),

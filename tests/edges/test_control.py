@@ -3,21 +3,22 @@
 import asyncio
 import os
 import stat
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from deca_node import registry
+from deca_node import cli, registry, steering
 from deca_node.checkpoint.manifest import Progress
 from deca_node.config import load
 from deca_node.control import LOOK_SECONDS, Control
-from deca_node.errors import PeerRefused
+from deca_node.errors import ControlError, PeerRefused
 from deca_node.guard import Visitor
 from deca_node.keyring import Keyring
 from deca_node.membership import Phase
 from deca_node.pb import node_pb2 as pb
+from deca_node.transport import Caller, services
 from deca_node.transport.client import GrpcLink
 from deca_node.transport.connection import CONTROL
 from deca_node.transport.server import GrpcTransport
@@ -99,6 +100,48 @@ async def test_in_plain_text_nobody_controls_a_node_over_the_network():
         assert not told.verbs
         assert await outcomes(GrpcLink(f"unix:{socket}")) == HEARD
         assert told.verbs == list(CALLS)
+
+
+@pytest.mark.parametrize("verb", sorted(steering.ORDERS))
+async def test_no_order_is_given_in_plain_text(verb, monkeypatch):
+    """Whoever stands between could say that the node has done it, whatever folder is at hand."""
+    monkeypatch.setattr(services, "admitted", lambda context, guard: Caller(operator=True))
+    async with node() as (told, address, socket):
+        with pytest.raises(ControlError, match=r"plain text.* socket file"):
+            await steering.tell(address, None, steering.ORDERS[verb])
+        assert not told.verbs
+        assert await steering.tell(f"unix:{socket}", None, steering.ORDERS[verb])
+        assert told.verbs
+
+
+async def test_a_status_in_plain_text_does_not_say_that_it_was_encrypted(tmp_path):
+    """The asker's own view, also in a run that is meant to be so; under TLS the node's."""
+
+    class Claims(Answers):
+        async def get_status(self):
+            return pb.NodeStatus(node="alice", security="TLS 1.3", certificate_ends=2e9)
+
+        async def watch_status(self, interval):
+            yield await self.get_status()
+
+    async def watched(address, trust=None):
+        async with aclosing(cli._states([address], trust, watch=True)) as states:
+            return (await anext(states))[0]
+
+    for guard, trust in ((None, None), (Run(tmp_path).guard("alice"), tmp_path / "alice")):
+        transport, socket = GrpcTransport("127.0.0.1", 0, guard), registry.socket_path()
+        address = f"127.0.0.1:{await transport.listen(Claims(), Claims(), None, socket)}"
+        try:
+            for at in (address, f"unix:{socket}"):
+                found = [await cli._ask([at], trust), await cli._ask([at, at], trust)]
+                seen = [*found[0], *found[1], await watched(at, trust)]
+                told = guard is not None or at != address
+                for now in seen:
+                    assert (now.security == "TLS 1.3") == told
+                    assert (now.certificate_ends > 0) == told
+                    assert ("asked in PLAIN TEXT" in now.security) != told
+        finally:
+            await transport.close(0)
 
 
 async def test_under_tls_the_operator_controls_a_node_and_no_peer_does(tmp_path):

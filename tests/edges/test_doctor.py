@@ -137,7 +137,9 @@ async def test_the_trust_of_a_node_for_others_is_looked_at(words, tmp_path):
     found = await trust("node.name=a")
     assert [one.verdict for one in found["trust"]] == [Verdict.OK]
     assert "a is certified until" in found["trust"][0].found
-    (tmp_path / "t" / "nodes" / "a.key").chmod(0o440)
+    (tmp_path / "t" / "nodes" / "a.key").chmod(0o440)  # a mounted secret
+    assert [one.verdict for one in (await trust("node.name=a"))["trust"]] == [Verdict.OK]
+    (tmp_path / "t" / "nodes" / "a.key").chmod(0o640)
     found = await trust("node.name=a")
     assert [one.verdict for one in found["trust"]] == [Verdict.OK, Verdict.WARN]
     assert "chmod 600" in found["trust"][1].remedy

@@ -291,6 +291,8 @@ def test_who_greets_too_often_waits_and_keeps_nobody_else_out():
     assert network("2001:db8::1:2:3:4") == network("2001:db8::ffff:0:0:9") == "2001:db8::/64"
     assert network("10.0.0.1") != network("10.0.0.2")
     assert network("what") == "what"
+    assert network("fe80::1%eth0") == network("fe80::2%eth1") == "fe80::/64"
+    assert network("::ffff:10.0.0.1") == "10.0.0.1"  # at a socket for both protocols
 
 
 def test_a_caller_cannot_take_all_places():

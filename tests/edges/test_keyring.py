@@ -155,7 +155,9 @@ def test_half_a_replacement_is_read_where_nothing_can_be_written(run, monkeypatc
     new = folder / "alice.key.new"
     new.write_bytes(pair.key)
     new.chmod(0o644)
-    assert keyring.readable_by_others() == [f"{new}: others can read this key; chmod 600 {new}"]
+    assert keyring.readable_by_others() == [
+        f"{new}: others can read or change this key; chmod 600 {new}"
+    ]
 
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -203,8 +205,8 @@ def test_what_another_process_writes_while_a_revocation_is_kept_is_taken_up(run,
     other.keep_node("alice", pair)
     keep = keyring.keep_revoked
 
-    def kept(revoked):
-        found = keep(revoked)
+    def kept(revoked, **options):
+        found = keep(revoked, **options)
         other.keep_revoked({"mallory": run.authority.revoke("mallory")})
         return found
 
@@ -285,8 +287,27 @@ def test_a_bad_key_is_one_line(run, damage, words):
 def test_a_group_may_read_a_key(run):
     """That is how orchestrators hand secrets to a daemon that is not root."""
     keyring = run.keyring("alice")
-    (keyring.folder / "nodes" / "alice.key").chmod(0o440)
+    key = keyring.folder / "nodes" / "alice.key"
+    key.chmod(0o440)
     assert keyring.node("alice").key
+    assert keyring.readable_by_others() == []
+    key.chmod(0o640)  # no secret of an orchestrator: its owner can change it
+    assert keyring.node("alice").key
+    assert keyring.readable_by_others() == [f"{key}: its group can read this key; chmod 600 {key}"]
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+@pytest.mark.parametrize("name", ["authority.pem", "nodes/alice.pem", "revoked.json"])
+def test_what_others_can_change_is_refused(run, name, mode):
+    """They would say whom a node believes; a copy with a lax umask has such a mode."""
+    keyring = run.keyring("alice")
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    path = keyring.folder / name
+    path.chmod(mode)
+    with pytest.raises(TrustError, match=rf"{name}: others can change .*; chmod go-w .*{name}"):
+        Guard(Keyring(keyring.folder), "alice")
+    path.chmod(0o444)  # as of a secret that is mounted
+    assert Guard(Keyring(keyring.folder), "alice").revoked == {"eve"}
 
 
 def test_a_folder_belongs_to_one_authority(run, tmp_path):
@@ -382,10 +403,71 @@ def test_what_another_process_changes_is_taken_up(run):
     assert guard.refresh()
     assert guard.credentials() is not before
     (keyring.folder / "revoked.json").write_text("nonsense")
-    with pytest.raises(TrustError, match="damaged"):
-        guard.refresh()
-    assert not guard.refresh()  # told once
+    for _ in range(2):  # Upkeep says it once
+        with pytest.raises(TrustError, match="damaged"):
+            guard.refresh()
     assert guard.revoked == {"eve"}
+
+
+def test_what_could_not_be_read_is_taken_up_after_the_remedy(run):
+    """Mode and owner are put right, or the other half arrives; no content may change with it."""
+    keyring = run.keyring("alice")
+    guard = Guard(keyring, "alice")
+    nodes = keyring.folder / "nodes"
+
+    def renewed(days):
+        key = identity.new_key()
+        return Pair(key, run.authority.issue(identity.new_request(key), "alice", time.time(), days))
+
+    pair = renewed(2.0)
+    (nodes / "alice.key").write_bytes(pair.key)
+    (nodes / "alice.key").chmod(0o644)
+    (nodes / "alice.pem").write_bytes(pair.certificate)
+    with pytest.raises(TrustError, match="chmod 600"):
+        guard.refresh()
+    (nodes / "alice.key").chmod(0o600)
+    assert guard.refresh()
+    assert guard.credentials().certificate == pair.certificate
+    pair = renewed(3.0)
+    (nodes / "alice.pem").write_bytes(pair.certificate)  # as `kubectl cp` does, one by one
+    with pytest.raises(TrustError, match="not the certificate's"):
+        guard.refresh()
+    (nodes / "alice.key").write_bytes(pair.key)
+    assert guard.refresh()
+    assert guard.credentials().certificate == pair.certificate
+    assert not guard.refresh()
+
+
+def test_a_list_of_another_user_is_not_called_damaged(run, monkeypatch):
+    """`sudo deca-node swarm revoke` leaves one; it counts as soon as it is this user's."""
+    keyring = run.keyring("alice")
+    guard = Guard(keyring, "alice")
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    opened = Path.open
+
+    def refused(path, *arguments, **options):
+        if path.name == "revoked.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refused)
+        with pytest.raises(TrustError, match=r"cannot be read: Permission denied; .*chown"):
+            guard.refresh()
+    assert guard.refresh()  # chown changes no content and no mtime
+    assert guard.revoked == {"eve"}
+
+
+def test_a_change_of_owner_or_mode_is_seen(run):
+    """Of the list, the certificate and the key."""
+    keyring = run.keyring("alice")
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    for name in ("revoked.json", "nodes/alice.pem", "nodes/alice.key"):
+        before, path = keyring.stamp("alice"), keyring.folder / name
+        ends = time.monotonic() + 5
+        while keyring.stamp("alice") == before:  # the file system's clock ticks in milliseconds
+            assert time.monotonic() < ends
+            path.chmod(path.stat().st_mode ^ 0o040)
 
 
 def test_only_who_is_due_is_renewed_and_only_by_the_authority(run):

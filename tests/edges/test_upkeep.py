@@ -1,11 +1,16 @@
 """What a running node does for its trust: renewals, revocations, and who is told of trouble."""
 
+import contextlib
+import errno
 import time
 from types import SimpleNamespace
 
+import filelock
+import pytest
 import structlog
 
 from deca_node import identity
+from deca_node import keyring as keyring_module
 from deca_node.errors import PeerRefused
 from deca_node.guard import Guard
 from deca_node.keyring import Keyring, Pair
@@ -132,10 +137,121 @@ async def test_a_revocation_that_cannot_be_written_is_in_force(tmp_path):
     assert guard.revoked == {"eve"}
     out, said = await look(guard, {})
     assert out == ["eve"]
-    assert len(said) == 1
+    assert [line.partition(":")[0] for line in said] == [
+        "what was known before stays in force",
+        "revoked, but only until this node ends",
+    ]
     place.rmdir()
     assert await look(guard, {}) == (["eve"], [])
     assert Keyring(run.folder / "alice").revoked().keys() == {"eve"}
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """While it is entered no folder can be written, as of a secret that is mounted."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    @contextlib.contextmanager
+    def mounted():
+        with monkeypatch.context() as patched:
+            patched.setattr(keyring_module.filelock, "FileLock", refuse)
+            patched.setattr(keyring_module, "_write", refuse)
+            yield
+
+    return mounted
+
+
+async def test_what_cannot_be_written_keeps_nobody_from_reading(tmp_path, read_only):
+    """A node whose folder is mounted read-only takes up what the orchestrator puts there."""
+    run = Run(tmp_path)
+    guard, said = run.guard("alice"), []
+    upkeep = Upkeep(guard, said.append, structlog.get_logger())
+    signed = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    with read_only():
+        guard.learn(pb.Revocations(revoked=[signed]))
+    put = run.keyring("alice", days=2)
+    put.keep_revoked({"mallory": run.authority.revoke("mallory")})
+    with read_only():
+        for _ in range(2):
+            upkeep.look(None)
+    assert guard.revoked == {"eve", "mallory"}
+    assert guard.credentials().certificate == put.node("alice").certificate
+    (line,) = said
+    assert line.startswith("revoked, but only until this node ends: ")
+    assert line.endswith("cannot be written: Read-only file system")
+
+
+@pytest.mark.parametrize("here", [True, False])
+async def test_a_renewal_that_cannot_be_written_is_used(tmp_path, read_only, here):
+    """One peer is asked, not all in turn; it is said what is wrong, and written when it can be."""
+    run, asked = Run(tmp_path), []
+    keyring = run.keyring("bob", begins=DUE)
+    if here:
+        keyring.keep_authority(run.authority)
+    guard, said = Guard(keyring, "bob"), []
+
+    def right(request):
+        asked.append(request)
+        return run.authority.issue(request, "bob", time.time(), 1)
+
+    upkeep = Upkeep(guard, said.append, structlog.get_logger())
+    member = SimpleNamespace(swarm=Swarm({"a": right, "b": right}))
+    with read_only():
+        upkeep.look(member)
+        await upkeep._renewing
+        assert not guard.is_renewal_due
+        assert len(asked) == (0 if here else 1)
+        (keyring.folder / "nodes" / "bob.key").touch()  # what lies there is the old pair still
+        for _ in range(2):
+            upkeep.look(member)
+        assert not guard.is_renewal_due
+        (line,) = said
+        assert line.startswith("renewed, but only until this node ends: ")
+        assert line.endswith("bob.pem: cannot be written: Read-only file system")
+    upkeep.look(member)
+    assert keyring.node("bob").certificate == guard.credentials().certificate
+    assert len(said) == 1
+
+
+async def test_a_peers_word_waits_for_no_other_process(tmp_path):
+    """The loop that hears it serves everybody; the next look writes it."""
+    run = Run(tmp_path)
+    guard, said = run.guard("alice"), []
+    upkeep = Upkeep(guard, said.append, structlog.get_logger())
+    signed = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
+    begun = time.monotonic()
+    with filelock.FileLock(run.folder / "alice" / ".lock"):
+        guard.learn(pb.Revocations(revoked=[signed]))
+        upkeep.look(None)
+    assert time.monotonic() - begun < keyring_module._LOCK_SECONDS / 2
+    assert guard.revoked == {"eve"}
+    assert "another process holds it" in said[0]
+    upkeep.look(None)
+    assert Keyring(run.folder / "alice").revoked().keys() == {"eve"}
+
+
+async def test_a_key_that_cannot_renew_is_said_as_it_is(tmp_path):
+    """Not that nobody had one."""
+    keyring = Run(tmp_path).keyring("hub", begins=DUE)
+    (keyring.folder / "authority.key").write_bytes(b"no key")
+    (keyring.folder / "authority.key").chmod(0o600)
+    _, said = await look(Guard(keyring, "hub"), {})
+    assert any("is not renewed: " in line and "private key" in line for line in said)
+    assert not any("no node that runs" in line for line in said)
+
+
+def test_a_renewed_certificate_is_good_for_as_long(tmp_path):
+    """Also after many renewals."""
+    run = Run(tmp_path)
+    keyring, now = run.keyring("hub", days=2.0), [time.time()]
+    keyring.keep_authority(run.authority)
+    guard = Guard(keyring, "hub", clock=lambda: now[0])
+    for _ in range(3):
+        now[0] += 1.5 * 86400
+        guard.renew_here()
+        assert abs(guard.ends - now[0] - 2 * 86400) < 2
 
 
 def test_keys_of_a_renewal_are_new(tmp_path):
@@ -144,7 +260,7 @@ def test_keys_of_a_renewal_are_new(tmp_path):
     keyring = run.keyring("hub", begins=DUE)
     keyring.keep_authority(run.authority)
     before = keyring.node("hub")
-    keyring.renew("hub", time.time())
+    Guard(keyring, "hub").renew_here()
     after = keyring.node("hub")
     assert after.key != before.key
     identity.check_pair(after.key, after.certificate, run.authority.certificate)
