@@ -9,14 +9,13 @@ from rich.text import Text
 
 from deca_node import status
 from deca_node.panorama import Panorama
-from deca_node.pb import node_pb2 as pb
 
 _SOUND = ("ok", "slow")
 _STYLES = {"ok": "green", "gone": "red", "refused": "red"}
 
 
 def render(panorama: Panorama, now: float) -> RenderableType:
-    """A row per node, then a line per edge.
+    """A row per node, a line per node that does not answer, then one per edge.
 
     Args:
         panorama: what has been seen.
@@ -24,16 +23,24 @@ def render(panorama: Panorama, now: float) -> RenderableType:
     """
     view = panorama.view(now)
     statuses = panorama.statuses()
-    rows: dict[str, pb.NodeStatus | str] = {
+    rows = {
         _called(node, view): statuses[node["key"]]
         for run in view["runs"]
         for node in run["nodes"]
         if node["key"] in statuses
     }
-    rows |= {name: f"no answer: {why}" for name, why in unreachable(view).items()}
-    links = [link for run in view["runs"] for link in run["links"]]
     parts: list[RenderableType] = [status.render_swarm(rows)]
-    return Group(*parts, Text(""), edges(links)) if links else Group(*parts)
+    if missing := unreachable(view):
+        # Not in the table: a reason is as wide as all of its columns.
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(no_wrap=True)
+        lines.add_column(overflow="fold")
+        for name, why in missing.items():
+            lines.add_row(status.text(name, "bold"), status.text(f"no answer: {why}", "red"))
+        parts += [Text(""), lines]
+    if links := [link for run in view["runs"] for link in run["links"]]:
+        parts += [Text(""), edges(links)]
+    return Group(*parts)
 
 
 def unreachable(view: Mapping[str, Any]) -> dict[str, str]:
