@@ -421,6 +421,7 @@ def test_a_running_swarm_is_met_and_not_disturbed(words, tmp_path):
         (peer,) = by_name(checks)["peer"]
         assert peer.found.startswith("b at 127.0.0.1:")
         after = daemon.until(lambda s: s.peers and s.peers[0].state == "gone")
+        assert after.peers[0].phase == pb.PHASE_STOPPING  # and nobody misses it
         assert after.phase == pb.PHASE_WAITING
         assert after.waiting_for.startswith("1 of 2 members missing")
         assert before.pid == after.pid
