@@ -5,12 +5,14 @@ What takes seconds to import (torch, transformers) is imported by the verbs that
 """
 
 import asyncio
+import errno
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -38,6 +40,7 @@ from deca_node.errors import (
     CheckError,
     ConfigError,
     DecaError,
+    DiskFullError,
     OutputError,
     PeerError,
     UnreachableError,
@@ -118,9 +121,16 @@ LabelFieldOption = Annotated[
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a verb and exit: 0, the error's own code, 1 for a defect, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A letter that the locale does not have is a question mark, and ends no verb.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        app(list(arguments), prog_name="deca-node")
-        sys.exit(0)
+        try:
+            app(list(arguments), prog_name="deca-node")
+            sys.exit(0)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is told that there is no room for it
     except DecaError as error:
         if "--traceback" in arguments:
             raise
@@ -128,9 +138,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # noqa: BLE001 - the one place where a defect becomes an exit code
+    except Exception as error:  # noqa: BLE001 - the one place where a defect becomes an exit code
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _forget_output()
+            place = error.filename or "what this prints"
+            full = DiskFullError(
+                f"{place}: no space left on the disk; free some, or write elsewhere"
+            )
+            _complain(full)
+            sys.exit(full.exit_code)
         structlog.get_logger().exception("this is a defect of deca-node; please report it")
         sys.exit(1)
+
+
+def _forget_output() -> None:
+    """What could not be printed is not tried again as Python ends, which would tell of it anew."""
+    with suppress(OSError, ValueError):  # no file, as in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: DecaError) -> None:

@@ -1,5 +1,7 @@
 """``deca-node install-service``: a systemd unit for machines that run a node unattended."""
 
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,9 +32,8 @@ _UNIT = """\
 Description=deca-node: fine-tunes a language model together with other machines
 Wants=network-online.target
 After=network-online.target
-# A node that cannot run for ten starts in an hour is left down, for somebody to look at.
-StartLimitIntervalSec=1h
-StartLimitBurst=10
+# However often it has failed: a network that is not there yet, or a device, may come at any time.
+StartLimitIntervalSec=0
 
 [Service]
 Type=exec
@@ -48,7 +49,7 @@ StateDirectoryMode=0700
 # A crash resumes from the kept state. A finished run (0) is not started again, nor is one whose
 # settings, data, model or output folder must be mended first.
 Restart=on-failure
-RestartSec=10s
+RestartSec=30s
 RestartPreventExitStatus={hopeless}
 # SIGTERM saves the state within seconds; a busy machine is allowed more.
 TimeoutStopSec=60s
@@ -90,6 +91,10 @@ WantedBy=multi-user.target
 """
 
 
+# A word of any line of a unit, and a folder's name.
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
 def unit(settings: Settings, config: Path, program: Path, user: str, name: str) -> str:
     """The text of a systemd unit.
 
@@ -99,7 +104,15 @@ def unit(settings: Settings, config: Path, program: Path, user: str, name: str) 
         program: the absolute path of the deca-node command.
         user: whom it runs as.
         name: of the unit and of its folder in /var/lib, where relative paths of settings begin.
+
+    Raises:
+        ConfigError: a unit cannot name one of these.
     """
+    for option, word in (("--user", user), ("--name", name)):
+        if not _PLAIN.fullmatch(word):
+            raise ConfigError(
+                f"{option} {word!r} cannot stand in a unit; use letters, digits, '_', '.' and '-'"
+            )
     own = []
     if "cache" not in settings.model.model_fields_set:
         own = [f"CacheDirectory={name}", f"Environment=DECA_MODEL__CACHE=/var/cache/{name}"]
@@ -107,7 +120,11 @@ def unit(settings: Settings, config: Path, program: Path, user: str, name: str) 
     return _UNIT.format(
         user=user,
         name=name,
-        start=" ".join(map(_quoted, (str(program), "start", "--config", str(config)))),
+        # Of command lines alone systemd fills in variables.
+        start=" ".join(
+            _quoted(word).replace("$", "$$")
+            for word in (str(program), "start", "--config", str(config))
+        ),
         writable="".join(f"{line}\n" for line in own),
         hopeless=" ".join(str(error.exit_code) for error in _HOPELESS),
     )
@@ -136,8 +153,14 @@ def _plain(path: Path) -> Path:
 
 
 def _quoted(word: str) -> str:
-    """A word of a unit's line, whatever it contains (systemd.syntax, systemd.unit: specifiers)."""
-    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    """A word of a unit's line, whatever it contains (systemd.syntax, systemd.unit: specifiers).
+
+    Raises:
+        ConfigError: it would be more than one line.
+    """
+    if not word.isprintable():
+        raise ConfigError(f"{word!r} cannot stand in a unit; give it a name without line breaks")
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{plain}"' if set(plain) & set(" \t'\"\\;") else plain
 
 
@@ -162,7 +185,8 @@ def install_service(
     typer.echo(unit(settings, config, _program(), user, name), nl=False)
     for path in outside(settings, name):
         if not path.exists():
-            typer.echo(f"before it starts: install -d -o {user} {path}", err=True)
+            place = shlex.quote(str(path))
+            typer.echo(f"before it starts: install -d -o {user} {place}", err=True)
 
 
 def _program() -> Path:

@@ -70,6 +70,8 @@ class Logbook:
         self._caught_up_before = standing.progress.caught_up, standing.progress.passed_over
         self._retries: dict[str, int] = {}  # by peer, at the last step
         self.sent_before = 0
+        before = standing.progress
+        books.measurements.began(before.bytes_sent, before.bytes_received, before.incomplete)
 
     # --- rounds.Observer
 

@@ -51,7 +51,8 @@ class Peer:
     ``session`` changes when the peer restarts; ``last_seen`` is in the caller's seconds;
     ``reached`` says that a greeting of ours got through, and not only one of the peer's; ``entry``
     is the visit in which a peer that catches up will take part, 0 while it does not know; ``down``
-    says that its connection broke or nobody listens, while a silent peer may only be slow.
+    says that its connection broke or nobody listens, while a silent peer may only be slow; ``left``
+    says that it took leave, which holds for the session.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Peer:
     reached: bool = True
     entry: int = 0
     down: bool = False
+    left: bool = False
 
 
 def near_visits(members: int, steps_per_visit: int) -> int:
@@ -102,9 +104,11 @@ def heard(
 
     A peer more than ``near`` visits from ours (near_visits) is not in step with us, whatever took
     it there, a restart, a cut or a long sleep: waiting for it at a visit would be in vain. The one
-    behind catches up.
+    behind catches up. Of one that took leave this is late: its goodbye was faster.
     """
     same = known is not None and known.session == session
+    if same and known is not None and known.left:
+        return known
     peer = Peer(
         name,
         session,
@@ -174,12 +178,10 @@ def failed(
 def departed(peer: Peer, now: float, *, finished: bool) -> Peer:
     """The peer said goodbye."""
     if finished:
-        return replace(
-            peer, state=State.DONE, phase=Phase.DONE, last_seen=now, detail="finished the run"
-        )
-    return replace(
-        peer, state=State.GONE, phase=Phase.STOPPING, last_seen=now, detail="said goodbye"
-    )
+        state, phase, detail = State.DONE, Phase.DONE, "finished the run"
+    else:
+        state, phase, detail = State.GONE, Phase.STOPPING, "said goodbye"
+    return replace(peer, state=state, phase=phase, last_seen=now, detail=detail, left=True)
 
 
 def takes_part(peer: Peer, visit: int) -> bool:

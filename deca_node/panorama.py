@@ -44,6 +44,8 @@ _LARGEST = 2**53 - 1  # JavaScript's largest whole number
 # From bad to good: what the two ends say of an edge is shown as the worse of the two.
 _LINK_STATES = ("gone", "refused", "suspect", "behind", "ahead", "one-sided", "slow", "ok")
 _TROUBLE = frozenset({"warning", "suspect", "gone", "refused", "behind", "ahead", "silent"})
+# What is said of who took leave, also of one that was never asked.
+LEFT = ("finished", "stopped")
 _ENDED = {pb.PHASE_SERVING: "finished", pb.PHASE_DONE: "finished", pb.PHASE_STOPPING: "stopped"}
 # What is sent of every node, again and again; the rest of its status only when it is looked at.
 _TOLD = (
@@ -312,14 +314,18 @@ class Panorama:
                 continue
             for peer in one.status.peers[:MAX_MEMBERS]:
                 key = _key(run, peer.node)
-                if key not in nodes and len(nodes) < MAX_MEMBERS:
+                said = one.leavers.get(key, _word(peer.state))
+                if key in nodes:
+                    if nodes[key]["state"] == "heard" and nodes[key]["said"] in ("gone", "suspect"):
+                        nodes[key]["said"] = said  # of who left some hear only that it is gone
+                elif len(nodes) < MAX_MEMBERS:
                     nodes[key] = {
                         "key": key,
                         "run": run,
                         "node": _name(peer.node),
                         "address": printable(peer.address),
                         "state": "heard",
-                        "said": _word(peer.state),
+                        "said": said,
                         "error": self._error(peer.address),
                     }
         links = sorted(
@@ -463,6 +469,7 @@ def _summary(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     cards = list(cards)
     live = [card for card in cards if card["state"] == "live"]
     told = [card for card in cards if card["state"] != "heard"]
+    left = [card for card in cards if card["state"] == "heard" and card["said"] in LEFT]
     trained = [card for card in live if card["loss"]]
     shares = [c["steps_done"] / c["steps_total"] for c in live or told if c["steps_total"]]
     warnings: dict[str, list[str]] = {}
@@ -470,10 +477,10 @@ def _summary(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for text in card["warnings"]:
             warnings.setdefault(text, []).append(card["node"])
     return {
-        "nodes": len(cards),
+        "nodes": len(cards) - len(left),
         "live": len(live),
         "wanted": max((card["members_wanted"] for card in told), default=0),
-        "states": Counter(card["state"] for card in cards),
+        "states": Counter(card["said"] if card in left else card["state"] for card in cards),
         "phases": Counter(str(card["phase"]) for card in live),
         "progress": sum(shares) / len(shares) if shares else None,
         "eta_seconds": max((card["eta_seconds"] or 0 for card in live), default=0),
@@ -493,7 +500,7 @@ def _link_state(
 ) -> str:
     """How an edge is; empty where there is none and nobody is missing."""
     found = {_word(row.state) for row in said.values()}
-    over = {"finished", "stopped"} & {end["state"] for end in ends}
+    over = any(end["state"] in LEFT or end.get("said") in LEFT for end in ends)
     if "done" in found or over:
         return ""
     if "gone" in {end["state"] for end in ends}:

@@ -42,6 +42,15 @@ class Measurements(Collector):
         self._steps = 0
         self._seconds = dict.fromkeys(("gradient", "exchange", "update"), 0.0)
         self._exposed = 0.0
+        self._before: tuple[int, int, int] | None = None
+
+    def began(self, sent: int, received: int, incomplete: int) -> None:
+        """The run's bytes and incomplete mixes before this process.
+
+        Prometheus takes a counter that is lower than before to have begun at 0. After a crash the
+        run's own may be: they are those of the last save.
+        """
+        self._before = sent, received, incomplete
 
     def stepped(self, record: StepRecord) -> None:
         """A step is complete."""
@@ -64,6 +73,7 @@ class Measurements(Collector):
         yield from _about(now)
         yield from _place(now)
         yield from self._training()
+        yield from self._exchange(now)
         yield from _traffic(now)
         yield from _edges(now)
 
@@ -108,6 +118,22 @@ class Measurements(Collector):
         for block, value in sorted(self._blocks.items()):
             blocks.add_metric([str(block)], value)
         yield blocks
+
+    def _exchange(self, now: pb.NodeStatus) -> Iterator[Metric]:
+        if self._before is None:
+            return
+        sent, received, incomplete = self._before
+        yield _counter(
+            "deca_sent_bytes", "Bytes of blocks sent by this process.", now.bytes_sent - sent
+        )
+        yield _counter(
+            "deca_received_bytes", "Bytes of blocks received by it.", now.bytes_received - received
+        )
+        yield _counter(
+            "deca_incomplete_mixes",
+            "Its steps in which a neighbour's part was missing or partial.",
+            now.incomplete_mixes - incomplete,
+        )
 
 
 def _about(now: pb.NodeStatus) -> Iterator[Metric]:
@@ -154,13 +180,6 @@ def _place(now: pb.NodeStatus) -> Iterator[Metric]:
 
 
 def _traffic(now: pb.NodeStatus) -> Iterator[Metric]:
-    yield _counter("deca_sent_bytes", "Bytes of blocks sent in this run.", now.bytes_sent)
-    yield _counter("deca_received_bytes", "Bytes of blocks received in it.", now.bytes_received)
-    yield _counter(
-        "deca_incomplete_mixes",
-        "Steps in which a neighbour's part was missing or partial.",
-        now.incomplete_mixes,
-    )
     refusals = CounterMetricFamily(
         "deca_refusals", "What peers sent and was refused, by reason.", labels=["reason"]
     )

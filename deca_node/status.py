@@ -3,12 +3,14 @@
 import datetime as dt
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from google.protobuf.message import Message
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +38,7 @@ _BAR_WIDTH = 16
 # Wider than any row: who reads what is piped takes it by lines.
 _PIPE_WIDTH = 1_000_000
 _MOST_BYTES = 1 << 64  # what the fields hold
+_FOLDED_WIDTH = 12  # of a column that goes over several lines, at least
 
 
 def make_console() -> Console:
@@ -117,6 +120,68 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A column of a table.
+
+    Attributes:
+        heading: what is above it.
+        right: its cells end at one place instead of beginning there.
+        folds: a cell may go over several lines.
+        goes: where the terminal is too narrow for all, the column with the highest number goes
+            first; 0 stays.
+    """
+
+    heading: str
+    right: bool = False
+    folds: bool = False
+    goes: int = 0
+
+
+class _Fitted:
+    """A table that leaves columns out rather than cut or fold names, addresses and numbers."""
+
+    def __init__(self, columns: Sequence[_Column]) -> None:
+        self._columns = columns
+        self._rows: list[tuple[RenderableType, ...]] = []
+
+    def add_row(self, *cells: RenderableType) -> None:
+        """Add a row; cells that are missing are empty."""
+        self._rows.append((*cells, *[""] * (len(self._columns) - len(cells))))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See rich."""
+        wide = options.update(width=_PIPE_WIDTH)
+        needs, empty = {}, {}
+        for at, column in enumerate(self._columns):
+            cells = [column.heading, *(row[at] for row in self._rows)]
+            needs[at] = max(Measurement.get(console, wide, cell).maximum for cell in cells)
+            if column.folds:
+                needs[at] = min(needs[at], _FOLDED_WIDTH)
+            empty[at] = all(str(cell) in ("", "-") for cell in cells[1:])
+
+        def fits() -> bool:  # with two spaces between columns
+            return sum(needs.values()) + 2 * (len(needs) - 1) <= options.max_width
+
+        expendable = [at for at in needs if self._columns[at].goes]
+        for at in sorted(expendable, key=lambda at: (not empty[at], -self._columns[at].goes)):
+            if fits():
+                break
+            del needs[at]
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        whole = fits()
+        for column in (self._columns[at] for at in needs):
+            table.add_column(
+                column.heading,
+                justify="right" if column.right else "left",
+                no_wrap=whole and not column.folds,
+                overflow="fold",
+            )
+        for row in self._rows:
+            table.add_row(*(row[at] for at in needs))
+        yield table
+
+
 def render(status: pb.NodeStatus) -> RenderableType:
     """All about one node."""
     facts = Table.grid(padding=(0, 2))
@@ -166,15 +231,27 @@ def _security(status: pb.NodeStatus) -> Text:
     return text(f"{status.security}, until {ends}{out}")
 
 
-def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
+_PEER_COLUMNS = (
+    _Column("peer"),
+    _Column("state"),
+    _Column("phase", goes=6),
+    _Column("weight", right=True, goes=2),
+    _Column("format", right=True, goes=9),
+    _Column("visit", right=True, goes=7),
+    _Column("seen", right=True, goes=1),
+    _Column("sent", right=True, goes=5),
+    _Column("received", right=True, goes=4),
+    _Column("waited", right=True, goes=8),
+    _Column("retries", right=True, goes=10),
+    _Column("refused", folds=True, goes=3),
+    _Column("address"),
+    _Column("detail", folds=True),
+)
+
+
+def render_peers(peers: Iterable[pb.PeerStatus]) -> RenderableType:
     """What a node knows of its peers."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("peer", "state", "phase"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("weight", "format", "visit", "seen", "sent", "received", "waited", "retries"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("refused", "address", "detail"):
-        table.add_column(heading, overflow="fold")
+    table = _Fitted(_PEER_COLUMNS)
     for peer in islice(peers, MAX_MEMBERS):
         table.add_row(
             _name(peer.node, "bold" if peer.neighbour else ""),
@@ -195,21 +272,29 @@ def render_peers(peers: Iterable[pb.PeerStatus]) -> Table:
     return table
 
 
-def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> Table:
+_SWARM_COLUMNS = (
+    _Column("node"),
+    _Column("phase"),
+    _Column("", goes=5),
+    _Column("step", right=True, goes=2),
+    _Column("left", right=True, goes=3),
+    _Column("loss", right=True, goes=1),
+    _Column("disagreed", right=True, goes=4),
+    _Column("received", right=True, goes=7),
+    _Column("sent", right=True, goes=6),
+    _Column("neighbours", folds=True),
+)
+
+
+def render_swarm(statuses: Mapping[str, pb.NodeStatus | str]) -> RenderableType:
     """One row per node.
 
     Args:
-        statuses: by a name of each, in the order of the rows; a text stands for a node of which
+        statuses: by a name of each, in the order of the rows; a word stands for a node of which
             there is no status and says why. Nodes of several runs show theirs, those of one name
             their addresses.
     """
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading in ("node", "phase"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("", min_width=8)
-    for heading in ("step", "left", "loss", "disagreed", "received", "sent"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("neighbours", overflow="fold")
+    table = _Fitted(_SWARM_COLUMNS)
     told = [status for status in statuses.values() if not isinstance(status, str)]
     runs = {status.run for status in told}
     names = Counter((status.run, status.node) for status in told)

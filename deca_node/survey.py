@@ -8,15 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_node import status
-from deca_node.panorama import Panorama
-from deca_node.pb import node_pb2 as pb
+from deca_node.panorama import LEFT, Panorama
 
 _SOUND = ("ok", "slow")
 _STYLES = {"ok": "green", "gone": "red", "refused": "red"}
 
 
 def render(panorama: Panorama, now: float) -> RenderableType:
-    """A row per node, then a line per edge.
+    """A row per node, a line per node that does not answer, then one per edge.
 
     Args:
         panorama: what has been seen.
@@ -24,16 +23,27 @@ def render(panorama: Panorama, now: float) -> RenderableType:
     """
     view = panorama.view(now)
     statuses = panorama.statuses()
-    rows: dict[str, pb.NodeStatus | str] = {
+    rows = {
         _called(node, view): statuses[node["key"]]
         for run in view["runs"]
         for node in run["nodes"]
         if node["key"] in statuses
     }
-    rows |= {name: f"no answer: {why}" for name, why in unreachable(view).items()}
-    links = [link for run in view["runs"] for link in run["links"]]
     parts: list[RenderableType] = [status.render_swarm(rows)]
-    return Group(*parts, Text(""), edges(links)) if links else Group(*parts)
+    missing = {name: f"no answer: {why}" for name, why in unreachable(view).items()}
+    if missing or _left(view):
+        # Not in the table: a reason is as wide as all of its columns.
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(no_wrap=True)
+        lines.add_column(overflow="fold")
+        for name, why in missing.items():
+            lines.add_row(status.text(name, "bold"), status.text(why, "red"))
+        for name, how in _left(view).items():
+            lines.add_row(status.text(name, "bold"), status.text(how, "dim"))
+        parts += [Text(""), lines]
+    if links := [link for run in view["runs"] for link in run["links"]]:
+        parts += [Text(""), edges(links)]
+    return Group(*parts)
 
 
 def unreachable(view: Mapping[str, Any]) -> dict[str, str]:
@@ -41,10 +51,20 @@ def unreachable(view: Mapping[str, Any]) -> dict[str, str]:
     missing = {one["address"]: one["error"] for one in view["silent"]}
     for run in view["runs"]:
         for node in run["nodes"]:
-            if node["state"] == "heard":
+            if node["state"] == "heard" and node["said"] not in LEFT:
                 why = node["error"] or f"not asked, others find it {node['said']}"
                 missing[_called(node, view)] = why
     return missing
+
+
+def _left(view: Mapping[str, Any]) -> dict[str, str]:
+    """Nodes of which others tell how they have left: finished or stopped."""
+    return {
+        _called(node, view): node["said"]
+        for run in view["runs"]
+        for node in run["nodes"]
+        if node["state"] == "heard" and node["said"] in LEFT
+    }
 
 
 def _called(node: Mapping[str, Any], view: Mapping[str, Any]) -> str:

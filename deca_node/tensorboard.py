@@ -7,10 +7,11 @@ ones are waited for without end. Here a step's trouble is the caller's to hear o
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from deca_node.disk import translated
+from deca_node.disk import make_folder, translated
 from deca_node.errors import ConfigError
 
 # A flush waits for the disk; TensorBoard looks for news every 30 s.
@@ -45,6 +46,27 @@ def scalars(row: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, f
     return {tag: float(value) for tag, value in values.items() if value is not None}
 
 
+def tensorboardx() -> tuple[Any, Any, Any]:
+    """What writes events, and the modules of their messages.
+
+    Raises:
+        ConfigError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX.event_file_writer import EventsWriter  # noqa: PLC0415 - an extra
+        from tensorboardX.proto import event_pb2, summary_pb2  # noqa: PLC0415
+    except ImportError:
+        raise ConfigError(
+            "tensorboard.folder needs tensorboardX; pip install 'deca-node[tensorboard]', or "
+            "remove the setting"
+        ) from None
+    return EventsWriter, event_pb2, summary_pb2
+
+
+def _in_place(folder: Path) -> AbstractContextManager[None]:
+    return translated(folder, "set tensorboard.folder to another folder")
+
+
 class Scalars:
     """An event file that grows by a step at a time.
 
@@ -59,19 +81,12 @@ class Scalars:
     """
 
     def __init__(self, folder: Path, first_serial: int) -> None:
-        try:
-            from tensorboardX.event_file_writer import EventsWriter  # noqa: PLC0415 - an extra
-            from tensorboardX.proto import event_pb2, summary_pb2  # noqa: PLC0415
-        except ImportError:
-            raise ConfigError(
-                "tensorboard.folder needs tensorboardX: pip install 'deca-node[tensorboard]', or "
-                "remove the setting"
-            ) from None
-        self._event, self._summary, self._folder = event_pb2, summary_pb2, folder
-        with translated(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        writer, event_pb2, self._summary = tensorboardx()
+        self._event, self._folder = event_pb2, folder
+        with _in_place(folder):
+            make_folder(folder)
             # The process's number, too: a second start within a second must not truncate the file.
-            self._writer: Any = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            self._writer: Any = writer(str(folder / "events"), f".{os.getpid()}")
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             event = event_pb2.Event(wall_time=time.time(), step=first_serial, session_log=start)
             self._writer.write_event(event)
@@ -89,7 +104,7 @@ class Scalars:
             value=[value(tag=tag, simple_value=number) for tag, number in values.items()]
         )
         event = self._event.Event(wall_time=time.time(), step=serial, summary=summary)
-        with translated(self._folder):
+        with _in_place(self._folder):
             self._writer.write_event(event)
             if time.monotonic() - self._flushed >= FLUSH_SECONDS:
                 self._writer.flush()
@@ -101,5 +116,5 @@ class Scalars:
         Raises:
             DiskFullError, OutputError: its end could not be written.
         """
-        with translated(self._folder):
+        with _in_place(self._folder):
             self._writer.close()

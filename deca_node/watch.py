@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deca_node import status, survey
 from deca_node.curve import VALUES
-from deca_node.panorama import Panorama
+from deca_node.panorama import LEFT, Panorama
 
 _BARS = "▁▂▃▄▅▆▇█"
 # For terminals whose encoding has none of these.
@@ -160,7 +160,8 @@ def _row(
     name: str, node: Mapping[str, Any], points: Points, cells: int, spark: int, narrow: bool
 ) -> list[Text]:
     if node["state"] == "heard":
-        return [Text(name, "bold"), Text(f"{node['said']}, not asked", "dim")]
+        asked = "" if node["said"] in LEFT else ", not asked"
+        return [Text(name, "bold"), Text(f"{node['said']}{asked}", "dim")]
     live = node["state"] == "live"
     word = (
         str(node["phase"]).replace("_", " ") if live else _WORDS.get(node["state"], node["state"])

@@ -94,7 +94,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path, remedy: str) -> dict[str, Any]:
-    """What a TOML file says; ``remedy`` is for who names one that is not there.
+    """What a TOML file says; ``remedy`` is for who names one that is none.
 
     Raises:
         ConfigError: it cannot be read.
@@ -104,7 +104,8 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read: {reason}; {remedy}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 

@@ -26,6 +26,7 @@ from deca_node.keyring import Keyring
 from deca_node.methods.choose import added
 from deca_node.models import LanguageModel, outline, pick_device
 from deca_node.rows import read_rows
+from deca_node.tensorboard import tensorboardx
 
 # Up to this size the weights are read for their digest without being asked for: some seconds.
 QUICK_BYTES = 2 << 30
@@ -46,6 +47,7 @@ def checks(*, full: bool) -> dict[str, Callable[[Facts], Iterable[Check]]]:
         "weights": _full_weights if full else _weights,
         "memory": _memory,
         "disk": _disk,
+        "tensorboard": _tensorboard,
         "trust": _trust,
     }
 
@@ -258,13 +260,31 @@ def _belongs(output: Path, facts: Facts) -> Iterable[Check]:
         yield failed("output", error)
 
 
-def _room(folder: Path, need: int, parts: str) -> Check:
+def _tensorboard(facts: Facts) -> Iterable[Check]:
+    """Whether its curves could be written, where they are wanted."""
+    folder = facts.settings.tensorboard.folder
+    if folder is None:
+        return
+    tensorboardx()
+    if trouble := _unwritable(folder / facts.settings.node.name):
+        remedy = "set tensorboard.folder to another folder"
+        yield Check("tensorboard", Verdict.FAIL, trouble, remedy)
+    else:
+        yield Check("tensorboard", Verdict.OK, f"curves go to {folder}")
+
+
+def _unwritable(folder: Path) -> str:
+    """Why nothing could be written there, where that is seen without trying."""
     place = _existing(folder)
     if _obstacle(folder) is not None:
-        found = f"{_obstacle(folder)} is a file, not a folder"
-        return Check("disk", Verdict.FAIL, found, "set node.output elsewhere")
-    if not os.access(place, os.W_OK | os.X_OK):
-        return Check("disk", Verdict.FAIL, f"{place} is not writable", "set node.output elsewhere")
+        return f"{_obstacle(folder)} is a file, not a folder"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"
+
+
+def _room(folder: Path, need: int, parts: str) -> Check:
+    if trouble := _unwritable(folder):
+        return Check("disk", Verdict.FAIL, trouble, "set node.output elsewhere")
+    place = _existing(folder)
     free = shutil.disk_usage(place).free
     found = f"{folder}: at most {status.size(need)} to write, {status.size(free)} free ({parts})"
     if need <= TIGHT * free:

@@ -131,6 +131,24 @@ def test_who_took_leave_or_finished_is_not_missing():
     assert all(link["state"] == "ok" for link in run["links"])
 
 
+def test_who_was_only_heard_of_and_took_leave_is_not_missing():
+    """As the doctor, which comes and goes; whoever else says only that it is gone."""
+    swarm = PretendSwarm(2)
+    panorama, now = _watching(swarm)
+    phases = {"node-0": pb.PHASE_TRAINING, "node-1": pb.PHASE_STOPPING}
+    for name, phase in phases.items():
+        status = swarm.status(name)
+        status.peers.add(node="doc", address="10.0.0.9:1", state="gone", phase=phase)
+        status.peers.add(node="old", address="10.0.0.8:1", state="done")
+        status.peers.add(node="lost", address="10.0.0.7:1", state="gone", phase=pb.PHASE_TRAINING)
+        panorama.answered(swarm.address(name), status, now)
+    run = _run(panorama, now)
+    said = {node["node"]: node["said"] for node in run["nodes"] if node["state"] == "heard"}
+    assert said == {"doc": "stopped", "old": "finished", "lost": "gone"}
+    assert run["summary"]["nodes"] == 3
+    assert run["summary"]["states"] == {"live": 2, "stopped": 1, "finished": 1, "heard": 1}
+
+
 def test_an_edge_that_steps_wait_for_is_slow():
     swarm = PretendSwarm(4)
     swarm.slow.add(frozenset({"node-0", "node-1"}))

@@ -1,5 +1,6 @@
 """The command line: what it writes, what it says, and its exit codes."""
 
+import io
 import json
 import logging
 import re
@@ -11,8 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 import structlog
+import typer
 
-from deca_node import cli, config, errors, logs, registry, template
+from deca_node import cli, config, errors, logs, registry, status, template
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.server import GrpcTransport
 from tests.edges.test_registry import _own_folder  # noqa: F401 - nodes of this machine stay out
@@ -23,6 +25,44 @@ def _run(*arguments: str) -> int:
         cli.main(arguments)
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+# what it prints
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["peers", "--help"], ["init", "OUT"]], ids=str
+)
+def test_a_full_disk_under_what_it_prints_is_one_line(tmp_path: Path, arguments: list[str]) -> None:
+    arguments = [str(tmp_path / "node.toml") if a == "OUT" else a for a in arguments]
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "deca_node", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == errors.DiskFullError.exit_code
+    assert ran.stderr.startswith("deca-node: error: what this prints: no space left")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_letter_that_the_locale_does_not_have_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of ISO 8859-1, which has no long dash, arrow or ellipsis."""
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="iso-8859-1")
+    monkeypatch.setattr(sys, "stdout", printed)
+
+    def verb(*_: object, **__: object) -> None:
+        status.make_console().print("ä — b")
+        typer.echo("0.5 → 0.9")
+
+    monkeypatch.setattr(cli, "app", verb)
+    assert _run("status") == 0
+    assert printed.buffer.getvalue().decode("iso-8859-1") == "ä ? b\n0.5 ? 0.9\n"
 
 
 # init

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +26,8 @@ from tests.edges.test_transport import serving
 from tests.pretend import PretendSwarm
 
 HOME = "http://127.0.0.1:7480"
+PAGE = Path(web.__file__).parent / "page"
+NODE = shutil.which("node")
 
 
 def _watched(swarm):
@@ -318,6 +322,139 @@ async def test_the_stream_tells_everything_once_and_then_what_is_new():
     assert json.loads(json.dumps(second, allow_nan=False)) == second
     feed.close()
     assert [tree async for tree in stream] == []
+
+
+# --- the page's modules, without a browser
+
+# As much of a document as panels.js asks for, with `drawn(id)` for the texts of an element's rows.
+_DOCUMENT = """
+class Element {
+  constructor() {
+    Object.assign(this, { children: [], dataset: {}, attributes: {}, style: { setProperty() {} } });
+    this.own = "";
+  }
+  get firstElementChild() { return this.children[0] ?? null; }
+  get lastElementChild() { return this.children.at(-1) ?? null; }
+  get nextElementSibling() {
+    return this.parent.children[this.parent.children.indexOf(this) + 1] ?? null;
+  }
+  get textContent() {
+    return this.own + this.children.map((child) => child.textContent).join(" ");
+  }
+  set textContent(text) { this.own = text; }
+  getAttribute(name) { return this.attributes[name] ?? null; }
+  setAttribute(name, value) { this.attributes[name] = String(value); }
+  append(...children) { for (const child of children) this.insertBefore(child, null); }
+  insertBefore(child, place) {
+    child.remove();
+    const at = place ? this.children.indexOf(place) : this.children.length;
+    this.children.splice(at, 0, child);
+    child.parent = this;
+  }
+  remove() {
+    this.parent?.children.splice(this.parent.children.indexOf(this), 1);
+    this.parent = null;
+  }
+}
+const elements = new Map();
+globalThis.document = {
+  createElement: () => new Element(),
+  getElementById(id) {
+    if (!elements.has(id)) elements.set(id, new Element());
+    return elements.get(id);
+  },
+};
+const drawn = (id) => document.getElementById(id).children.map((child) => child.textContent);
+"""
+
+
+def _in_page(folder, script):
+    """What a script prints that imports the page's modules, as JSON."""
+    shutil.copytree(PAGE, folder / "page")
+    (folder / "package.json").write_text('{"type": "module"}')
+    (folder / "test.js").write_text(_DOCUMENT + script)
+    ran = subprocess.run(
+        [NODE, folder / "test.js"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+needs_node = pytest.mark.skipif(NODE is None, reason="needs the command node (Node.js)")
+
+
+@needs_node
+def test_items_of_one_key_have_a_row_each_however_often_they_are_drawn(tmp_path):
+    script = """
+        const { sync } = await import("./page/dom.js");
+        const list = new Element(), made = [];
+        for (const items of ["aab", "aab", "baa", "a", "aaa"]) {
+          const update = (row, item) => { row.own = item; };
+          sync(list, [...items], (item) => item, () => new Element(), update);
+          made.push(list.children.map((row) => row.textContent).join(""));
+        }
+        const kept = list.children[0];
+        sync(list, ["a"], (item) => item, () => new Element(), () => {});
+        console.log(JSON.stringify([...made, list.children[0] === kept]));
+    """
+    assert _in_page(tmp_path, script) == ["aab", "aab", "baa", "a", "aaa", True]
+
+
+@needs_node
+def test_warnings_that_differ_only_in_numbers_are_a_row_each(tmp_path):
+    """And one whose seconds are counted stays the same row."""
+    script = """
+        const { warnings } = await import("./page/panels.js");
+        const texts = ["10.0.0.1:7430 is silent", "10.0.0.2:7430 is silent"];
+        const found = texts.map((text) => ({ text, nodes: ["ada"] }));
+        const rows = () => document.getElementById("warning-list").children;
+        let kept = null, same = true;
+        for (let age = 11; age < 16; age += 1) {
+          const nodes = [{ key: "r/bob", node: "bob", state: "gone", age }];
+          warnings({ summary: { warnings: found }, nodes });
+          same &&= kept === null || kept === rows()[0];
+          kept = rows()[0];
+        }
+        console.log(JSON.stringify([same, ...drawn("warning-list")]));
+    """
+    same, gone, *found = _in_page(tmp_path, script)
+    assert same
+    assert "has not answered for 15s" in gone
+    assert found == [f"! ada 10.0.0.{n}:7430 is silent" for n in (1, 2)]
+
+
+@needs_node
+def test_a_label_of_any_name_is_a_column_of_its_own(tmp_path):
+    script = """
+        const { skew } = await import("./page/panels.js");
+        const nodes = [
+          { key: "r/ada", node: "ada", label_counts: { all: 3, "": 4, constructor: 5 } },
+          { key: "r/bob", node: "bob", label_counts: { node: 7 } },
+        ];
+        for (let tick = 0; tick < 3; tick += 1) skew(nodes);
+        const rows = document.getElementById("skew-rows").children;
+        const cells = [...rows].map((row) => row.children.map((cell) => cell.textContent));
+        console.log(JSON.stringify([drawn("skew-head"), ...cells]));
+    """
+    assert _in_page(tmp_path, script) == [
+        ["", "", "all", "constructor", "node", "all"],
+        ["ada", "4", "3", "5", "0", "12"],
+        ["bob", "0", "0", "0", "7", "7"],
+    ]
+
+
+@needs_node
+@pytest.mark.parametrize("operates", [False, True])
+def test_the_footer_says_whether_the_page_changes_anything(operates, tmp_path):
+    script = """
+        const { header } = await import("./page/panels.js");
+        document.getElementById("progress").append(new Element());
+        header({ runs: [], given: [], version: "1", interval: 1 }, null, OPERATES);
+        console.log(JSON.stringify(document.getElementById("footer").textContent));
+    """
+    told = _in_page(tmp_path, script.replace("OPERATES", json.dumps(operates)))
+    assert ("this page changes nothing" in told) is not operates
+    assert ("tells nodes what to do" in told) is operates
 
 
 # --- following nodes

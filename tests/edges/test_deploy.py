@@ -1,5 +1,6 @@
 """The manifests of deploy/, as far as they can be looked at without a cluster."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -64,3 +65,82 @@ def test_kubectl_builds_both_also_with_images_of_other_names(tmp_path):
         assert {one["image"] for one in pod(swarm).values()} == {image}
         limits = pod(swarm)["node"]["resources"]["limits"]
         assert ("nvidia.com/gpu" in limits) == (folder == "kubernetes-gpu")
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Runs the first container's script, its folders moved; what it printed and its exit code."""
+    base = yaml.safe_load((BASE / "statefulset.yaml").read_text())
+    one = pod(base)["prepare"]
+    script = one["args"][0]
+    for folder in ("/data", "/secret"):
+        (tmp_path / folder[1:]).mkdir()
+        script = script.replace(folder, f"{tmp_path}{folder}")
+    (tmp_path / "data/model").mkdir()
+    (tmp_path / "data/model/config.json").touch()
+    (tmp_path / "data/train.jsonl").touch()
+
+    def run(path=None):
+        surroundings = {**os.environ, "POD": "deca-1", "PATH": path or os.environ["PATH"]}
+        ran = subprocess.run(
+            [*one["command"], script],
+            env=surroundings,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return ran.stdout + ran.stderr, ran.returncode
+
+    return run
+
+
+def test_a_pod_gets_its_certificate_once(prepare, tmp_path):
+    """What is renewed in its volume stays."""
+    for name in ("authority.pem", "node.pem", "node.key"):
+        (tmp_path / "secret" / name).write_text(name)
+    assert prepare() == ("", 0)
+    trust = tmp_path / "data/trust"
+    (trust / "nodes/deca-1.pem").write_text("renewed")
+    assert prepare() == ("", 0)
+    files = {p.relative_to(trust).as_posix(): p.read_text() for p in trust.rglob("*.*")}
+    assert files == {
+        "authority.pem": "authority.pem",
+        "nodes/deca-1.pem": "renewed",
+        "nodes/deca-1.key": "node.key",
+    }
+    assert {p.stat().st_mode & 0o777 for p in trust.rglob("*.*")} == {0o600}
+
+
+def test_a_pod_whose_certificate_comes_late_gets_it_at_its_next_start(prepare, tmp_path):
+    """In place of a key that the secret does not have there is a folder."""
+    (tmp_path / "secret/authority.pem").write_text("authority")
+    for name in ("node.pem", "node.key"):
+        (tmp_path / "secret" / name).mkdir()
+    told, code = prepare()
+    assert code == 1
+    assert "secret deca-trust has no deca-1.pem" in told
+    for name in ("node.pem", "node.key"):
+        (tmp_path / "secret" / name).rmdir()
+        (tmp_path / "secret" / name).write_text(name)
+    assert prepare() == ("", 0)
+    assert (tmp_path / "data/trust/nodes/deca-1.pem").read_text() == "node.pem"
+
+
+@pytest.mark.parametrize("copied", range(4))
+def test_a_pod_that_is_killed_while_it_copies_goes_on_at_its_next_start(copied, prepare, tmp_path):
+    for name in ("authority.pem", "node.pem", "node.key"):
+        (tmp_path / "secret" / name).write_text(name)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    real = shutil.which("install")
+    # Kills the shell that called it before so many files are copied.
+    (tools / "install").write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/count\n"
+        f'[ $(wc -l < {tmp_path}/count) -gt {copied} ] && kill -9 $PPID\nexec {real} "$@"\n'
+    )
+    (tools / "install").chmod(0o755)
+    assert prepare(f"{tools}:{os.environ['PATH']}")[1] == -9
+    assert prepare() == ("", 0)
+    for name in ("authority.pem", "nodes/deca-1.pem", "nodes/deca-1.key"):
+        assert (tmp_path / "data/trust" / name).read_text()

@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 import socket
+import sys
 import time
 import uuid
 from collections import namedtuple
@@ -17,8 +18,9 @@ from deca_node.checkpoint import sealing
 from deca_node.config import load
 from deca_node.doctor import Verdict, examine, machine, network
 from deca_node.doctor.checks import Facts
-from deca_node.errors import CheckError
+from deca_node.errors import CheckError, OutputError
 from deca_node.pb import node_pb2 as pb
+from deca_node.tensorboard import Scalars
 from deca_node.transport.server import GrpcTransport
 from tests.cluster.daemons import Daemon
 from tests.edges.test_models import swapped
@@ -156,6 +158,7 @@ async def test_the_trust_of_a_node_for_others_is_looked_at(words, tmp_path):
         ("node.device=cuda:77", "device", "cuda:77"),
         ("schedule.layers_per_block=9", "model", "the model has 4 layers"),
         (f"node.output={__file__}/out", "disk", "is a file, not a folder"),
+        (f"tensorboard.folder={__file__}", "tensorboard", "is a file, not a folder"),
     ],
 )
 async def test_what_would_stop_the_node_fails_by_name(words, change, check, words_found):
@@ -166,6 +169,25 @@ async def test_what_would_stop_the_node_fails_by_name(words, change, check, word
     assert words_found in bad[0].found
     assert bad[0].remedy or "absent" in change
     assert "port" in by_name(checks)
+
+
+async def test_curves_need_their_extra(words, monkeypatch, tmp_path):
+    """As `start` says it; nothing is written."""
+    wanted = f"tensorboard.folder={tmp_path / 'curves'}"
+    assert verdicts(await look(words, "run.start_when=1", wanted), "tensorboard") == [Verdict.OK]
+    assert not (tmp_path / "curves").exists()
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    (one,) = by_name(await look(words, "run.start_when=1", wanted))["tensorboard"]
+    assert (one.verdict, one.found) == (Verdict.FAIL, "tensorboard.folder needs tensorboardX")
+    assert "pip install 'deca-node[tensorboard]'" in one.remedy
+
+
+@pytest.mark.parametrize("place", ["/proc/tb", "FILE/tb"])
+def test_a_folder_for_curves_that_cannot_be_made_is_said_with_the_remedy(place, tmp_path):
+    (tmp_path / "FILE").touch()
+    folder = tmp_path / place  # an absolute place stays as it is
+    with pytest.raises(OutputError, match=r"; set tensorboard\.folder to another folder that can"):
+        Scalars(folder, 0)
 
 
 async def test_too_little_memory_and_disk_fail_with_what_to_turn(words, monkeypatch):
@@ -423,6 +445,7 @@ def test_a_running_swarm_is_met_and_not_disturbed(words, tmp_path):
         (peer,) = by_name(checks)["peer"]
         assert peer.found.startswith("b at 127.0.0.1:")
         after = daemon.until(lambda s: s.peers and s.peers[0].state == "gone")
+        assert after.peers[0].phase == pb.PHASE_STOPPING  # and nobody misses it
         assert after.phase == pb.PHASE_WAITING
         assert after.waiting_for.startswith("1 of 2 members missing")
         assert before.pid == after.pid
@@ -485,3 +508,12 @@ def test_settings_that_cannot_be_read_are_a_failed_check(capsys):
     (one,) = json.loads(out)["checks"]
     assert (one["check"], one["verdict"]) == ("settings", "fail")
     assert "did you mean 'schedule.steps'?" in one["remedy"]
+
+
+def test_a_folder_in_place_of_the_settings_is_said_with_a_remedy(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--json", "--config", str(tmp_path)])
+    assert ended.value.code == CheckError.exit_code
+    (one,) = json.loads(capsys.readouterr().out)["checks"]
+    assert one["found"] == f"{tmp_path}: cannot be read: Is a directory"
+    assert "deca-node init" in one["remedy"]

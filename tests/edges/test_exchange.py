@@ -682,6 +682,40 @@ def test_an_impostor_does_not_take_a_peers_place():
     run(scenario())
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_goodbye_that_overtakes_a_greeting_and_its_reply_holds(finished):
+    """The session that left does not come back by what it sent before; a new one does."""
+
+    class Late:
+        """A link whose reply to a greeting is on its way while the goodbye comes."""
+
+        async def hello(self, request, timeout):
+            await member.goodbye(pb.GoodbyeRequest(sender=said.sender, finished=finished))
+            return pb.HelloReply(
+                sender=said.sender, protocol=1, fingerprint=said.fingerprint, phase=said.phase
+            )
+
+        async def goodbye(self, request, timeout):
+            return pb.GoodbyeReply()
+
+    async def scenario():
+        left = (State.DONE, Phase.DONE) if finished else (State.GONE, Phase.STOPPING)
+        await member.hello(said, "10.0.0.77")
+        assert member.swarm.peers["x"].state == State.ALIVE
+        await member.swarm.greet("10.0.0.77:7430", Late())
+        assert (member.swarm.peers["x"].state, member.swarm.peers["x"].phase) == left
+        await member.hello(said, "10.0.0.77")
+        assert (member.swarm.peers["x"].state, member.swarm.peers["x"].phase) == left
+        await asyncio.sleep(60)  # it is called in vain
+        assert (member.swarm.peers["x"].state, member.swarm.peers["x"].phase) == left
+        await member.hello(greeting(session=10), "10.0.0.77")
+        assert member.swarm.peers["x"].state == State.ALIVE
+        await member.swarm.close()
+
+    member, said = Member(LoopbackNetwork(), 0), greeting()
+    run(scenario())
+
+
 def test_a_table_full_of_the_refused_makes_room():
     """However many strangers were refused, a member still gets in, and memory is bounded."""
 
@@ -702,7 +736,7 @@ def test_a_table_full_of_the_refused_makes_room():
     ("callers", "most", "answered"),
     [
         ("sessions", PEER_LINES_BURST, PEER_GREETINGS_BURST),  # one name, as if it started anew
-        ("goodbyes", PEER_LINES_BURST, PEER_GREETINGS_BURST),
+        ("goodbyes", PEER_LINES_BURST, PEER_GREETINGS_BURST),  # and took leave each time
         ("names", 100, None),
         ("settings", 100, None),
     ],
@@ -720,7 +754,7 @@ def test_nobody_fills_the_log_by_coming_and_going(callers, most, answered, monke
             one = callers in ("sessions", "goodbyes")
             said = greeting(
                 node="x" if one else f"x{i}",
-                session=9 if callers == "goodbyes" else 10 + i,
+                session=10 + i,
                 seed="1" if callers == "settings" else "0",
                 port=7430 if one else 1 + i,
             )

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 import socket
+import subprocess
 import urllib.request
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from deca_node.rounds import Seconds, StepRecord
 
 DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/deca-node.json"
 WATCHING = Path(__file__).parents[2] / "docs/watching.md"
+PROMTOOL = shutil.which("promtool")
 SCHEDULE = Schedule(partition_layers(6, 1), 2, 3, "ascending", 0)
 
 
@@ -79,6 +82,12 @@ def scrape(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
+def alerts() -> str:
+    """The file of rules that docs/watching.md shows."""
+    [text] = re.findall(r"^```yaml title=alerts.yml\n(.*?)^```$", WATCHING.read_text(), re.M | re.S)
+    return text
+
+
 class Stands:
     """A node's status, as it is told."""
 
@@ -93,6 +102,7 @@ def served():
     stands = Stands()
     measurements = Measurements(stands)
     measurements.stands = lambda now: setattr(stands, "now", now)
+    measurements.began(0, 0, 0)
     endpoint = Endpoint("127.0.0.1", 0, measurements)
     yield measurements, endpoint.port
     endpoint.close()
@@ -124,22 +134,98 @@ def test_a_scrape_tells_the_last_step_the_edges_and_the_refusals(served) -> None
     assert "process_cpu_seconds_total" in {name for name, _ in found}
 
 
+def test_after_a_crash_counters_begin_at_zero(served) -> None:
+    """Those of the run go back to the last save: Prometheus would add the whole of it again."""
+    measurements, port = served
+    now = status()
+    measurements.stands(now)
+    now.incomplete_mixes = 4
+    measurements.began(now.bytes_sent, now.bytes_received, now.incomplete_mixes)
+    found = scrape(port)
+    names = ("deca_sent_bytes_total", "deca_received_bytes_total", "deca_incomplete_mixes_total")
+    assert [found[name, ()] for name in names] == [0, 0, 0]
+    now.bytes_sent, now.bytes_received, now.incomplete_mixes = 1500, 1000, 5
+    found = scrape(port)
+    assert [found[name, ()] for name in names] == [500, 100, 1]
+
+
+def test_before_the_state_is_read_there_is_no_count_of_what_was_sent() -> None:
+    now = status()
+    measurements = Measurements(lambda: now)
+    names = {metric.name for metric in measurements.collect()}
+    assert "deca_degree" in names
+    assert not {"deca_sent_bytes", "deca_received_bytes", "deca_incomplete_mixes"} & names
+
+
 def test_the_alerts_of_the_documents_ask_for_what_is_served(served) -> None:
     """Names and the values of labels; what Prometheus adds itself is not looked at."""
     measurements, port = served
     measurements.stands(status())
     measurements.stepped(record(0))
     found = scrape(port)
-    [text] = re.findall(r"^```yaml title=alerts.yml\n(.*?)^```$", WATCHING.read_text(), re.M | re.S)
-    rules = yaml.safe_load(text)["groups"][0]["rules"]
+    rules = yaml.safe_load(alerts())["groups"][0]["rules"]
     asked = " ".join(rule["expr"] for rule in rules)
     assert len(rules) == 3
     assert set(re.findall(r"\bdeca_\w+", asked)) <= {name for name, _ in found}
-    phases = re.findall(r'deca_phase\{phase="(\w+)"\}', asked)
-    assert phases
+    told = re.findall(r'deca_phase\{phase=~?"([\w|]+)"\}', asked)
+    phases = {phase for one in told for phase in one.split("|")}
+    assert phases == {"training", "serving", "done"}
     assert all(("deca_phase", (("phase", phase),)) in found for phase in phases)
     scraped = yaml.safe_load((DASHBOARD.parents[1] / "prometheus/prometheus.yml").read_text())
     assert re.findall(r'job="([^"]*)"', asked) == [scraped["scrape_configs"][0]["job_name"]]
+
+
+def series(node: str, instance: str, minutes: str, phase: str) -> list[dict[str, str]]:
+    """A node's samples, a minute apart, for promtool: ``stale`` is where its target has gone."""
+    of = f'job="deca-node", instance="{instance}:9464"'
+    last = {"training": "0", "done": "1"}[phase]
+    return [
+        {"series": f'deca_node_info{{{of}, run="r", node="{node}"}}', "values": f"1{minutes}"},
+        {"series": f'deca_phase{{{of}, phase="done"}}', "values": f"{last}{minutes}"},
+        {"series": f'deca_phase{{{of}, phase="serving"}}', "values": f"0{minutes}"},
+    ]
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="needs the command promtool")
+def test_a_node_that_is_gone_is_told_also_where_its_target_is(tmp_path) -> None:
+    """Not one that is back at another address, that has finished, or that went half a day ago."""
+    (tmp_path / "alerts.yml").write_text(alerts())
+    gone = {
+        "exp_labels": {"job": "deca-node", "run": "r", "node": "crashed"},
+        "exp_annotations": {"summary": "crashed of run r has ended, or cannot be reached"},
+    }
+    expected = {"34m": [], "37m": [gone], "11h": [gone], "13h": []}
+    test = {
+        "rule_files": ["alerts.yml"],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [
+                    *series("here", "10.0.0.1", "x900", "training"),
+                    *series("crashed", "10.0.0.2", "x30 stale", "training"),
+                    *series("moved", "10.0.0.3", "x30 stale", "training"),
+                    *[
+                        {**one, "values": f"_x32 {one['values']}"}
+                        for one in series("moved", "10.0.0.4", "x860", "training")
+                    ],
+                    *series("finished", "10.0.0.5", "x30 stale", "done"),
+                ],
+                "alert_rule_test": [
+                    {"eval_time": time, "alertname": "DecaNodeSilent", "exp_alerts": those}
+                    for time, those in expected.items()
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(json.dumps(test))  # JSON is YAML
+    ran = subprocess.run(
+        [PROMTOOL, "test", "rules", tmp_path / "test.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_labels_are_bounded_and_those_of_now(served) -> None:

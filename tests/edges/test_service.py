@@ -64,7 +64,7 @@ def test_folders_elsewhere_are_opened_for_writing(config, tmp_path):
         f'"{tmp_path}/my out"',
         f"{tmp_path}/curves",
     ]
-    assert f"install -d -o deca-node {tmp_path}/my out" in result.stderr
+    assert f"install -d -o deca-node '{tmp_path}/my out'\n" in result.stderr
 
 
 def test_paths_that_lead_up_and_down_are_plain(config, tmp_path):
@@ -83,6 +83,50 @@ def test_odd_paths_are_quoted(config):
     settings = load(config)
     text = unit(settings, Path('/a b/100%$"x"\\y'), Path("/bin/deca-node"), "u", "n")
     assert values(text, "ExecStart") == ['/bin/deca-node start --config "/a b/100%%$$\\"x\\"\\\\y"']
+
+
+def test_only_command_lines_have_dollars_doubled(config):
+    """In other lines systemd fills in no variables: $$ would be another folder."""
+    with config.open("a") as file:
+        file.write('[node]\noutput = "/srv/a$b/50%"\n')
+    assert values(printed("--config", config), "ReadWritePaths") == ["/srv/a$b/50%%"]
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [
+        ("--name", "a b"),
+        ("--name", ""),
+        ("--name", ".."),
+        ("--name", "a/b"),
+        ("--name", "a%i"),
+        ("--user", "deca\nExecStartPre=/bin/true"),
+        ("--user", "deca-node\n"),
+        ("--user", "a b"),
+    ],
+)
+def test_words_that_would_be_several_are_refused(config, option, word):
+    result = CliRunner().invoke(app, ["install-service", "--config", str(config), option, word])
+    assert isinstance(result.exception, errors.ConfigError)
+    assert str(result.exception).startswith(f"{option} {word!r} cannot stand in a unit")
+    assert result.stdout == ""
+
+
+def test_a_path_of_several_lines_is_refused(config):
+    with config.open("a") as file:
+        file.write('[node]\noutput = "/srv/a\\nExecStartPre=/bin/true"\n')
+    result = CliRunner().invoke(app, ["install-service", "--config", str(config)])
+    assert isinstance(result.exception, errors.ConfigError)
+    assert result.stdout == ""
+
+
+def test_it_is_started_again_however_often_it_failed(config):
+    """A boot without network ends each start at once, with exit code 6."""
+    text = printed("--config", config)
+    assert values(text, "StartLimitIntervalSec") == ["0"]
+    assert values(text, "Restart") == ["on-failure"]
+    (codes,) = values(text, "RestartPreventExitStatus")
+    assert str(errors.ListenError.exit_code) not in codes.split()
 
 
 def test_settings_that_cannot_work_print_no_unit(tmp_path):

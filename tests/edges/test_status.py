@@ -130,6 +130,33 @@ def test_what_is_piped_has_a_line_for_each_peer(capsys: pytest.CaptureFixture[st
     assert carol.split()[-2:] == [address, address]
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_in_a_narrow_terminal_names_and_addresses_of_peers_are_whole(width: int) -> None:
+    """Columns that matter less go, those without an entry before others."""
+    now = _example()
+    for peer, name in zip(now.peers, ("garden-shed-0", "garden-shed-1"), strict=True):
+        peer.node, peer.address = name, f"{name}.local:7430"
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status.render_peers(now.peers))
+    heading, *rows = console.export_text().splitlines()
+    for name in ("garden-shed-0", "garden-shed-1"):
+        [row] = [row for row in rows if row.startswith(f"{name} ")]
+        assert f"{name}.local:7430" in row.split()
+    assert ("retries" in heading) is (width == 200)
+    assert ("weight" in heading) is (width >= 80)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(status.render(now))
+    assert "garden-shed-0.local:7430" in console.export_text().split()
+
+
+def test_a_name_wider_than_the_terminal_is_folded() -> None:
+    now = pb.NodeStatus(node="n" * 64)
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(status.render_swarm({"n": now}))
+    assert console.export_text().count("n" * 8) >= 4
+    assert "…" not in console.export_text()
+
+
 def test_a_node_that_has_not_begun() -> None:
     """No numbers are made up."""
     text = _text(

@@ -77,6 +77,42 @@ async def test_one_node_leads_to_all_that_can_be_reached():
     assert ["a", "—", "b", "0.250", "-", "0s", "ok"] in [line.split() for line in lines]
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+async def test_a_dead_node_leaves_the_names_whole_in_a_narrow_terminal(width):
+    """Its reason is beside no column; what matters less than names and losses goes."""
+    names = [f"garden-shed-{n}" for n in range(4)]
+    here = {f"{n}:1": status(n, *(set(names) - {n}), eta_seconds=65) for n in names[:3]}
+    found, _ = await look(here, f"{names[0]}:1")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(survey.render(found, 0.0))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    rows = [line.split()[:2] for line in lines if line.startswith("garden-shed")]
+    assert rows[:3] == [[name, "training"] for name in names[:3]]
+    assert rows[3] == ["garden-shed-3", "no"]
+    assert "…" not in "".join(lines) or width < 60  # of edges
+    assert ("1.500" in lines[1]) is (width >= 60)
+    assert ("received" in lines[0]) is (width >= 200)
+    if width >= 80:
+        assert "garden-shed-3  no answer: garden-shed-3:1: nobody listens" in lines
+
+
+async def test_who_has_left_does_not_count_as_missing():
+    """Nor is it asked: others tell that it stopped or finished."""
+    told = status("a")
+    told.peers.add(node="doc", address="d:1", state="gone", phase=pb.PHASE_STOPPING)
+    told.peers.add(node="lost", address="l:1", state="gone", phase=pb.PHASE_TRAINING)
+    found, asked = await look({"a:1": told}, "a:1")
+    assert asked == ["a:1"]
+    assert list(survey.as_json(found, 0.0)["unreachable"]) == ["lost"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(survey.render(found, 0.0))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert lines[-2:] == ["lost  no answer: not asked, others find it gone", "doc   stopped"]
+    drawn = "\n".join(draw(found, 80, 24))
+    assert "1 of 2 nodes answer" in drawn
+    assert "stopped, not asked" not in drawn
+
+
 async def test_a_node_at_two_addresses_is_one():
     here = {"unix:/s": status("a", "b"), "a:1": status("a", "b"), "b:1": status("b", "a")}
     found, _ = await look(here, "unix:/s", "a:1")

@@ -74,7 +74,7 @@ function current() {
 function show() {
   if (!state) return;
   const run = current();
-  header(state, run);
+  header(state, run, Boolean(operate.token));
   empty(state);
   connection();
   if (!run) return;

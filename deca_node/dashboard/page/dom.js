@@ -31,15 +31,19 @@ export function attr(element, name, value) {
   if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }
 
-// One child an item, in order; children are kept from one call to the next by their key.
+// One child an item, in order; children are kept from one call to the next by their key. Items of
+// one key have a child each.
 export function sync(parent, items, key, create, update) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const old = new Map();
+  for (const child of parent.children) {
+    if (!old.has(child.dataset.key)) old.set(child.dataset.key, []);
+    old.get(child.dataset.key).push(child);
+  }
   let place = parent.firstElementChild;
   for (const item of items) {
     const name = String(key(item));
-    let child = old.get(name);
-    if (child) old.delete(name);
-    else {
+    let child = old.get(name)?.shift();
+    if (!child) {
       child = create(item);
       child.dataset.key = name;
     }
@@ -47,7 +51,7 @@ export function sync(parent, items, key, create, update) {
     if (child === place) place = place.nextElementSibling;
     else parent.insertBefore(child, place);
   }
-  for (const child of old.values()) child.remove();
+  for (const child of [...old.values()].flat()) child.remove();
 }
 
 // The one tooltip of the page.

@@ -39,12 +39,15 @@ export function clock(seconds) {
   return new Date(seconds * 1000).toLocaleTimeString([], { hour12: false });
 }
 
+// Of a node that was never asked: how it has left, as others tell.
+const left = (node) => node.said === "finished" || node.said === "stopped";
+
 // What is said of a node: its own phase while it answers, else what became of it.
 export function condition(node) {
   switch (node.state) {
     case "live": return phase(node.phase);
     case "stale": return "not answering";
-    case "heard": return `${node.said}, not asked`;
+    case "heard": return left(node) ? node.said : `${node.said}, not asked`;
     default: return node.state;
   }
 }
@@ -53,7 +56,7 @@ export function condition(node) {
 export function mood(node) {
   if (node.state === "gone") return "bad";
   if (node.state === "stale") return "warn";
-  if (node.state === "heard") return node.said === "alive" || node.said === "done" ? "off" : "warn";
+  if (node.state === "heard") return node.said === "alive" || left(node) ? "off" : "warn";
   if (node.state === "finished") return "good";
   if (node.state === "stopped") return "off";
   if (node.warnings?.length) return "warn";

@@ -34,7 +34,7 @@ export function tiles(run) {
     });
 }
 
-export function header(state, run) {
+export function header(state, run, operates) {
   say($("run-name"), run ? run.run : "");
   document.title = run ? `${run.run} · ${run.summary.live} of ${run.summary.nodes} nodes · deca-node` : "deca-node";
   $("run-choice").hidden = state.runs.length < 2;
@@ -48,7 +48,7 @@ export function header(state, run) {
   const share = run?.summary.progress ?? 0;
   $("progress").firstElementChild.style.width = `${(100 * share).toFixed(2)}%`;
   attr($("progress"), "aria-valuenow", Math.round(100 * share));
-  say($("footer"), `deca-node ${state.version} · watching ${state.given.join(", ")} · every ${state.interval} s · this page changes nothing`);
+  say($("footer"), `deca-node ${state.version} · watching ${state.given.join(", ")} · every ${state.interval} s · ${operates ? "this page tells nodes what to do" : "this page changes nothing"}`);
 }
 
 export function empty(state) {
@@ -73,10 +73,11 @@ export function warnings(run) {
   const gone = run.nodes.filter((node) => node.state === "gone" || node.state === "stale");
   $("warnings").hidden = !found.length && !gone.length;
   const all = [
-    ...gone.map((node) => ({ text: `has not answered for ${duration(node.age)}: look whether it runs, and the network between (the others go on without it)`, nodes: [node.node], bad: node.state === "gone" })),
-    ...found,
+    // The text counts seconds: the row stays.
+    ...gone.map((node) => ({ key: `gone ${node.key}`, text: `has not answered for ${duration(node.age)}: look whether it runs, and the network between (the others go on without it)`, nodes: [node.node], bad: node.state === "gone" })),
+    ...found.map((warning) => ({ key: `warning ${warning.text}`, ...warning })),
   ];
-  sync($("warning-list"), all, (warning) => `${warning.nodes[0]}${warning.text.replace(/\d+/g, "")}`,
+  sync($("warning-list"), all, (warning) => warning.key,
     () => make("li", {}, make("i", { "aria-hidden": "true" }), make("b"), make("span")),
     (item, { text, nodes, bad }) => {
       attr(item, "class", bad ? "bad" : "warn");
@@ -201,15 +202,18 @@ export function skew(nodes) {
   $("skew").hidden = !telling.length;
   if (!telling.length) return;
   const labels = [...new Set(telling.flatMap((node) => Object.keys(node.label_counts)))].sort().slice(0, 64);
-  sync($("skew-head"), ["", ...labels, "all"], (label) => `${label}.`, (label) => make("th", { scope: "col", class: label ? "number" : "", text: label }), () => {});
+  // A label may be called anything, also "all" or "constructor".
+  const columns = [{ key: "node", text: "" }, ...labels.map((label) => ({ key: `label ${label}`, text: label, label })), { key: "all", text: "all" }];
+  sync($("skew-head"), columns, (column) => column.key, ({ key, text }) => make("th", { scope: "col", class: key === "node" ? "" : "number", text }), () => {});
   sync($("skew-rows"), telling, (node) => node.key, () => make("tr"), (row, node) => {
     const total = Object.values(node.label_counts).reduce((sum, count) => sum + count, 0);
-    sync(row, ["", ...labels, "all"], (label) => `${label}.`, (label) => make(label ? "td" : "th", { class: label ? "number" : "" }), (cell, label) => {
-      if (!label) return say(cell, node.node);
-      const count = label === "all" ? total : node.label_counts[label] ?? 0;
+    sync(row, columns, (column) => column.key, ({ key }) => make(key === "node" ? "th" : "td", { class: key === "node" ? "" : "number" }), (cell, { key, label }) => {
+      if (key === "node") return say(cell, node.node);
+      if (key === "all") return say(cell, String(total));
+      const count = Object.hasOwn(node.label_counts, label) ? node.label_counts[label] : 0;
       say(cell, String(count));
-      if (label !== "all") cell.style.setProperty("--share", (total ? count / total : 0).toFixed(3));
-      attr(cell, "class", label === "all" ? "number" : count ? "number heat" : "number heat none");
+      cell.style.setProperty("--share", (total ? count / total : 0).toFixed(3));
+      attr(cell, "class", count ? "number heat" : "number heat none");
     });
   });
 }
