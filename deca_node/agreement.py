@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deca_node.blocks import Schedule
 from deca_node.config import ConsensusSettings
-from deca_node.consensus import Note, Plan, Tally, diameter, digest, plan, reached
+from deca_node.consensus import Agreement, Note, Plan, Tally, diameter, digest, plan, reached
 from deca_node.errors import PayloadError
 from deca_node.exchange import Exchange, Sink
 from deca_node.membership import Edges
@@ -77,30 +77,6 @@ class BlockAgreement:
     reached: bool
     members: frozenset[str]
     missing: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How it went with the whole model.
-
-    Attributes:
-        kind: kinds of gossip used, joined by ``+``.
-        rounds: exchanges over all blocks.
-        before: largest over the blocks, see BlockAgreement.
-        disagreement: largest ``after`` over the blocks.
-        complete: whether every block reached the tolerance among ``members``, who are more than
-            this node.
-        members: who has the same model.
-        missing: who took part in some block and not in all.
-    """
-
-    kind: str
-    rounds: int
-    before: float
-    disagreement: float
-    complete: bool
-    members: tuple[str, ...]
-    missing: tuple[str, ...]
 
 
 class Observer(Protocol):
@@ -182,6 +158,7 @@ class Agreeing:
             complete=whole and all(r.reached for r in results) and len(members) > 1,
             members=tuple(sorted(members)),
             missing=tuple(sorted(missing)),
+            tolerance=self.settings.tolerance,
         )
 
     async def _open(self, visit: int, wanted: frozenset[str], graph: int) -> Edges:

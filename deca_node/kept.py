@@ -77,8 +77,19 @@ class KeptBlocks:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the disk has all visits that have ended."""
-        return not self._unsaved
+        """Whether the disk has all visits that have ended, and how the run has."""
+        disk, now = self._checkpoint.state.progress, self._progress()
+        ends_alike = (disk.agreement, disk.finished) == (now.agreement, now.finished)
+        return ends_alike and not self._unsaved
+
+    @property
+    def are_agreed(self) -> bool:
+        """Whether all blocks have the values of a final agreement."""
+        versions = self.versions()
+        return all(
+            versions.get(block) == self.schedule.visits
+            for block in range(len(self.schedule.blocks))
+        )
 
     def save(self, open_visit: Mapping[str, Tensor] | None = None) -> None:
         """Keep what changed, and the progress; nothing may change the model meanwhile.

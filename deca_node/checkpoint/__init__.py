@@ -9,6 +9,7 @@ does a new manifest replace the old one.
 import contextlib
 import errno
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from weakref import WeakSet
 
 import xxhash
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +37,7 @@ from deca_node.checkpoint.manifest import (
 )
 from deca_node.checkpoint.mark import MARK, check_mark, recognise
 from deca_node.checkpoint.sealing import sealed
+from deca_node.consensus import Agreement
 from deca_node.disk import in_output, make_folder, sync, write_atomically
 from deca_node.errors import OutputError, PayloadError
 
@@ -47,6 +50,7 @@ MAX_DAMAGED = 4
 # come back; older ones go.
 MAX_PARTS_PER_BLOCK = 2
 
+_AGREEMENT = TypeAdapter(Agreement)
 _PART = re.compile(rf"incoming-([0-9]{{4,}})-({DIGEST.pattern})\.part")
 
 
@@ -235,7 +239,7 @@ class Checkpoint:
             if content is None:
                 return None, trouble
             try:
-                state = parsed(path, content, self._schedule)
+                state = self._with_agreement(parsed(path, content, self._schedule))
             except ValueError:
                 return None, "damaged"
         damaged = {}
@@ -243,6 +247,19 @@ class Checkpoint:
             if trouble := self._trouble(saved):
                 damaged[saved] = trouble
         return _Candidate(content, state, damaged), ""
+
+    def _with_agreement(self, state: State) -> State:
+        """What was agreed on; of a run that an earlier version finished only summary.json tells."""
+        progress, end = state.progress, self._schedule.visits
+        agreed = all(saved.visit == end for saved in state.blocks.values())
+        if not (progress.finished and agreed) or progress.agreement is not None:
+            return state
+        try:
+            summary = json.loads((self.folder / "summary.json").read_bytes())
+            told = _AGREEMENT.validate_json(json.dumps(summary["consensus"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return state
+        return replace(state, progress=replace(progress, agreement=told))
 
     def _trouble(self, saved: SavedFile) -> str:
         """What is wrong with a file; empty when nothing."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node import checkpoint, loading, member, registry
+from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
 from deca_node.errors import DiskFullError
+from deca_node.export import export
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
@@ -350,40 +353,189 @@ def agreeing(folder, network, name, *more):
     return Node(config, structlog.get_logger(), transport=network.transport(host, 7430))
 
 
+def outcome(folder, name):
+    """What summary.json says of the agreement, and the progress on disk."""
+    out = folder / name / "out"
+    manifest = json.loads((out / "state" / "manifest.json").read_text())
+    return json.loads((out / "summary.json").read_text())["consensus"], manifest["progress"]
+
+
+def rewrite(folder, name, change):
+    """Change the progress on disk."""
+    path = folder / name / "out" / "state" / "manifest.json"
+    tree = unsealed(path, path.read_bytes())
+    change(tree["progress"])
+    path.write_bytes(sealed(tree))
+
+
+async def agreed_pair(folder, network, *more):
+    """Run a and b to their end, where both have one model."""
+    both = [agreeing(folder, network, name, "run.start_when=2", *more) for name in "ab"]
+    assert await asyncio.gather(*(node.run() for node in both)) == [True, True]
+    for name in "ab":
+        told, progress = outcome(folder, name)
+        assert (told["complete"], told["members"]) == (True, ["a", "b"])
+        assert progress["finished"]
+        assert progress["agreement"] == told
+
+
 async def test_alone_a_node_keeps_what_it_has_agreed_on_with_others(tmp_path, monkeypatch):
     """Started again as one of them is missing: the record, the state and the model stay."""
     network = LoopbackNetwork()
-    both = [agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab"]
-    assert await asyncio.gather(*(node.run() for node in both)) == [True, True]
+    await agreed_pair(tmp_path, network)
     monkeypatch.setattr(member, "REJOIN_SECONDS", 0.0)
     records = []
-    for name in "ab":
+    for name in "ab":  # as when another one had been killed in the agreement
+        rewrite(tmp_path, name, lambda progress: progress["agreement"].update(missing=["c"]))
         out = tmp_path / name / "out"
-        record = json.loads((out / "summary.json").read_text())
-        assert record["consensus"]["complete"]
-        assert record["consensus"]["members"] == ["a", "b"]
-        record["consensus"]["missing"] = ["c"]  # as when it had been killed in the agreement
-        (out / "summary.json").write_text(json.dumps(record))
         (out / "model" / "untouched").touch()
-        records.append(record)
+        records.append((out / "summary.json").read_text())
     for names in ("a", "a", "ab"):
         again = [agreeing(tmp_path, network, name) for name in names]
         assert all(await asyncio.gather(*(node.run() for node in again)))
         for name, record in zip(names, records, strict=False):
             out = tmp_path / name / "out"
-            assert json.loads((out / "summary.json").read_text()) == record
+            assert (out / "summary.json").read_text() == record
             assert (out / "model" / "untouched").exists()
-            state = json.loads((out / "state" / "manifest.json").read_text())
-            assert state["progress"]["finished"]
+            assert outcome(tmp_path, name)[1]["finished"]
     # A finer tolerance is worth another agreement, with all that had the one before.
-    for name, record in zip("ab", records, strict=True):
-        record["consensus"]["missing"] = []
-        (tmp_path / name / "out" / "summary.json").write_text(json.dumps(record))
+    for name in "ab":
+        rewrite(tmp_path, name, lambda progress: progress["agreement"].update(missing=[]))
     finer = "consensus.tolerance=1e-4"
     assert await agreeing(tmp_path, network, "a", finer).run()
-    assert json.loads((tmp_path / "a" / "out" / "summary.json").read_text()) == records[0]
+    assert (tmp_path / "a" / "out" / "summary.json").read_text() == records[0]
     monkeypatch.undo()
     both = [agreeing(tmp_path, network, name, finer, "run.start_when=2") for name in "ab"]
     assert all(await asyncio.gather(*(node.run() for node in both)))
-    found = json.loads((tmp_path / "a" / "out" / "summary.json").read_text())["consensus"]
+    found, progress = outcome(tmp_path, "a")
     assert (found["complete"], found["tolerance"]) == (True, 1e-4)
+    assert progress["agreement"] == found
+
+
+async def test_a_folder_of_an_earlier_version_keeps_its_agreement(tmp_path):
+    """There only summary.json tells of it; it counts where the state is finished and agreed on."""
+    network = LoopbackNetwork()
+    await agreed_pair(tmp_path, network)
+    rewrite(tmp_path, "a", lambda progress: progress.pop("agreement"))
+    config = agreeing(tmp_path, network, "a").settings
+    said = export(config, tmp_path / "agreed", consensus=True)
+    assert said.endswith("agreed on by a, b")
+    with structlog.testing.capture_logs() as lines:
+        assert await agreeing(tmp_path, network, "a").run()
+    assert lines[-1]["event"].startswith("this run is finished")
+
+
+async def test_stopped_after_the_agreement_a_node_only_has_to_finish(tmp_path):
+    """The others are at their end and gone: what they have agreed on is on its disk, and stays."""
+    network = LoopbackNetwork()
+    first, other = (agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab")
+    finish = first._finish
+
+    async def stopped(*arguments):
+        first.stop()
+        await finish(*arguments)
+
+    first._finish = stopped
+    assert await asyncio.gather(first.run(), other.run()) == [False, True]
+    out = tmp_path / "a" / "out"
+    assert not (out / "summary.json").exists()
+    said = export(first.settings, tmp_path / "agreed", consensus=True)
+    assert said.endswith("agreed on by a, b")
+    again = agreeing(tmp_path, network, "a", "run.start_when=2")
+    async with asyncio.timeout(20):  # nobody is waited for
+        assert await again.run()
+    told, progress = outcome(tmp_path, "a")
+    assert told == progress["agreement"] == {**outcome(tmp_path, "b")[0]}
+    assert progress["finished"]
+    mine, theirs = (
+        load_file(tmp_path / name / "out" / "model" / "model.safetensors") for name in "ab"
+    )
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("backup", [False, True])
+async def test_an_old_record_ends_no_run_that_begins_anew(tmp_path, monkeypatch, backup):
+    """state/ is removed, or put back as it was within the run: both come to a result again."""
+    network, kept = LoopbackNetwork(), tmp_path / "kept"
+    save = checkpoint.Checkpoint.save
+
+    def keep(self, blocks, progress, *rest):
+        save(self, blocks, progress, *rest)
+        if progress.visit == 2:
+            shutil.copytree(self.folder / "state", kept / self.folder.parent.name)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", keep)
+    await agreed_pair(tmp_path, network)
+    monkeypatch.undo()
+    for name in "ab":
+        out = tmp_path / name / "out"
+        shutil.rmtree(out / "state")
+        if backup:
+            shutil.copytree(kept / name, out / "state")
+        else:
+            shutil.rmtree(out / "model")
+    await agreed_pair(tmp_path, network)
+    for name in "ab":
+        assert (tmp_path / name / "out" / "model" / "model.safetensors").exists()
+    # Nor does it make a node wait for those that it had agreed with.
+    shutil.rmtree(tmp_path / "a" / "out" / "state")
+    shutil.rmtree(tmp_path / "a" / "out" / "model")
+    async with asyncio.timeout(20):
+        assert await agreeing(tmp_path, network, "a").run()
+    assert not outcome(tmp_path, "a")[0]["complete"]
+
+
+async def test_a_crash_behind_the_summary_leaves_a_run_that_is_finished_later(
+    tmp_path, monkeypatch
+):
+    """The last manifest could not be written, and the node was told to end."""
+    network = LoopbackNetwork()
+    first, other = (agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab")
+    real = checkpoint.Checkpoint.save
+
+    def save(self, blocks, progress, *rest):
+        if progress.finished and self.folder == first.settings.node.output:
+            loop.call_soon_threadsafe(first.stop)
+            raise DiskFullError("disk: no space left")
+        real(self, blocks, progress, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
+    loop = asyncio.get_running_loop()
+    ends = await asyncio.gather(first.run(), other.run(), return_exceptions=True)
+    assert isinstance(ends[0], DiskFullError)
+    monkeypatch.undo()
+    assert not outcome(tmp_path, "a")[1]["finished"]
+    assert await agreeing(tmp_path, network, "a", "run.start_when=2").run()
+    told, progress = outcome(tmp_path, "a")
+    assert told["complete"]
+    assert progress["finished"]
+    said = export(first.settings, tmp_path / "agreed", consensus=True)
+    assert said.endswith("agreed on by a, b")
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_a_signal_before_the_agreement_saves_what_was_not(tmp_path, monkeypatch, full):
+    """The disk was full at the last visit's end: there is another try, and its failure is said."""
+    real, tries = checkpoint.Checkpoint.save, []
+
+    def save(self, blocks, progress, *rest):
+        if progress.visit == 4:
+            tries.append(progress)
+            if full or len(tries) == 1:
+                raise DiskFullError("disk: no space left")
+        real(self, blocks, progress, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
+    node = Node(settings(tmp_path, "consensus.tolerance=1e-3"), structlog.get_logger())
+
+    async def wait_for_late(_member):
+        node.stop()
+
+    node._wait_for_late = wait_for_late
+    if full:
+        with pytest.raises(DiskFullError):
+            await node.run()
+    else:
+        assert not await node.run()
+    manifest = json.loads((tmp_path / "out" / "state" / "manifest.json").read_text())
+    assert manifest["progress"]["visit"] == (3 if full else 4)
