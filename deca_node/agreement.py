@@ -67,6 +67,8 @@ class BlockAgreement:
         reached: whether all of them know that the tolerance is met.
         members: who has these values.
         missing: who was in the graph and has not, or may have not.
+        changed: whether the values are what the rounds with others have made of them, and not
+            those that the node had before.
     """
 
     block: int
@@ -77,6 +79,7 @@ class BlockAgreement:
     reached: bool
     members: frozenset[str]
     missing: frozenset[str]
+    changed: bool
 
 
 class Observer(Protocol):
@@ -204,6 +207,7 @@ class Agreeing:
             reached=tally.done,
             members=members,
             missing=frozenset(graph) - members,
+            changed=keep and len(members) > 1,
         )
 
     def _put_back(self, block: Block, kept: Tensor | None) -> None:

@@ -134,8 +134,8 @@ class KeptBlocks:
     # --- from others (catchup.Store)
 
     def lost(self) -> frozenset[int]:
-        """See member.Blocks."""
-        return frozenset(self._checkpoint.lost)
+        """See Store."""
+        return frozenset(self._checkpoint.lost) - self._unsaved.keys()
 
     def versions(self) -> Mapping[int, int]:
         """See Store."""

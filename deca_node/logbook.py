@@ -156,10 +156,11 @@ class Logbook:
 
     async def block_agreed(self, result: BlockAgreement) -> None:
         """See Observer."""
-        # What was agreed on before holds no more, now that a block changes.
-        self._standing.progress = replace(self._standing.progress, agreement=None)
-        self._kept.agreed(result.block)
-        await self._saving.between_visits()
+        if result.changed:
+            # What was agreed on before holds no more.
+            self._standing.progress = replace(self._standing.progress, agreement=None)
+            self._kept.agreed(result.block)
+            await self._saving.between_visits()
         self._member.moved(self._kept.schedule.visits + result.block + 1)
 
     async def agreed(self, result: Agreement) -> None:

@@ -317,7 +317,7 @@ class Node:
         self._member = self._control.member = self._reception.member = member
         await self._join(stack, member, port)
         is_over = self._standing.progress.visit >= loaded.schedule.visits
-        if not is_over or self._is_agreement_due:
+        if not is_over or self._is_agreement_due or kept.lost():
             # All that had agreed are needed to do so anew, and who was missing is why they do.
             wanted = len({*self._had.members, *self._had.missing}) if self._had else 0
             why = await member.wait_for_members(

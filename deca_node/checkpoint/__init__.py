@@ -96,7 +96,8 @@ class Checkpoint:
 
     Attributes:
         state: what is in use, and on disk after each save.
-        warnings: one line for each thing found damaged, with what is used in its place.
+        warnings: one line for each thing found damaged, with what is used in its place, and for
+            each block that is lost since an earlier start.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str], schedule: Schedule) -> None:
@@ -179,6 +180,7 @@ class Checkpoint:
         newest, trouble = self._candidate(MANIFEST)
         if newest is not None and not newest.damaged:
             self._use(newest)
+            self.warnings = self._lost_before(newest)
             return True
         before, older_trouble = self._candidate(PREVIOUS)
         if trouble == older_trouble == "missing":
@@ -198,7 +200,7 @@ class Checkpoint:
         self._use(chosen)
         progress = chosen.named.progress
         place = f"the state before is used (visit {progress.visit}, step {progress.step})"
-        warnings = []
+        warnings = [*self._lost_before(chosen)]
         if newest is None:
             warnings.append(f"{self._state_folder / MANIFEST}: {trouble}; {place}")
         elif chosen is before:
@@ -227,6 +229,14 @@ class Checkpoint:
         if newest is None:
             self._damaged.add(MANIFEST)
         return True
+
+    def _lost_before(self, candidate: _Candidate) -> tuple[str, ...]:
+        """A line for each block that a manifest names as lost."""
+        return tuple(
+            f"{self._state_folder / f'block-{block:04}'}-*.safetensors: damaged at an earlier "
+            f"start, so block {block} is lost"
+            for block in candidate.named.lost
+        )
 
     def _use(self, candidate: _Candidate) -> None:
         self.state, self._content = candidate.usable, candidate.content

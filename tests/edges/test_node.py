@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from deca_node import checkpoint, loading, member, registry
 from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
-from deca_node.errors import DiskFullError
+from deca_node.errors import DiskFullError, OutputError
 from deca_node.export import export
+from deca_node.logbook import Logbook
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
@@ -336,21 +337,24 @@ async def test_a_defect_in_what_is_done_each_second_ends_none_of_it():
     await asyncio.gather(ticking, return_exceptions=True)
 
 
-def agreeing(folder, network, name, *more):
-    """One of a and b, who train apart and agree at the end; with a transport of its own."""
+HOSTS = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
+
+
+def agreeing(folder, network, name, *more, names="ab"):
+    """One of some nodes that agree at the end; with a transport of its own."""
     (folder / name).mkdir(exist_ok=True)
-    host, other = ("10.0.0.1", "10.0.0.2")[:: 1 if name == "a" else -1]
+    others = ", ".join(f'"{HOSTS[other]}:7430"' for other in names if other != name)
     config = settings(
         folder / name,
         "run.name=agreeing",
         f"node.name={name}",
-        f"node.host={host}",
+        f"node.host={HOSTS[name]}",
         "trust.insecure=true",
-        f'network.static_peers=["{other}:7430"]',
+        f"network.static_peers=[{others}]",
         "consensus.tolerance=1e-3",
         *more,
     )
-    return Node(config, structlog.get_logger(), transport=network.transport(host, 7430))
+    return Node(config, structlog.get_logger(), transport=network.transport(HOSTS[name], 7430))
 
 
 def outcome(folder, name):
@@ -539,3 +543,98 @@ async def test_a_signal_before_the_agreement_saves_what_was_not(tmp_path, monkey
         assert not await node.run()
     manifest = json.loads((tmp_path / "out" / "state" / "manifest.json").read_text())
     assert manifest["progress"]["visit"] == (3 if full else 4)
+
+
+def kept(folder, name):
+    """By block, the visit and the digest of what the state on disk has."""
+    manifest = json.loads((folder / name / "out" / "state" / "manifest.json").read_text())
+    return {
+        int(block): (saved["visit"], saved["xxh3"]) for block, saved in manifest["blocks"].items()
+    }
+
+
+@pytest.mark.parametrize("where", ["training", "agreement"])
+@pytest.mark.parametrize("blocks", [1, 4])
+async def test_who_comes_back_takes_the_model_of_those_that_still_serve(
+    tmp_path, monkeypatch, where, blocks
+):
+    """It was stopped in the last visit or the agreement; the others have agreed without it."""
+    network, serving, back = LoopbackNetwork(), asyncio.Event(), asyncio.Event()
+
+    def node(name):
+        more = ["run.start_when=3", "topology.kind=full", "optimizer.learning_rate=1e-2"]
+        more += [f"schedule.layers_per_block={4 // blocks}", "schedule.rounds=2"]
+        return agreeing(tmp_path, network, name, *more, names="abc")
+
+    nodes = {name: node(name) for name in "abc"}
+    visits = 2 * blocks
+    real_step, real_round = Logbook.step_done, Logbook.round_done
+
+    async def step_done(self, record):
+        await real_step(self, record)
+        at = record.visit.index, record.step
+        if where == "training" and self is books.get("a") and at == (visits - 1, 0):
+            nodes["a"].stop()
+
+    def round_done(self, block, rounds):
+        real_round(self, block, rounds)
+        if where == "agreement" and self is books.get("a") and (block, rounds) == (blocks // 2, 1):
+            nodes["a"].stop()
+
+    books = {}
+    train = nodes["a"]._train
+
+    async def know(start, member, method, kept, logbook, *others):
+        books["a"] = logbook
+        return await train(start, member, method, kept, logbook, *others)
+
+    nodes["a"]._train = know
+    monkeypatch.setattr(Logbook, "step_done", step_done)
+    monkeypatch.setattr(Logbook, "round_done", round_done)
+
+    def hold(served):
+        finish = served._finish
+
+        async def finished(*arguments):  # its evaluation takes long
+            served._enter(Phase.SERVING)
+            serving.set()
+            await back.wait()
+            await finish(*arguments)
+
+        served._finish = finished
+
+    hold(nodes["b"])
+    hold(nodes["c"])
+    others = [asyncio.create_task(nodes[name].run()) for name in "bc"]
+    async with asyncio.timeout(60):
+        assert not await nodes["a"].run()
+        # A block that was given back is none that was agreed on.
+        agreed = range(blocks // 2) if where == "agreement" else ()
+        for block, (visit, _) in kept(tmp_path, "a").items():
+            assert (visit == visits) == (block in agreed)
+        await serving.wait()
+        assert await node("a").run()
+        back.set()
+        assert await asyncio.gather(*others) == [True, True]
+    mine, b, c = (kept(tmp_path, name) for name in "abc")
+    assert {visit for visit, _ in mine.values()} == {visits}
+    for block, saved in mine.items():
+        assert saved in (b[block], c[block])
+    # It has not agreed itself, and says nothing else.
+    assert not outcome(tmp_path, "a")[0]["complete"]
+    assert outcome(tmp_path, "b")[0]["members"] == ["b", "c"]
+
+
+async def test_a_lost_block_is_named_at_every_start(tmp_path):
+    """Also when the manifest has forgotten its file: by the node's refusal, and by export."""
+    assert await Node(settings(tmp_path), structlog.get_logger()).run()
+    path = tmp_path / "out" / "state" / "manifest.json"
+    tree = unsealed(path, path.read_bytes())
+    (tmp_path / "out" / "state" / tree["blocks"].pop("2")["file"]).unlink()
+    path.write_bytes(sealed({**tree, "lost": [2]}))  # as a save after the first start leaves it
+    words = r"block-0002-.*: damaged at an earlier start, so block 2 is lost; restore"
+    for _ in range(2):
+        with pytest.raises(OutputError, match=words):
+            await Node(settings(tmp_path), structlog.get_logger()).run()
+    with pytest.raises(OutputError, match=words):
+        export(settings(tmp_path), tmp_path / "new", consensus=False)
