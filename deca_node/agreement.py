@@ -94,7 +94,7 @@ class Observer(Protocol):
         ...
 
     async def block_agreed(self, result: BlockAgreement) -> None:
-        """The block's values are final, agreed on or not."""
+        """The block's values are final, agreed on or not; neighbours wait for the next one."""
         ...
 
 

@@ -92,7 +92,9 @@ class KeptBlocks:
         )
 
     def save(self, open_visit: Mapping[str, Tensor] | None = None) -> None:
-        """Keep what changed, and the progress; nothing may change the model meanwhile.
+        """Keep what changed, and the progress; nothing may change those blocks meanwhile.
+
+        Others may be marked as changed while this runs on another thread.
 
         Args:
             open_visit: x, m and v of the visit under way; None between two visits.
@@ -104,11 +106,13 @@ class KeptBlocks:
         opened = None if open_visit is None else self.schedule.visit(self._progress().visit).block
         blocks = {
             block: Changed(visit, self._model.block_tensors(self.schedule.blocks[block]))
-            for block, visit in self._unsaved.items()
+            for block, visit in dict(self._unsaved).items()
             if block != opened  # its values are those of no visit's end
         }
         self._checkpoint.save(blocks, self._progress(), open_visit, self._addresses())
-        self._unsaved = {block: v for block, v in self._unsaved.items() if block not in blocks}
+        for block, saved in blocks.items():
+            if self._unsaved.get(block) == saved.visit:
+                del self._unsaved[block]
 
     # --- for others (catchup.Shelf)
 

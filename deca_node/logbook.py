@@ -160,7 +160,7 @@ class Logbook:
             # What was agreed on before holds no more.
             self._standing.progress = replace(self._standing.progress, agreement=None)
             self._kept.agreed(result.block)
-            await self._saving.between_visits()
+            self._saving.beside()  # neighbours wait for the next block, and not for this disk
         self._member.moved(self._kept.schedule.visits + result.block + 1)
 
     async def agreed(self, result: Agreement) -> None:

@@ -638,3 +638,27 @@ async def test_a_lost_block_is_named_at_every_start(tmp_path):
             await Node(settings(tmp_path), structlog.get_logger()).run()
     with pytest.raises(OutputError, match=words):
         export(settings(tmp_path), tmp_path / "new", consensus=False)
+
+
+async def test_a_slow_disk_holds_up_no_agreement(tmp_path, monkeypatch):
+    """A block is saved while the next ones are agreed on; all are on disk in the end."""
+    network, opened, waited = LoopbackNetwork(), threading.Event(), []
+    real_save, real_opened = checkpoint.Checkpoint.save, Logbook.block_opened
+
+    def save(self, blocks, progress, *rest):
+        if 4 in {changed.visit for changed in blocks.values()} and not waited:
+            waited.append(opened.wait(5))
+        real_save(self, blocks, progress, *rest)
+
+    def block_opened(self, block, *rest):
+        if block == 3:
+            opened.set()
+        real_opened(self, block, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
+    monkeypatch.setattr(Logbook, "block_opened", block_opened)
+    await agreed_pair(tmp_path, network, "topology.kind=full")
+    assert waited
+    assert all(waited)
+    assert {visit for visit, _ in kept(tmp_path, "a").values()} == {4}
+    assert kept(tmp_path, "a") == kept(tmp_path, "b")
