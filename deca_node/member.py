@@ -306,6 +306,10 @@ class Member:
         self.moved(entry)
         return entry, anew
 
+    async def hand_out(self) -> None:
+        """Before this member leaves: let those who catch up have its blocks (Giver.drain)."""
+        await self.giver.drain(expecting=membership.may_come(self.swarm.peers.values()))
+
     def moved(self, visit: int) -> None:
         """This member is at another visit."""
         if visit != self.visit:

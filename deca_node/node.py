@@ -423,7 +423,7 @@ class Node:
         """A finished run is started again, and nothing came of it."""
         self._enter(Phase.SERVING)
         self._standing.waiting_for = "nodes that catch up to have their blocks"
-        await unless_stopped(member.giver.drain(), self._stopping)
+        await unless_stopped(member.hand_out(), self._stopping)
         self._standing.waiting_for = ""
         self._standing.progress = replace(self._standing.progress, finished=True)
         if not kept.is_saved:  # a block was damaged here, and fetched
@@ -533,7 +533,7 @@ class Node:
             standing.warn(f"did not fetch our last block: {', '.join(sorted(late))}")
         exchange.release()
         standing.waiting_for = "nodes that catch up to have their blocks"
-        await unless_stopped(member.giver.drain(), self._stopping)
+        await unless_stopped(member.hand_out(), self._stopping)
         # Neighbours fetch the last block after our last step.
         sent = standing.progress.bytes_sent + exchange.bytes_sent - sent_before
         standing.progress = replace(standing.progress, bytes_sent=sent)
