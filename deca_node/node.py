@@ -434,7 +434,7 @@ class Node:
         """Bring all nodes to one model.
 
         Raises:
-            Stopped: told to stop before the end.
+            Stopped: told to stop before all was agreed on.
         """
         self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
         agreement = await Agreeing(
@@ -450,7 +450,7 @@ class Node:
             self._stopping,
         ).run()
         self._standing.waiting_for = ""
-        if self._stopping.is_set():
+        if self._stopping.is_set() and not agreement.complete:
             raise Stopped
         # Who was away when it began, and came back to find it under way, is in no graph of it.
         last_round = loaded.schedule.visits - len(loaded.schedule.blocks)

@@ -429,27 +429,38 @@ async def test_a_folder_of_an_earlier_version_keeps_its_agreement(tmp_path):
     assert lines[-1]["event"].startswith("this run is finished")
 
 
-async def test_stopped_after_the_agreement_a_node_only_has_to_finish(tmp_path):
+@pytest.mark.parametrize("at", ["its end", "the model"])
+async def test_stopped_after_the_agreement_a_node_only_has_to_finish(tmp_path, monkeypatch, at):
     """The others are at their end and gone: what they have agreed on is on its disk, and stays."""
     network = LoopbackNetwork()
     first, other = (agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab")
-    finish = first._finish
+    finish, agreed = first._finish, Logbook.block_agreed
 
     async def stopped(*arguments):
         first.stop()
         await finish(*arguments)
 
-    first._finish = stopped
+    async def block_agreed(self, result):
+        await agreed(self, result)
+        if result.block == 3 and self._standing._settings.node.name == "a":
+            first.stop()
+
+    if at == "the model":
+        first._finish = stopped
+    else:
+        monkeypatch.setattr(Logbook, "block_agreed", block_agreed)
     assert await asyncio.gather(first.run(), other.run()) == [False, True]
     out = tmp_path / "a" / "out"
     assert not (out / "summary.json").exists()
     said = export(first.settings, tmp_path / "agreed", consensus=True)
     assert said.endswith("agreed on by a, b")
+    monkeypatch.undo()
     again = agreeing(tmp_path, network, "a", "run.start_when=2")
     async with asyncio.timeout(20):  # nobody is waited for
         assert await again.run()
     told, progress = outcome(tmp_path, "a")
-    assert told == progress["agreement"] == {**outcome(tmp_path, "b")[0]}
+    assert told == progress["agreement"]
+    assert (told["complete"], told["members"], told["missing"]) == (True, ["a", "b"], [])
     assert progress["finished"]
     mine, theirs = (
         load_file(tmp_path / name / "out" / "model" / "model.safetensors") for name in "ab"
