@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deca_node.blocks import Schedule
 from deca_node.config import ConsensusSettings
-from deca_node.consensus import Note, Plan, Tally, diameter, digest, plan, reached
+from deca_node.consensus import Agreement, Note, Plan, Tally, diameter, digest, plan, reached
 from deca_node.errors import PayloadError
 from deca_node.exchange import Exchange, Sink
 from deca_node.membership import Edges
@@ -67,6 +67,8 @@ class BlockAgreement:
         reached: whether all of them know that the tolerance is met.
         members: who has these values.
         missing: who was in the graph and has not, or may have not.
+        changed: whether the values are what the rounds with others have made of them, and not
+            those that the node had before.
     """
 
     block: int
@@ -77,30 +79,7 @@ class BlockAgreement:
     reached: bool
     members: frozenset[str]
     missing: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How it went with the whole model.
-
-    Attributes:
-        kind: kinds of gossip used, joined by ``+``.
-        rounds: exchanges over all blocks.
-        before: largest over the blocks, see BlockAgreement.
-        disagreement: largest ``after`` over the blocks.
-        complete: whether every block reached the tolerance among ``members``, who are more than
-            this node.
-        members: who has the same model.
-        missing: who took part in some block and not in all.
-    """
-
-    kind: str
-    rounds: int
-    before: float
-    disagreement: float
-    complete: bool
-    members: tuple[str, ...]
-    missing: tuple[str, ...]
+    changed: bool
 
 
 class Observer(Protocol):
@@ -115,7 +94,7 @@ class Observer(Protocol):
         ...
 
     async def block_agreed(self, result: BlockAgreement) -> None:
-        """The block's values are final, agreed on or not."""
+        """The block's values are final, agreed on or not; neighbours wait for the next one."""
         ...
 
 
@@ -182,6 +161,7 @@ class Agreeing:
             complete=whole and all(r.reached for r in results) and len(members) > 1,
             members=tuple(sorted(members)),
             missing=tuple(sorted(missing)),
+            tolerance=self.settings.tolerance,
         )
 
     async def _open(self, visit: int, wanted: frozenset[str], graph: int) -> Edges:
@@ -227,6 +207,7 @@ class Agreeing:
             reached=tally.done,
             members=members,
             missing=frozenset(graph) - members,
+            changed=keep and len(members) > 1,
         )
 
     def _put_back(self, block: Block, kept: Tensor | None) -> None:

@@ -78,6 +78,10 @@ class Store(Protocol[P]):
         """By block, the last visit that changed it here."""
         ...
 
+    def lost(self) -> Collection[int]:
+        """Blocks whose values here are damaged: any version of them is wanted."""
+        ...
+
     def most_bytes(self) -> Mapping[int, int]:
         """By block, the largest size that a file of it can have."""
         ...
@@ -347,15 +351,23 @@ class CatchUp:
         return entry
 
     def _is_behind_greetings(self) -> bool:
-        """Whether somebody that can be asked says that it is ahead: worth asking for lists."""
-        return self._behind(self._visit, [self._peers.visit_of(name) for name in self._givers()])
+        """Whether somebody that can be asked says that it is ahead: worth asking for lists.
+
+        So it is where a block is lost: each that is here may have it, or have got it since.
+        """
+        givers = self._givers()
+        if givers and self._store.lost():
+            return True
+        return self._behind(self._visit, [self._peers.visit_of(name) for name in givers])
 
     def _is_behind_lists(self, others: Mapping[str, Holdings]) -> bool:
-        """Whether somebody is ahead by its list.
+        """Whether somebody is ahead by its list, or has a block that is lost here.
 
         Lists end with the schedule; where its final agreement is, a peer tells by its greetings.
         """
-        last = self._schedule.visits
+        last, lost = self._schedule.visits, self._store.lost()
+        if any(block in each.blocks for each in others.values() for block in lost):
+            return True
         visits = [
             max(each.visit, self._peers.visit_of(name)) if each.visit == last else each.visit
             for name, each in others.items()

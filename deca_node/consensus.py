@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from deca_node.limits import MAX_LOST_EDGES, MAX_MEMBERS, MAX_NAME_BYTES
 from deca_node.mixing import metropolis_hastings
@@ -207,6 +207,36 @@ def _leja(factors: Floats) -> Floats:
 
 
 # Agreeing anew
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True)
+class Agreement:
+    """How it went with the whole model; the state on disk keeps it, and summary.json tells of it.
+
+    Differences are of the values in float32, before they are rounded to the model's precision.
+
+    Attributes:
+        kind: kinds of gossip used, joined by ``+``.
+        rounds: exchanges over all blocks.
+        before: largest difference between two neighbours at the beginning of a block, as a share of
+            its ‖x‖₂.
+        disagreement: bound of the difference between any two of ``members`` at the end, likewise.
+        complete: whether every block reached the tolerance among ``members``, who are more than
+            this node.
+        members: who has the same model.
+        missing: who was to have it, and has not.
+        tolerance: that was wanted.
+    """
+
+    kind: str
+    rounds: int
+    before: float
+    disagreement: float
+    complete: bool
+    members: tuple[str, ...]
+    missing: tuple[str, ...]
+    tolerance: float
 
 
 def extends(agreed: frozenset[str], here: frozenset[str], *, finer: bool) -> bool:

@@ -1,17 +1,14 @@
 """``deca-node export``: the base model with what the run's state keeps of each block."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint
-from deca_node.checkpoint.manifest import SavedFile, State
+from deca_node.checkpoint.manifest import Progress, SavedFile, State
 from deca_node.checkpoint.mark import read_mark
 from deca_node.config import Settings
-from deca_node.disk import translated
 from deca_node.errors import OutputError
 from deca_node.fingerprint import fingerprint, schedule_for
 from deca_node.methods.choose import prepare
@@ -51,7 +48,6 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     if to.exists():
         raise OutputError(f"{to}: is there already; give --to a new folder")
     mark = read_mark(folder / "run.json")
-    agreed = _agreed(folder) if consensus else ""
     dtype = mark.get("model.dtype")
     base = settings.model
     if dtype in DTYPES:  # which "auto" was on the device that trains
@@ -71,8 +67,7 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     state = _load_blocks(model, schedule, store)
     if consensus and store.warnings:
         raise OutputError(f"{store.warnings[0]}; {HOW_TO_AGREE}")
-    if consensus and not state.progress.finished:
-        raise OutputError(f"{folder}: its nodes are about to agree once more; wait for the end")
+    agreed = _agreed(folder, state.progress) if consensus else ""
     model.export(to)
     return "; ".join(
         (
@@ -107,32 +102,21 @@ def _load_blocks(model: LanguageModel, schedule: Schedule, store: Checkpoint) ->
     raise OutputError(f"{store.folder}: changes faster than it can be read; try again")
 
 
-def _agreed(folder: Path) -> str:
+def _agreed(folder: Path, progress: Progress) -> str:
     """How the nodes have agreed, in words.
 
     Raises:
         OutputError: they have not; with what to do.
     """
-    found = _summary(folder).get("consensus")
-    if not isinstance(found, dict):
+    found = progress.agreement
+    if found is None and not progress.finished:
+        raise OutputError(
+            f"{folder}: the run is not finished, and nodes agree at its end only; without "
+            "--consensus the model is exported as it is"
+        )
+    if found is None:
         raise OutputError(f"{folder}: finished without an agreement; {HOW_TO_AGREE}")
-    if found.get("complete") is not True:
+    if not found.complete:
         raise OutputError(f"{folder}: its nodes did not come to an agreement; {HOW_TO_AGREE}")
-    members, missing = found.get("members", []), found.get("missing", [])
-    without = f", without {', '.join(missing)}" if missing else ""
-    return f", agreed on by {', '.join(members)}{without}"
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / "summary.json"
-    with translated(path):
-        try:
-            tree = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise OutputError(
-                f"{folder}: the run is not finished, and nodes agree at its end only; without "
-                "--consensus the model is exported as it is"
-            ) from None
-        except ValueError:
-            raise OutputError(f"{path}: damaged; restore it, or {HOW_TO_AGREE}") from None
-    return tree if isinstance(tree, dict) else {}
+    without = f", without {', '.join(found.missing)}" if found.missing else ""
+    return f", agreed on by {', '.join(found.members)}{without}"

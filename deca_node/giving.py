@@ -265,14 +265,20 @@ class Giver:
             self._asked_at = asyncio.get_running_loop().time()
             self.moved()
 
-    async def drain(self) -> None:
+    async def drain(self, *, expecting: bool) -> None:
         """Let those who catch up have what they miss: this node is leaving.
 
         It stays while somebody asks, as long as each block is complete a step_deadline after the
         one before.
+
+        Args:
+            expecting: somebody may come who has not asked yet, and gets as long for that as
+                between two questions. Where all are here nobody waits for that.
         """
         clock = asyncio.get_running_loop().time
         begin = self._given_at = clock()
+        if expecting:
+            self._asked_at = begin
         while True:
             limit = min(self._given_at + self._timing.step_deadline, begin + MAX_DRAIN_SECONDS)
             if not self._asked:

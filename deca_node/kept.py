@@ -77,11 +77,24 @@ class KeptBlocks:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the disk has all visits that have ended."""
-        return not self._unsaved
+        """Whether the disk has all visits that have ended, and how the run has."""
+        disk, now = self._checkpoint.state.progress, self._progress()
+        ends_alike = (disk.agreement, disk.finished) == (now.agreement, now.finished)
+        return ends_alike and not self._unsaved
+
+    @property
+    def are_agreed(self) -> bool:
+        """Whether all blocks have the values of a final agreement."""
+        versions = self.versions()
+        return all(
+            versions.get(block) == self.schedule.visits
+            for block in range(len(self.schedule.blocks))
+        )
 
     def save(self, open_visit: Mapping[str, Tensor] | None = None) -> None:
-        """Keep what changed, and the progress; nothing may change the model meanwhile.
+        """Keep what changed, and the progress; nothing may change those blocks meanwhile.
+
+        Others may be marked as changed while this runs on another thread.
 
         Args:
             open_visit: x, m and v of the visit under way; None between two visits.
@@ -93,11 +106,13 @@ class KeptBlocks:
         opened = None if open_visit is None else self.schedule.visit(self._progress().visit).block
         blocks = {
             block: Changed(visit, self._model.block_tensors(self.schedule.blocks[block]))
-            for block, visit in self._unsaved.items()
+            for block, visit in dict(self._unsaved).items()
             if block != opened  # its values are those of no visit's end
         }
         self._checkpoint.save(blocks, self._progress(), open_visit, self._addresses())
-        self._unsaved = {block: v for block, v in self._unsaved.items() if block not in blocks}
+        for block, saved in blocks.items():
+            if self._unsaved.get(block) == saved.visit:
+                del self._unsaved[block]
 
     # --- for others (catchup.Shelf)
 
@@ -123,8 +138,8 @@ class KeptBlocks:
     # --- from others (catchup.Store)
 
     def lost(self) -> frozenset[int]:
-        """See member.Blocks."""
-        return frozenset(self._checkpoint.lost)
+        """See Store."""
+        return frozenset(self._checkpoint.lost) - self._unsaved.keys()
 
     def versions(self) -> Mapping[int, int]:
         """See Store."""

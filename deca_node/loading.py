@@ -84,9 +84,12 @@ async def load(
     for warning in await compute(partial(corpus.warnings, model, settings.model.path)):
         standing.warn(warning)
     resumed = await compute(checkpoint.claim)
+    if checkpoint.lost and settings.run.start_when == 1:  # no other node can have the block
+        raise OutputError(
+            f"{'; '.join(checkpoint.warnings)}; restore the folder from a backup, or set "
+            "node.output to a new one"
+        )
     for line in checkpoint.warnings:
-        if checkpoint.lost and settings.run.start_when == 1:  # no other node can have the block
-            raise OutputError(f"{line}; restore it, or set node.output to a new folder")
         standing.warn(line)
     standing.resume(checkpoint.state.progress)
     pad_id = model.tokenizer.pad_id

@@ -12,7 +12,7 @@ from deca_node import logs
 from deca_node.agreement import BlockAgreement
 from deca_node.batches import BatchStream
 from deca_node.blocks import Visit
-from deca_node.consensus import Plan
+from deca_node.consensus import Agreement, Plan
 from deca_node.kept import KeptBlocks
 from deca_node.member import Member
 from deca_node.membership import Edges
@@ -158,6 +158,14 @@ class Logbook:
 
     async def block_agreed(self, result: BlockAgreement) -> None:
         """See Observer."""
-        self._kept.agreed(result.block)
-        await self._saving.between_visits()
+        if result.changed:
+            # What was agreed on before holds no more.
+            self._standing.progress = replace(self._standing.progress, agreement=None)
+            self._kept.agreed(result.block)
+            self._saving.beside()  # neighbours wait for the next block, and not for this disk
         self._member.moved(self._kept.schedule.visits + result.block + 1)
+
+    async def agreed(self, result: Agreement) -> None:
+        """The agreement has ended; whatever comes next, it need not be repeated."""
+        self._standing.progress = replace(self._standing.progress, agreement=result)
+        await self._saving.between_visits()

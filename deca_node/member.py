@@ -37,10 +37,6 @@ REMIND_SECONDS = 10.0
 class Blocks(Shelf, Store[Any], Protocol):
     """The blocks that a member keeps: handed out to others, taken in from them."""
 
-    def lost(self) -> frozenset[int]:
-        """Blocks whose kept values are damaged, until another member's are installed."""
-        ...
-
 
 @dataclass(frozen=True)
 class Run:
@@ -106,7 +102,6 @@ class Member:
         self._log = log
         self.phase = Phase.STARTING
         self.visit = self.step = 0
-        self._lost_asked = False
         self._rest = _Rest(self)
         schedule, timing = run.schedule, run.timing
         self.swarm = Swarm(
@@ -216,9 +211,8 @@ class Member:
 
     def _is_behind(self, visit: int, others: Collection[int]) -> bool:
         """Whether this member must catch up before a visit, with others that are at these."""
-        if self._blocks.lost() and others and not self._lost_asked:
-            return True
-        near = self.swarm.near_visits
+        # Behind the last visit whoever is further has agreed on a block without this member.
+        near = self.swarm.near_visits if visit < self._run.schedule.visits else 0
         return any(other - visit > near for other in others)
 
     def _reachable(self, visit: int) -> frozenset[str]:
@@ -252,6 +246,8 @@ class Member:
             swarm.sweep()
             peers = swarm.peers.values()
             enough, who = membership.ready(swarm.identity.node, peers, wanted)
+            if lost := self._blocks.lost():
+                who += f"; block {', '.join(map(str, sorted(lost)))} is lost here, one must have it"
             waiting(who)
             now = clock()
             if enough:
@@ -307,9 +303,12 @@ class Member:
 
     async def _in_step(self, visit: int, *, overtaken: bool) -> tuple[int, bool]:
         entry, anew = await self.catch_up(visit, overtaken=overtaken)
-        self._lost_asked = self._lost_asked or bool(self.swarm.givers())
         self.moved(entry)
         return entry, anew
+
+    async def hand_out(self) -> None:
+        """Before this member leaves: let those who catch up have its blocks (Giver.drain)."""
+        await self.giver.drain(expecting=membership.may_come(self.swarm.peers.values()))
 
     def moved(self, visit: int) -> None:
         """This member is at another visit."""

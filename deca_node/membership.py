@@ -224,6 +224,18 @@ def came_to(peers: Iterable[Peer], visit: int) -> frozenset[str]:
     )
 
 
+def may_come(peers: Iterable[Peer]) -> bool:
+    """Whether a peer of the run is away, or on its way back, and so may ask for blocks."""
+    away = (State.GONE, State.SUSPECT, State.BEHIND)
+    coming = (Phase.STARTING, Phase.WAITING, Phase.CATCHING_UP)
+    return any(
+        peer.reached
+        and peer.state != State.REFUSED
+        and (peer.state in away or peer.phase in coming)
+        for peer in peers
+    )
+
+
 def ready(own: str, peers: Iterable[Peer], wanted: int) -> tuple[bool, str]:
     """Whether enough members are there to begin, and a line saying who is (and is not).
 

@@ -15,13 +15,13 @@ import torch
 
 from deca_node import __version__, logs, memory, registry
 from deca_node.addresses import as_called_here, joined
-from deca_node.agreement import Agreeing, Agreement
+from deca_node.agreement import Agreeing
 from deca_node.batches import BatchStream
 from deca_node.blocks import Schedule
 from deca_node.checkpoint import Checkpoint
 from deca_node.compression import Format
 from deca_node.config import Settings, is_loopback
-from deca_node.consensus import extends
+from deca_node.consensus import Agreement, extends
 from deca_node.control import Control
 from deca_node.errors import DiskFullError, ListenError, OutputError
 from deca_node.evaluation import evaluate
@@ -39,7 +39,7 @@ from deca_node.membership import Phase, State, came_to
 from deca_node.methods import Method
 from deca_node.methods.choose import build
 from deca_node.models import pick_device
-from deca_node.outcome import Agreed, Outcome
+from deca_node.outcome import Outcome
 from deca_node.pb import node_pb2 as pb
 from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.reception import Reception
@@ -115,7 +115,7 @@ class Node:
         self._measurements = Measurements(self._status_elsewhere)
         self._met_before: dict[str, str] = {}
         self._outcome = Outcome(settings)
-        self._agreed = Agreed()
+        self._had: Agreement | None = None  # what was agreed on before this start, if it was
 
     # --- life
 
@@ -182,16 +182,17 @@ class Node:
         port = await self._listen(stack)
         loaded = await load(settings, standing, self._compute, stack)
         self._met_before = loaded.checkpoint.state.peers
-        self._agreed = self._outcome.agreed()
-        if standing.progress.finished and self._is_agreement_due():
-            standing.progress = replace(standing.progress, finished=False)
-        if standing.progress.finished:
+        before = standing.progress
+        if before.agreement is not None and before.agreement.complete:
+            self._had = before.agreement
+        if before.finished and not self._is_agreement_due:
             self._log.info(
                 "this run is finished; set node.output to a new folder to run again",
                 model=self._outcome.shown,
             )
             await self._stay()
             return True
+        standing.progress = replace(before, finished=False)
         kept = KeptBlocks(
             loaded.checkpoint,
             loaded.model,
@@ -230,20 +231,19 @@ class Node:
         logbook = Logbook(standing, member, kept, saving, loaded.batches, books, self._log)
         if not await self._train(start, member, method, kept, logbook, saving, loaded.batches):
             return False
-        agreement = None
-        if settings.consensus.tolerance > 0:
-            self._enter(Phase.AGREEING)
-            await self._wait_for_late(member)
-            if not await self._may_agree(member, kept):
-                await self._stay()
-                return True
-            agreement = await self._agree(member, loaded, logbook)
-            if self._stopping.is_set():
-                self._enter(Phase.STOPPING)
+        try:
+            agreed = await self._come_to_one_model(member, loaded, logbook)
+            if before.finished and not agreed:
+                await self._end_as_before(member, kept)
+            else:
+                await self._finish(member, kept, loaded, logbook.sent_before)
+        except Stopped:  # which is no success before all is saved
+            where = "in the agreement" if member.phase == Phase.AGREEING else "before the end"
+            self._enter(Phase.STOPPING)
+            if not kept.is_saved:
                 await self._leave_saved(asyncio.to_thread(kept.save))
-                self._log.info("stopped in the agreement, state saved")
-                return False
-        await self._finish(member, kept, loaded, agreement, logbook.sent_before)
+            self._log.info(f"stopped {where}, state saved")
+            raise
         await self._stay()
         return True
 
@@ -317,9 +317,9 @@ class Node:
         self._member = self._control.member = self._reception.member = member
         await self._join(stack, member, port)
         is_over = self._standing.progress.visit >= loaded.schedule.visits
-        if not is_over or self.settings.consensus.tolerance > 0:
+        if not is_over or self._is_agreement_due or kept.lost():
             # All that had agreed are needed to do so anew, and who was missing is why they do.
-            wanted = len(self._agreed.members | self._agreed.missing)
+            wanted = len({*self._had.members, *self._had.missing}) if self._had else 0
             why = await member.wait_for_members(
                 max(self.settings.run.start_when, wanted),
                 self._standing.wait_for,
@@ -374,39 +374,68 @@ class Node:
         if isinstance(saved, BaseException):
             raise saved
 
-    def _is_agreement_due(self) -> bool:
-        """Whether a finished run is to agree once more, on what its settings ask for now."""
-        # Who was missing can come to an agreement only with those that have one already.
-        return self.settings.consensus.tolerance > 0 and (
-            self._agreed.finer or bool(self._agreed.missing)
-        )
+    @property
+    def _is_agreement_finer(self) -> bool:
+        """Whether the settings ask for more than was agreed on before."""
+        return self._had is None or self._had.tolerance > self.settings.consensus.tolerance
 
-    async def _may_agree(self, member: Member, kept: KeptBlocks) -> bool:
-        """Whether an agreement may begin; if not, the run is finished as it was before."""
-        had = self._agreed
-        here = frozenset(member.graph(member.visit))
-        if self._stopping.is_set() and had.members:
-            raise Stopped  # nothing has changed
-        if extends(had.members, here, finer=had.finer):
+    @property
+    def _is_agreement_due(self) -> bool:
+        """Whether the run ends with an agreement that is still to come, or wanted once more."""
+        # Who was missing can come to an agreement only with those that have one already.
+        is_wanted = self._had is None or bool(self._had.missing) or self._is_agreement_finer
+        return self.settings.consensus.tolerance > 0 and is_wanted
+
+    async def _come_to_one_model(self, member: Member, loaded: Loaded, logbook: Logbook) -> bool:
+        """Agree, where that is still to be done and may be; whether it was done now.
+
+        Raises:
+            Stopped: told to stop before the end.
+        """
+        if self._is_agreement_due:
+            self._enter(Phase.AGREEING)
+            await self._wait_for_late(member)
+            if self._stopping.is_set():
+                raise Stopped
+            if self._may_agree(member):
+                await self._agree(member, loaded, logbook)
+                return True
+        if self._had is not None:  # an earlier process had come so far
+            member.moved(loaded.schedule.visits + len(loaded.schedule.blocks))
+        return False
+
+    def _may_agree(self, member: Member) -> bool:
+        """Whether an agreement may begin: none that there was before becomes two."""
+        had = self._had
+        if had is None:
             return True
-        among = ", ".join(sorted(had.members))
-        away = ", ".join(sorted((had.members | had.missing) - here)) or "nobody"
+        here = frozenset(member.graph(member.visit))
+        if extends(frozenset(had.members), here, finer=self._is_agreement_finer):
+            return True
+        among = ", ".join(had.members)
+        away = ", ".join(sorted({*had.members, *had.missing} - here)) or "nobody"
         self._standing.warn(
             f"kept the agreement of {among}, not here: {away}; start all together to agree anew"
         )
+        return False
+
+    async def _end_as_before(self, member: Member, kept: KeptBlocks) -> None:
+        """A finished run is started again, and nothing came of it."""
         self._enter(Phase.SERVING)
         self._standing.waiting_for = "nodes that catch up to have their blocks"
-        await unless_stopped(member.giver.drain(), self._stopping)
+        await unless_stopped(member.hand_out(), self._stopping)
         self._standing.waiting_for = ""
         self._standing.progress = replace(self._standing.progress, finished=True)
         if not kept.is_saved:  # a block was damaged here, and fetched
             await self._until_there_is_room(kept.save)
         self._log.info("finished as before", model=self._outcome.shown)
-        return False
 
-    async def _agree(self, member: Member, loaded: Loaded, logbook: Logbook) -> Agreement:
-        """Bring all nodes to one model."""
-        await self._until_there_is_room(self._outcome.forget_agreement)
+    async def _agree(self, member: Member, loaded: Loaded, logbook: Logbook) -> None:
+        """Bring all nodes to one model.
+
+        Raises:
+            Stopped: told to stop before all was agreed on.
+        """
         self._log.info("agreeing", tolerance=self.settings.consensus.tolerance)
         agreement = await Agreeing(
             loaded.schedule,
@@ -421,8 +450,8 @@ class Node:
             self._stopping,
         ).run()
         self._standing.waiting_for = ""
-        if self._stopping.is_set():
-            return agreement
+        if self._stopping.is_set() and not agreement.complete:
+            raise Stopped
         # Who was away when it began, and came back to find it under way, is in no graph of it.
         last_round = loaded.schedule.visits - len(loaded.schedule.blocks)
         met = came_to(member.swarm.peers.values(), last_round)
@@ -444,7 +473,7 @@ class Node:
             disagreement=agreement.disagreement,
             members=", ".join(agreement.members),
         )
-        return agreement
+        await logbook.agreed(agreement)
 
     async def _wait_for_late(self, member: Member) -> None:
         """Give those who still train, or catch up, the time that a visit gives its neighbours.
@@ -473,22 +502,27 @@ class Node:
         member: Member,
         kept: KeptBlocks,
         loaded: Loaded,
-        agreement: Agreement | None,
         sent_before: int,
     ) -> None:
-        """Serve neighbours, evaluate, write the model and the record."""
+        """Serve neighbours, evaluate, write the model and the record.
+
+        Raises:
+            Stopped: told to stop before the end.
+        """
         exchange, standing, model = member.exchange, self._standing, loaded.model
         self._enter(Phase.SERVING)
         unserved = asyncio.create_task(exchange.drain())
+        agreement = standing.progress.agreement
+        if agreement is not None and agreement.complete and not kept.are_agreed:
+            # A block of it was damaged since, and there was nobody to have it from.
+            standing.progress = replace(
+                standing.progress, agreement=replace(agreement, complete=False)
+            )
         if not kept.is_saved:  # the disk was full when the last visits ended
             standing.waiting_for = "room for the last blocks"
-            try:
-                # In other trouble neighbours get the last block first; all is saved again below.
-                with contextlib.suppress(OutputError):
-                    await self._until_there_is_room(kept.save)
-            except Stopped:  # which is no success before all is saved
-                await self._worker(kept.save)
-                raise
+            # In other trouble neighbours get the last block first; all is saved again below.
+            with contextlib.suppress(OutputError):
+                await self._until_there_is_room(kept.save)
         after = None
         if loaded.corpus.test:
             standing.waiting_for = "the evaluation after training"
@@ -499,7 +533,7 @@ class Node:
             standing.warn(f"did not fetch our last block: {', '.join(sorted(late))}")
         exchange.release()
         standing.waiting_for = "nodes that catch up to have their blocks"
-        await unless_stopped(member.giver.drain(), self._stopping)
+        await unless_stopped(member.hand_out(), self._stopping)
         # Neighbours fetch the last block after our last step.
         sent = standing.progress.bytes_sent + exchange.bytes_sent - sent_before
         standing.progress = replace(standing.progress, bytes_sent=sent)
@@ -507,7 +541,7 @@ class Node:
         await self._until_there_is_room(partial(self._outcome.write_model, model))
         progress = replace(standing.progress, finished=True, seconds=standing.seconds())
         await self._until_there_is_room(
-            partial(self._outcome.write_summary, standing, progress, after, agreement)
+            partial(self._outcome.write_summary, standing, progress, after)
         )
         standing.progress = progress
         await self._until_there_is_room(kept.save)

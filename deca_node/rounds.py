@@ -155,7 +155,7 @@ class CatchUp(Protocol):
         And whether blocks have changed: then a visit is begun anew, whatever was saved of it.
 
         Args:
-            visit: about to begin.
+            visit: about to begin; their number at the end.
             overtaken: no edge of it could be had, because the neighbours are past its beginning.
         """
         ...
@@ -197,7 +197,7 @@ class Rounds:
         batches: the local data.
         neighbours: wanted neighbours in a visit, by the topology over the members present; asked
             at the start of every visit.
-        catch_up: asked before every visit, and when one was missed.
+        catch_up: asked before every visit, when one was missed, and at the end.
         pause: asked before every visit and step.
         observer: told of visits and steps.
         worker: runs torch work on the training thread.
@@ -264,6 +264,8 @@ class Rounds:
                 here = await self._enter_anew(here.visit, done)
                 if self.stopping.is_set():
                     return here.visit, here.step
+        # Others may have agreed since this node ended its training; it can have their blocks.
+        await self.catch_up(here.visit, overtaken=False)
         return here.visit, 0
 
     async def _pause(self) -> bool:

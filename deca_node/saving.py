@@ -1,7 +1,8 @@
 """When a node's state goes to disk as it trains: at each visit's end, and within long ones."""
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,7 @@ class Saving:
         self._standing, self._control, self._worker = standing, control, worker
         self._every, self._log, self.at = every, log, at
         self._last = time.monotonic()
+        self._beside: asyncio.Task[None] | None = None
 
     @property
     def is_due(self) -> bool:
@@ -61,13 +63,28 @@ class Saving:
 
     async def between_visits(self) -> None:
         """Save all that is not on disk yet."""
+        if self._beside is not None:
+            await self._beside
         await self._save(self._kept.save)
 
-    async def _save(self, save: Callable[[], None]) -> None:
+    def beside(self) -> None:
+        """Save blocks that are final while others change; what comes meanwhile is saved next."""
+        if self._beside is None or self._beside.done():
+            self._beside = asyncio.create_task(self._save_beside())
+
+    async def _save_beside(self) -> None:
+        while not self._kept.is_saved and await self._save(self._kept.save, asyncio.to_thread):
+            pass
+
+    async def _save(
+        self,
+        save: Callable[[], None],
+        run: Callable[[Callable[[], None]], Awaitable[None]] | None = None,
+    ) -> bool:
         begin = time.monotonic()
         saved = True
         try:
-            await self._worker(save)
+            await (run or self._worker)(save)
         except DecaError as error:
             _tell(self._standing, error)
             saved = False
@@ -79,6 +96,7 @@ class Saving:
         if saved:
             self._log.debug("saved", visit=at.visit, step=at.step)
         self._last = end + max(0.0, (end - begin) / SHARE - self._every)
+        return saved
 
 
 def tried_to_save(standing: Standing, write: Callable[[], None]) -> bool:

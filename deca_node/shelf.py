@@ -74,7 +74,7 @@ class HeldBlocks:
         return self._held[visit.block][1]
 
     def lost(self) -> frozenset[int]:
-        """See member.Blocks: memory is not damaged."""
+        """See Store: memory is not damaged."""
         return frozenset()
 
     # --- for others (catchup.Shelf)

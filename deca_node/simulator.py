@@ -329,7 +329,7 @@ class SimulatedNode:
         await member.exchange.drain()
         self.bytes_sent += watch.sent()  # of the last block, to those that were behind
         member.exchange.release()
-        await member.giver.drain()
+        await member.hand_out()
         self.finished = True
         await member.leave(finished=True)
         await transport.close(0)

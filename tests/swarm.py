@@ -121,6 +121,7 @@ class Keeping:
         data = save(tensors)
         kept = Kept(visit, len(data), xxhash.xxh3_128_hexdigest(data))
         self.disk.blocks[block] = (kept, data)
+        self.disk.lost -= {block}
 
     def restore(self):
         for block, (_, data) in self.disk.blocks.items():
@@ -245,7 +246,7 @@ class ToyNode:
             if node is not self:
                 member.swarm.propose(node.address, lasting=True)
         await member.wait_for_members(
-            swarm.start_when, lambda _: None, resumed=self.disk.place.visit > 0
+            swarm.start_when, swarm.waits, resumed=self.disk.place.visit > 0
         )
         member.enter(Phase.TRAINING)
         rule = Rule(learning_rate=swarm.learning_rate)
@@ -343,6 +344,7 @@ class ToySwarm:
             delay=lambda a, b: 1e6 if (a, b) in self.cuts or (b, a) in self.cuts else delay()
         )
         self.after_step = after_step
+        self.waits = lambda who: None
         self.nodes = [ToyNode(self, index) for index in range(count)]
 
     def optimum(self, index):

@@ -9,6 +9,7 @@ does a new manifest replace the old one.
 import contextlib
 import errno
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from weakref import WeakSet
 
 import xxhash
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +37,7 @@ from deca_node.checkpoint.manifest import (
 )
 from deca_node.checkpoint.mark import MARK, check_mark, recognise
 from deca_node.checkpoint.sealing import sealed
+from deca_node.consensus import Agreement
 from deca_node.disk import in_output, make_folder, sync, write_atomically
 from deca_node.errors import OutputError, PayloadError
 
@@ -47,6 +50,7 @@ MAX_DAMAGED = 4
 # come back; older ones go.
 MAX_PARTS_PER_BLOCK = 2
 
+_AGREEMENT = TypeAdapter(Agreement)
 _PART = re.compile(rf"incoming-([0-9]{{4,}})-({DIGEST.pattern})\.part")
 
 
@@ -92,7 +96,8 @@ class Checkpoint:
 
     Attributes:
         state: what is in use, and on disk after each save.
-        warnings: one line for each thing found damaged, with what is used in its place.
+        warnings: one line for each thing found damaged, with what is used in its place, and for
+            each block that is lost since an earlier start.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str], schedule: Schedule) -> None:
@@ -175,6 +180,7 @@ class Checkpoint:
         newest, trouble = self._candidate(MANIFEST)
         if newest is not None and not newest.damaged:
             self._use(newest)
+            self.warnings = self._lost_before(newest)
             return True
         before, older_trouble = self._candidate(PREVIOUS)
         if trouble == older_trouble == "missing":
@@ -194,7 +200,7 @@ class Checkpoint:
         self._use(chosen)
         progress = chosen.named.progress
         place = f"the state before is used (visit {progress.visit}, step {progress.step})"
-        warnings = []
+        warnings = [*self._lost_before(chosen)]
         if newest is None:
             warnings.append(f"{self._state_folder / MANIFEST}: {trouble}; {place}")
         elif chosen is before:
@@ -224,6 +230,14 @@ class Checkpoint:
             self._damaged.add(MANIFEST)
         return True
 
+    def _lost_before(self, candidate: _Candidate) -> tuple[str, ...]:
+        """A line for each block that a manifest names as lost."""
+        return tuple(
+            f"{self._state_folder / f'block-{block:04}'}-*.safetensors: damaged at an earlier "
+            f"start, so block {block} is lost"
+            for block in candidate.named.lost
+        )
+
     def _use(self, candidate: _Candidate) -> None:
         self.state, self._content = candidate.usable, candidate.content
 
@@ -235,7 +249,7 @@ class Checkpoint:
             if content is None:
                 return None, trouble
             try:
-                state = parsed(path, content, self._schedule)
+                state = self._with_agreement(parsed(path, content, self._schedule))
             except ValueError:
                 return None, "damaged"
         damaged = {}
@@ -243,6 +257,19 @@ class Checkpoint:
             if trouble := self._trouble(saved):
                 damaged[saved] = trouble
         return _Candidate(content, state, damaged), ""
+
+    def _with_agreement(self, state: State) -> State:
+        """What was agreed on; of a run that an earlier version finished only summary.json tells."""
+        progress, end = state.progress, self._schedule.visits
+        agreed = all(saved.visit == end for saved in state.blocks.values())
+        if not (progress.finished and agreed) or progress.agreement is not None:
+            return state
+        try:
+            summary = json.loads((self.folder / "summary.json").read_bytes())
+            told = _AGREEMENT.validate_json(json.dumps(summary["consensus"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return state
+        return replace(state, progress=replace(progress, agreement=told))
 
     def _trouble(self, saved: SavedFile) -> str:
         """What is wrong with a file; empty when nothing."""

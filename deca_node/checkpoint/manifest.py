@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
 from deca_node.blocks import Schedule
 from deca_node.checkpoint.sealing import canonical, unsealed
+from deca_node.consensus import Agreement
 
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -38,7 +39,8 @@ class Progress:
 
     ``visit`` and ``step`` come next; ``data_position`` counts examples consumed; ``bytes_sent``,
     ``bytes_received``, ``incomplete`` and ``seconds`` are totals so far; ``caught_up`` counts the
-    bytes of blocks fetched to catch up, ``passed_over`` the visits that were skipped by it.
+    bytes of blocks fetched to catch up, ``passed_over`` the visits that were skipped by it;
+    ``agreement`` is how the final agreement ended whose values the blocks have.
     """
 
     visit: _Count = 0
@@ -52,6 +54,7 @@ class Progress:
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     finished: bool = False
     before: dict[str, Any] | None = None
+    agreement: Agreement | None = None
 
 
 @with_config(_STRICT)

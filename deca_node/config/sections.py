@@ -295,7 +295,8 @@ class ScheduleSettings(Section):
         le=1,
         description="1: a step's blocks travel during the next step's gradient and are mixed in "
         "after it, by half. Hides the exchange behind the computation of every block; neighbours "
-        "agree more slowly, and it costs the memory of one more block.",
+        "agree more slowly, and it costs the memory of one more block. A node that is stopped "
+        "within a visit and resumed does not come to the same bits as one that was not.",
     )
     order: Literal["ascending", "descending", "random"] = Field(
         "ascending",
@@ -495,9 +496,10 @@ class ConsensusSettings(Section):
         ge=0,
         lt=1,
         description="Largest difference between two nodes' blocks at the end, relative to the "
-        "largest between two neighbours before; 1e-3 is a good value. 0: no agreement, every node "
-        "keeps its own model. Smaller takes more rounds, and each sends the block to every "
-        "neighbour.",
+        "largest between two neighbours before, in fp32: rounded to a model of 16 bits, two "
+        "nodes' values may differ by one unit in the last place. 1e-3 is a good value. 0: no "
+        "agreement, every node keeps its own model. Smaller takes more rounds, and each sends the "
+        "block to every neighbour.",
     )
     max_rounds: int = Field(
         500,

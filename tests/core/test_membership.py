@@ -18,6 +18,7 @@ from deca_node.membership import (
     departed,
     failed,
     heard,
+    may_come,
     members,
     near_visits,
     overhauled,
@@ -330,3 +331,24 @@ def test_an_edges_format_comes_from_both_ends_offers_for_its_visit():
 )
 def test_at_the_end_only_those_are_missed_that_came_to_the_last_round(peer, missed):
     assert came_to([peer], 8) == ({"bob"} if missed else set())
+
+
+@pytest.mark.parametrize(
+    ("state", "phase", "reached", "comes"),
+    [
+        (State.GONE, Phase.TRAINING, True, True),
+        (State.BEHIND, Phase.TRAINING, True, True),
+        (State.ALIVE, Phase.WAITING, True, True),
+        (State.ALIVE, Phase.CATCHING_UP, True, True),
+        (State.ALIVE, Phase.TRAINING, True, False),  # in step, it ends by itself
+        (State.ALIVE, Phase.AGREEING, True, False),
+        (State.DONE, Phase.SERVING, True, False),
+        (State.DONE, Phase.DONE, True, False),
+        (State.REFUSED, Phase.WAITING, True, False),
+        (State.GONE, Phase.TRAINING, False, False),
+    ],
+)
+def test_whoever_is_away_or_on_its_way_back_may_come_for_blocks(state, phase, reached, comes):
+    """For it a node that has ended stays a moment; where there is nobody like that it does not."""
+    peer = Peer("bob", 1, "b:1", state, phase, 3, 0.0, reached=reached)
+    assert may_come([peer]) == comes

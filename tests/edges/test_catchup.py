@@ -10,6 +10,7 @@ from deca_node.catchup import MAX_DISK_FAILURES, RETRY_SECONDS, CatchUp
 from deca_node.config import Timing
 from deca_node.errors import PayloadError, PeerRefused, PeerTimeout
 from deca_node.giving import transfer_seconds
+from deca_node.member import REJOIN_SECONDS
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import STUCK_FACTOR, Kept
@@ -238,6 +239,58 @@ def test_a_lost_block_is_fetched_from_a_neighbour():
         assert 1 in node.disk.blocks
         await swarm.finish()
         assert all(each.story.finished for each in swarm.nodes)
+
+    run(scenario())
+
+
+def test_a_lost_block_is_asked_for_until_somebody_has_it():
+    """The first that is there has lost it, too; the one that comes later has it."""
+
+    async def scenario():
+        swarm = ToySwarm(3, rounds=6, steps=3, kind="full", start_when=2)
+        swarm.start()
+        await until(lambda: all(each.disk.place.visit >= 6 for each in swarm.nodes))
+        for each in swarm.nodes:
+            await each.kill()
+        node, other, late = swarm.nodes
+        block = swarm.schedule.visit(node.disk.place.visit + 3).block  # not trained very soon
+        for each in (node, other):
+            del each.disk.blocks[block]
+            each.disk.lost, each.disk.fetched = frozenset({block}), 0
+        node.start()
+        other.start()
+        begun = len(node.story.steps)
+        await until(lambda: len(node.story.steps) > begun)
+        late.start()
+        await until(lambda: not node.disk.lost)
+        assert node.disk.fetched > 0
+        await swarm.finish()
+        # Asking at each visit costs none; fetching may.
+        again = [record.visit.index for _, life, record in node.story.steps if life == 2]
+        assert len(set(again)) >= swarm.schedule.visits - again[0] - 2
+
+    run(scenario())
+
+
+def test_whoever_waits_for_a_lost_block_says_so():
+    """Else an operator sees only that members are missing, for ever."""
+
+    async def scenario():
+        swarm = ToySwarm(2, rounds=4, steps=3)
+        swarm.start()
+        node = swarm.nodes[0]
+        await until(lambda: len(node.story.steps) >= 13)
+        for each in swarm.nodes:
+            await each.kill()
+        del node.disk.blocks[1]
+        node.disk.lost = frozenset({1})
+        said = []
+        swarm.waits = said.append
+        node.start()
+        await asyncio.sleep(2 * REJOIN_SECONDS)
+        assert node.member.phase == Phase.WAITING
+        assert "block 1 is lost here" in said[-1]
+        await node.kill()
 
     run(scenario())
 

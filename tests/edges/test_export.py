@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import structlog
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from deca_node import cli
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.checkpoint import Changed, Checkpoint
+from deca_node.consensus import Agreement
 from deca_node.errors import OutputError
 from deca_node.export import export
 from deca_node.node import Node
@@ -38,11 +39,12 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def agreement(folder, **consensus):
-    """Write down an agreement, as the node would."""
-    path = folder / "out" / "summary.json"
-    summary = json.loads(path.read_text())
-    path.write_text(json.dumps({**summary, "consensus": consensus or None}))
+def agreement(folder, *, finished=True, **told):
+    """Write down an agreement, or none, as the node would."""
+    store = store_of(folder)
+    found = Agreement("exact", 9, 0.1, 1e-4, tolerance=1e-3, **told) if told else None
+    store.save({}, replace(store.state.progress, agreement=found, finished=finished))
+    store.release()
 
 
 def test_a_finished_run_exports_the_model_that_it_wrote(finished, tmp_path):
@@ -158,7 +160,6 @@ def test_the_state_before_a_damaged_one_is_written_with_a_warning(copy, tmp_path
     assert f"{path.name}: damaged; the state before is used" in said
     found = weights(tmp_path / "new")
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
-    agreement(copy, complete=True, members=["a", "b"], missing=[])
     with pytest.raises(OutputError, match=f"{path.name}: damaged.*set consensus.tolerance"):
         export(settings(copy), tmp_path / "agreed", consensus=True)
     assert not (tmp_path / "agreed").exists()
@@ -185,41 +186,46 @@ def test_an_existing_folder_is_not_overwritten(finished):
         export(settings(finished), finished / "out" / "model", consensus=False)
 
 
-def test_consensus_is_exported_when_it_is_recorded(finished, tmp_path):
-    """It says who has this model, and who is missing."""
-    agreement(finished, complete=True, members=["a", "b"], missing=["c"])
-    said = export(settings(finished), tmp_path / "new", consensus=True)
+@pytest.mark.parametrize("ended", [True, False])
+def test_consensus_is_exported_when_it_is_kept(copy, tmp_path, ended):
+    """It says who has this model, and who is missing; the node need not have written it yet."""
+    agreement(copy, finished=ended, complete=True, members=("a", "b"), missing=("c",))
+    said = export(settings(copy), tmp_path / "new", consensus=True)
     assert said.endswith("agreed on by a, b, without c")
-    assert same(weights(tmp_path / "new"), weights(finished / "out" / "model"))
+    assert same(weights(tmp_path / "new"), weights(copy / "out" / "model"))
 
 
 @pytest.mark.parametrize(
-    ("consensus", "words"),
+    ("told", "words"),
     [
         ({}, "finished without an agreement; set consensus.tolerance"),
-        ({"complete": False}, "did not come to an agreement; set consensus.tolerance"),
-        ({"complete": "yes"}, "did not come to an agreement"),
+        (
+            {"complete": False, "members": ("a",), "missing": ("b",)},
+            "did not come to an agreement; set consensus.tolerance",
+        ),
     ],
 )
-def test_what_was_not_agreed_on_is_refused_with_the_way_there(finished, tmp_path, consensus, words):
-    """The reason, and what to do about it."""
-    agreement(finished, **consensus)
+def test_what_was_not_agreed_on_is_refused_with_the_way_there(copy, tmp_path, told, words):
+    """The reason, and what to do about it; whatever the record of another end says."""
+    agreement(copy, **told)
+    path = copy / "out" / "summary.json"
+    good = asdict(Agreement("exact", 9, 0.1, 1e-4, True, ("a", "b"), (), 1e-3))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "consensus": good}))
     with pytest.raises(OutputError, match=words):
-        export(settings(finished), tmp_path / "new", consensus=True)
+        export(settings(copy), tmp_path / "new", consensus=True)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_under_way_has_no_agreement(finished, tmp_path, capsys):
+def test_a_run_under_way_has_no_agreement(copy, tmp_path, capsys):
     """The command line says so in one line, with the documented exit code."""
-    (finished / "out" / "summary.json").rename(tmp_path / "aside")
+    agreement(copy, finished=False)
     arguments = ["export", "--consensus", "--to", str(tmp_path / "new")]
     for key in ("node.output", "model.path", "data.train"):
         value = {"node.output": "out", "model.path": "model", "data.train": "train.jsonl"}[key]
-        arguments += ["--set", f"{key}={finished / value}"]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-    finally:
-        (tmp_path / "aside").rename(finished / "out" / "summary.json")
+        arguments += ["--set", f"{key}={copy / value}"]
+    for chosen in ("schedule.rounds=1", "schedule.steps=2", "optimizer.learning_rate=1e-3"):
+        arguments += ["--set", chosen]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
     assert ended.value.code == OutputError.exit_code
     assert "the run is not finished" in capsys.readouterr().err

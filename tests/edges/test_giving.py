@@ -71,12 +71,12 @@ async def fetch(leaving, name, block, pause=0.0):
             await asyncio.sleep(pause)
 
 
-async def drained(leaving, caller):
+async def drained(leaving, caller, *, expecting=False):
     """Seconds that a giver stays once somebody calls."""
     task = asyncio.create_task(caller)
     await asyncio.sleep(0.01)
     begin = asyncio.get_running_loop().time()
-    await leaving.drain()
+    await leaving.drain(expecting=expecting)
     seconds = asyncio.get_running_loop().time() - begin
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -113,6 +113,24 @@ def test_nobody_is_waited_for_that_does_not_ask():
         assert await drained(leaving, asyncio.sleep(0)) == 0
         seconds = await drained(leaving, leaving.answer_list(pb.ListBlocksRequest()))
         assert seconds == pytest.approx(QUIET_SECONDS, abs=0.1)
+
+    run(scenario())
+
+
+def test_who_is_away_has_a_moment_to_come():
+    """It has not asked yet when the node begins to leave: it gets all, or costs five seconds."""
+
+    async def scenario():
+        _, leaving = giver()
+        seconds = await drained(leaving, asyncio.sleep(0), expecting=True)
+        assert seconds == pytest.approx(QUIET_SECONDS, abs=0.1)
+
+        async def late():
+            await asyncio.sleep(0.8 * QUIET_SECONDS)
+            await leaving.answer_list(pb.ListBlocksRequest())
+
+        seconds = await drained(leaving, late(), expecting=True)
+        assert seconds == pytest.approx(1.8 * QUIET_SECONDS, abs=0.1)
 
     run(scenario())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node import checkpoint, loading, member, registry
+from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
-from deca_node.errors import DiskFullError
+from deca_node.errors import DiskFullError, OutputError
+from deca_node.export import export
+from deca_node.logbook import Logbook
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Peer, Phase, State
 from deca_node.models import LanguageModel
@@ -333,57 +337,339 @@ async def test_a_defect_in_what_is_done_each_second_ends_none_of_it():
     await asyncio.gather(ticking, return_exceptions=True)
 
 
-def agreeing(folder, network, name, *more):
-    """One of a and b, who train apart and agree at the end; with a transport of its own."""
+HOSTS = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
+
+
+def agreeing(folder, network, name, *more, names="ab"):
+    """One of some nodes that agree at the end; with a transport of its own."""
     (folder / name).mkdir(exist_ok=True)
-    host, other = ("10.0.0.1", "10.0.0.2")[:: 1 if name == "a" else -1]
+    others = ", ".join(f'"{HOSTS[other]}:7430"' for other in names if other != name)
     config = settings(
         folder / name,
         "run.name=agreeing",
         f"node.name={name}",
-        f"node.host={host}",
+        f"node.host={HOSTS[name]}",
         "trust.insecure=true",
-        f'network.static_peers=["{other}:7430"]',
+        f"network.static_peers=[{others}]",
         "consensus.tolerance=1e-3",
         *more,
     )
-    return Node(config, structlog.get_logger(), transport=network.transport(host, 7430))
+    return Node(config, structlog.get_logger(), transport=network.transport(HOSTS[name], 7430))
+
+
+def outcome(folder, name):
+    """What summary.json says of the agreement, and the progress on disk."""
+    out = folder / name / "out"
+    manifest = json.loads((out / "state" / "manifest.json").read_text())
+    return json.loads((out / "summary.json").read_text())["consensus"], manifest["progress"]
+
+
+def rewrite(folder, name, change):
+    """Change the progress on disk."""
+    path = folder / name / "out" / "state" / "manifest.json"
+    tree = unsealed(path, path.read_bytes())
+    change(tree["progress"])
+    path.write_bytes(sealed(tree))
+
+
+async def agreed_pair(folder, network, *more):
+    """Run a and b to their end, where both have one model."""
+    both = [agreeing(folder, network, name, "run.start_when=2", *more) for name in "ab"]
+    assert await asyncio.gather(*(node.run() for node in both)) == [True, True]
+    for name in "ab":
+        told, progress = outcome(folder, name)
+        assert (told["complete"], told["members"]) == (True, ["a", "b"])
+        assert progress["finished"]
+        assert progress["agreement"] == told
 
 
 async def test_alone_a_node_keeps_what_it_has_agreed_on_with_others(tmp_path, monkeypatch):
     """Started again as one of them is missing: the record, the state and the model stay."""
     network = LoopbackNetwork()
-    both = [agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab"]
-    assert await asyncio.gather(*(node.run() for node in both)) == [True, True]
+    await agreed_pair(tmp_path, network)
     monkeypatch.setattr(member, "REJOIN_SECONDS", 0.0)
     records = []
-    for name in "ab":
+    for name in "ab":  # as when another one had been killed in the agreement
+        rewrite(tmp_path, name, lambda progress: progress["agreement"].update(missing=["c"]))
         out = tmp_path / name / "out"
-        record = json.loads((out / "summary.json").read_text())
-        assert record["consensus"]["complete"]
-        assert record["consensus"]["members"] == ["a", "b"]
-        record["consensus"]["missing"] = ["c"]  # as when it had been killed in the agreement
-        (out / "summary.json").write_text(json.dumps(record))
         (out / "model" / "untouched").touch()
-        records.append(record)
+        records.append((out / "summary.json").read_text())
     for names in ("a", "a", "ab"):
         again = [agreeing(tmp_path, network, name) for name in names]
         assert all(await asyncio.gather(*(node.run() for node in again)))
         for name, record in zip(names, records, strict=False):
             out = tmp_path / name / "out"
-            assert json.loads((out / "summary.json").read_text()) == record
+            assert (out / "summary.json").read_text() == record
             assert (out / "model" / "untouched").exists()
-            state = json.loads((out / "state" / "manifest.json").read_text())
-            assert state["progress"]["finished"]
+            assert outcome(tmp_path, name)[1]["finished"]
     # A finer tolerance is worth another agreement, with all that had the one before.
-    for name, record in zip("ab", records, strict=True):
-        record["consensus"]["missing"] = []
-        (tmp_path / name / "out" / "summary.json").write_text(json.dumps(record))
+    for name in "ab":
+        rewrite(tmp_path, name, lambda progress: progress["agreement"].update(missing=[]))
     finer = "consensus.tolerance=1e-4"
     assert await agreeing(tmp_path, network, "a", finer).run()
-    assert json.loads((tmp_path / "a" / "out" / "summary.json").read_text()) == records[0]
+    assert (tmp_path / "a" / "out" / "summary.json").read_text() == records[0]
     monkeypatch.undo()
     both = [agreeing(tmp_path, network, name, finer, "run.start_when=2") for name in "ab"]
     assert all(await asyncio.gather(*(node.run() for node in both)))
-    found = json.loads((tmp_path / "a" / "out" / "summary.json").read_text())["consensus"]
+    found, progress = outcome(tmp_path, "a")
     assert (found["complete"], found["tolerance"]) == (True, 1e-4)
+    assert progress["agreement"] == found
+
+
+async def test_a_folder_of_an_earlier_version_keeps_its_agreement(tmp_path):
+    """There only summary.json tells of it; it counts where the state is finished and agreed on."""
+    network = LoopbackNetwork()
+    await agreed_pair(tmp_path, network)
+    rewrite(tmp_path, "a", lambda progress: progress.pop("agreement"))
+    config = agreeing(tmp_path, network, "a").settings
+    said = export(config, tmp_path / "agreed", consensus=True)
+    assert said.endswith("agreed on by a, b")
+    with structlog.testing.capture_logs() as lines:
+        assert await agreeing(tmp_path, network, "a").run()
+    assert lines[-1]["event"].startswith("this run is finished")
+
+
+@pytest.mark.parametrize("at", ["its end", "the model"])
+async def test_stopped_after_the_agreement_a_node_only_has_to_finish(tmp_path, monkeypatch, at):
+    """The others are at their end and gone: what they have agreed on is on its disk, and stays."""
+    network = LoopbackNetwork()
+    first, other = (agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab")
+    finish, agreed = first._finish, Logbook.block_agreed
+
+    async def stopped(*arguments):
+        first.stop()
+        await finish(*arguments)
+
+    async def block_agreed(self, result):
+        await agreed(self, result)
+        if result.block == 3 and self._standing._settings.node.name == "a":
+            first.stop()
+
+    if at == "the model":
+        first._finish = stopped
+    else:
+        monkeypatch.setattr(Logbook, "block_agreed", block_agreed)
+    assert await asyncio.gather(first.run(), other.run()) == [False, True]
+    out = tmp_path / "a" / "out"
+    assert not (out / "summary.json").exists()
+    said = export(first.settings, tmp_path / "agreed", consensus=True)
+    assert said.endswith("agreed on by a, b")
+    monkeypatch.undo()
+    again = agreeing(tmp_path, network, "a", "run.start_when=2")
+    async with asyncio.timeout(20):  # nobody is waited for
+        assert await again.run()
+    told, progress = outcome(tmp_path, "a")
+    assert told == progress["agreement"]
+    assert (told["complete"], told["members"], told["missing"]) == (True, ["a", "b"], [])
+    assert progress["finished"]
+    mine, theirs = (
+        load_file(tmp_path / name / "out" / "model" / "model.safetensors") for name in "ab"
+    )
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("backup", [False, True])
+async def test_an_old_record_ends_no_run_that_begins_anew(tmp_path, monkeypatch, backup):
+    """state/ is removed, or put back as it was within the run: both come to a result again."""
+    network, kept = LoopbackNetwork(), tmp_path / "kept"
+    save = checkpoint.Checkpoint.save
+
+    def keep(self, blocks, progress, *rest):
+        save(self, blocks, progress, *rest)
+        if progress.visit == 2:
+            shutil.copytree(self.folder / "state", kept / self.folder.parent.name)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", keep)
+    await agreed_pair(tmp_path, network)
+    monkeypatch.undo()
+    for name in "ab":
+        out = tmp_path / name / "out"
+        shutil.rmtree(out / "state")
+        if backup:
+            shutil.copytree(kept / name, out / "state")
+        else:
+            shutil.rmtree(out / "model")
+    await agreed_pair(tmp_path, network)
+    for name in "ab":
+        assert (tmp_path / name / "out" / "model" / "model.safetensors").exists()
+    # Nor does it make a node wait for those that it had agreed with.
+    shutil.rmtree(tmp_path / "a" / "out" / "state")
+    shutil.rmtree(tmp_path / "a" / "out" / "model")
+    async with asyncio.timeout(20):
+        assert await agreeing(tmp_path, network, "a").run()
+    assert not outcome(tmp_path, "a")[0]["complete"]
+
+
+async def test_a_crash_behind_the_summary_leaves_a_run_that_is_finished_later(
+    tmp_path, monkeypatch
+):
+    """The last manifest could not be written, and the node was told to end."""
+    network = LoopbackNetwork()
+    first, other = (agreeing(tmp_path, network, name, "run.start_when=2") for name in "ab")
+    real = checkpoint.Checkpoint.save
+
+    def save(self, blocks, progress, *rest):
+        if progress.finished and self.folder == first.settings.node.output:
+            loop.call_soon_threadsafe(first.stop)
+            raise DiskFullError("disk: no space left")
+        real(self, blocks, progress, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
+    loop = asyncio.get_running_loop()
+    ends = await asyncio.gather(first.run(), other.run(), return_exceptions=True)
+    assert isinstance(ends[0], DiskFullError)
+    monkeypatch.undo()
+    assert not outcome(tmp_path, "a")[1]["finished"]
+    assert await agreeing(tmp_path, network, "a", "run.start_when=2").run()
+    told, progress = outcome(tmp_path, "a")
+    assert told["complete"]
+    assert progress["finished"]
+    said = export(first.settings, tmp_path / "agreed", consensus=True)
+    assert said.endswith("agreed on by a, b")
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_a_signal_before_the_agreement_saves_what_was_not(tmp_path, monkeypatch, full):
+    """The disk was full at the last visit's end: there is another try, and its failure is said."""
+    real, tries = checkpoint.Checkpoint.save, []
+
+    def save(self, blocks, progress, *rest):
+        if progress.visit == 4:
+            tries.append(progress)
+            if full or len(tries) == 1:
+                raise DiskFullError("disk: no space left")
+        real(self, blocks, progress, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
+    node = Node(settings(tmp_path, "consensus.tolerance=1e-3"), structlog.get_logger())
+
+    async def wait_for_late(_member):
+        node.stop()
+
+    node._wait_for_late = wait_for_late
+    if full:
+        with pytest.raises(DiskFullError):
+            await node.run()
+    else:
+        assert not await node.run()
+    manifest = json.loads((tmp_path / "out" / "state" / "manifest.json").read_text())
+    assert manifest["progress"]["visit"] == (3 if full else 4)
+
+
+def kept(folder, name):
+    """By block, the visit and the digest of what the state on disk has."""
+    manifest = json.loads((folder / name / "out" / "state" / "manifest.json").read_text())
+    return {
+        int(block): (saved["visit"], saved["xxh3"]) for block, saved in manifest["blocks"].items()
+    }
+
+
+@pytest.mark.parametrize("where", ["training", "agreement"])
+@pytest.mark.parametrize("blocks", [1, 4])
+async def test_who_comes_back_takes_the_model_of_those_that_still_serve(
+    tmp_path, monkeypatch, where, blocks
+):
+    """It was stopped in the last visit or the agreement; the others have agreed without it."""
+    network, serving, back = LoopbackNetwork(), asyncio.Event(), asyncio.Event()
+
+    def node(name):
+        more = ["run.start_when=3", "topology.kind=full", "optimizer.learning_rate=1e-2"]
+        more += [f"schedule.layers_per_block={4 // blocks}", "schedule.rounds=2"]
+        return agreeing(tmp_path, network, name, *more, names="abc")
+
+    nodes = {name: node(name) for name in "abc"}
+    visits = 2 * blocks
+    real_step, real_round = Logbook.step_done, Logbook.round_done
+
+    async def step_done(self, record):
+        await real_step(self, record)
+        at = record.visit.index, record.step
+        if where == "training" and self is books.get("a") and at == (visits - 1, 0):
+            nodes["a"].stop()
+
+    def round_done(self, block, rounds):
+        real_round(self, block, rounds)
+        if where == "agreement" and self is books.get("a") and (block, rounds) == (blocks // 2, 1):
+            nodes["a"].stop()
+
+    books = {}
+    train = nodes["a"]._train
+
+    async def know(start, member, method, kept, logbook, *others):
+        books["a"] = logbook
+        return await train(start, member, method, kept, logbook, *others)
+
+    nodes["a"]._train = know
+    monkeypatch.setattr(Logbook, "step_done", step_done)
+    monkeypatch.setattr(Logbook, "round_done", round_done)
+
+    def hold(served):
+        finish = served._finish
+
+        async def finished(*arguments):  # its evaluation takes long
+            served._enter(Phase.SERVING)
+            serving.set()
+            await back.wait()
+            await finish(*arguments)
+
+        served._finish = finished
+
+    hold(nodes["b"])
+    hold(nodes["c"])
+    others = [asyncio.create_task(nodes[name].run()) for name in "bc"]
+    async with asyncio.timeout(60):
+        assert not await nodes["a"].run()
+        # A block that was given back is none that was agreed on.
+        agreed = range(blocks // 2) if where == "agreement" else ()
+        for block, (visit, _) in kept(tmp_path, "a").items():
+            assert (visit == visits) == (block in agreed)
+        await serving.wait()
+        assert await node("a").run()
+        back.set()
+        assert await asyncio.gather(*others) == [True, True]
+    mine, b, c = (kept(tmp_path, name) for name in "abc")
+    assert {visit for visit, _ in mine.values()} == {visits}
+    for block, saved in mine.items():
+        assert saved in (b[block], c[block])
+    # It has not agreed itself, and says nothing else.
+    assert not outcome(tmp_path, "a")[0]["complete"]
+    assert outcome(tmp_path, "b")[0]["members"] == ["b", "c"]
+
+
+async def test_a_lost_block_is_named_at_every_start(tmp_path):
+    """Also when the manifest has forgotten its file: by the node's refusal, and by export."""
+    assert await Node(settings(tmp_path), structlog.get_logger()).run()
+    path = tmp_path / "out" / "state" / "manifest.json"
+    tree = unsealed(path, path.read_bytes())
+    (tmp_path / "out" / "state" / tree["blocks"].pop("2")["file"]).unlink()
+    path.write_bytes(sealed({**tree, "lost": [2]}))  # as a save after the first start leaves it
+    words = r"block-0002-.*: damaged at an earlier start, so block 2 is lost; restore"
+    for _ in range(2):
+        with pytest.raises(OutputError, match=words):
+            await Node(settings(tmp_path), structlog.get_logger()).run()
+    with pytest.raises(OutputError, match=words):
+        export(settings(tmp_path), tmp_path / "new", consensus=False)
+
+
+async def test_a_slow_disk_holds_up_no_agreement(tmp_path, monkeypatch):
+    """A block is saved while the next ones are agreed on; all are on disk in the end."""
+    network, opened, waited = LoopbackNetwork(), threading.Event(), []
+    real_save, real_opened = checkpoint.Checkpoint.save, Logbook.block_opened
+
+    def save(self, blocks, progress, *rest):
+        if 4 in {changed.visit for changed in blocks.values()} and not waited:
+            waited.append(opened.wait(5))
+        real_save(self, blocks, progress, *rest)
+
+    def block_opened(self, block, *rest):
+        if block == 3:
+            opened.set()
+        real_opened(self, block, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
+    monkeypatch.setattr(Logbook, "block_opened", block_opened)
+    await agreed_pair(tmp_path, network, "topology.kind=full")
+    assert waited
+    assert all(waited)
+    assert {visit for visit, _ in kept(tmp_path, "a").values()} == {4}
+    assert kept(tmp_path, "a") == kept(tmp_path, "b")
