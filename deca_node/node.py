@@ -240,8 +240,7 @@ class Node:
         except Stopped:  # which is no success before all is saved
             where = "in the agreement" if member.phase == Phase.AGREEING else "before the end"
             self._enter(Phase.STOPPING)
-            if not kept.is_saved:
-                await self._leave_saved(asyncio.to_thread(kept.save))
+            await self._leave_saved(asyncio.to_thread(_nothing if kept.is_saved else kept.save))
             self._log.info(f"stopped {where}, state saved")
             raise
         await self._stay()
