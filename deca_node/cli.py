@@ -5,7 +5,6 @@ What takes seconds to import (torch, transformers) is imported by the verbs that
 """
 
 import asyncio
-import errno
 import io
 import json
 import math
@@ -36,6 +35,7 @@ from deca_node import (
     template,
 )
 from deca_node.config import load
+from deca_node.disk import is_full
 from deca_node.errors import (
     CheckError,
     ConfigError,
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the one place where a defect becomes an exit code
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_full(error):
             _forget_output()
             place = error.filename or "what this prints"
             full = DiskFullError(

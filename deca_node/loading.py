@@ -1,10 +1,8 @@
 """What a node reads when it begins: model, data and what is kept of the run."""
 
 import contextlib
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
 
 from deca_node.batches import BatchStream
 from deca_node.blocks import Schedule
@@ -16,17 +14,8 @@ from deca_node.errors import OutputError
 from deca_node.fingerprint import fingerprint, schedule_for
 from deca_node.methods.choose import prepare
 from deca_node.models import LanguageModel
+from deca_node.rounds import Worker
 from deca_node.standing import Standing
-
-T = TypeVar("T")
-
-
-class Compute(Protocol):
-    """Runs a function on the training thread, while the event loop answers."""
-
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
-        """The function's result, in time."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class Loaded:
 
 
 async def load(
-    settings: Settings, standing: Standing, compute: Compute, stack: contextlib.AsyncExitStack
+    settings: Settings, standing: Standing, compute: Worker, stack: contextlib.AsyncExitStack
 ) -> Loaded:
     """Read everything; ``standing`` tells how far that is, and gets the progress that was kept.
 

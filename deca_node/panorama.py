@@ -464,12 +464,16 @@ class Panorama:
         return found
 
 
+def has_left(node: Mapping[str, Any]) -> bool:
+    """Whether a node of a view was never asked, and others tell that it took leave."""
+    return node["state"] == "heard" and node["said"] in LEFT
+
+
 def _summary(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """A run at a glance, from those of its nodes that answer."""
     cards = list(cards)
     live = [card for card in cards if card["state"] == "live"]
     told = [card for card in cards if card["state"] != "heard"]
-    left = [card for card in cards if card["state"] == "heard" and card["said"] in LEFT]
     trained = [card for card in live if card["loss"]]
     shares = [c["steps_done"] / c["steps_total"] for c in live or told if c["steps_total"]]
     warnings: dict[str, list[str]] = {}
@@ -477,10 +481,10 @@ def _summary(cards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         for text in card["warnings"]:
             warnings.setdefault(text, []).append(card["node"])
     return {
-        "nodes": len(cards) - len(left),
+        "nodes": sum(not has_left(card) for card in cards),
         "live": len(live),
         "wanted": max((card["members_wanted"] for card in told), default=0),
-        "states": Counter(card["said"] if card in left else card["state"] for card in cards),
+        "states": Counter(card["said"] if has_left(card) else card["state"] for card in cards),
         "phases": Counter(str(card["phase"]) for card in live),
         "progress": sum(shares) / len(shares) if shares else None,
         "eta_seconds": max((card["eta_seconds"] or 0 for card in live), default=0),

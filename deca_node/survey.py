@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deca_node import status
-from deca_node.panorama import LEFT, Panorama
+from deca_node.panorama import Panorama, has_left
 
 _SOUND = ("ok", "slow")
 _STYLES = {"ok": "green", "gone": "red", "refused": "red"}
@@ -51,7 +51,7 @@ def unreachable(view: Mapping[str, Any]) -> dict[str, str]:
     missing = {one["address"]: one["error"] for one in view["silent"]}
     for run in view["runs"]:
         for node in run["nodes"]:
-            if node["state"] == "heard" and node["said"] not in LEFT:
+            if node["state"] == "heard" and not has_left(node):
                 why = node["error"] or f"not asked, others find it {node['said']}"
                 missing[_called(node, view)] = why
     return missing
@@ -63,7 +63,7 @@ def _left(view: Mapping[str, Any]) -> dict[str, str]:
         _called(node, view): node["said"]
         for run in view["runs"]
         for node in run["nodes"]
-        if node["state"] == "heard" and node["said"] in LEFT
+        if has_left(node)
     }
 
 

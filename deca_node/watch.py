@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deca_node import status, survey
 from deca_node.curve import VALUES
-from deca_node.panorama import LEFT, Panorama
+from deca_node.panorama import Panorama, has_left
 
 _BARS = "▁▂▃▄▅▆▇█"
 # For terminals whose encoding has none of these.
@@ -160,7 +160,7 @@ def _row(
     name: str, node: Mapping[str, Any], points: Points, cells: int, spark: int, narrow: bool
 ) -> list[Text]:
     if node["state"] == "heard":
-        asked = "" if node["said"] in LEFT else ", not asked"
+        asked = "" if has_left(node) else ", not asked"
         return [Text(name, "bold"), Text(f"{node['said']}{asked}", "dim")]
     live = node["state"] == "live"
     word = (

@@ -245,16 +245,20 @@ def naive_guard(run, node):
     return Guard(run.keyring(node), node)
 
 
+class Endless(Desk):
+    """Its blocks have no end."""
+
+    async def pull(self, request):
+        """The same bytes again and again."""
+        while True:
+            yield b"x" * 100_000
+            await asyncio.sleep(0)
+
+
 async def test_a_stream_ends_with_a_revocation(run):
     """What is under way is cut between two messages."""
     guard = run.guard("alice")
     eve = pb.Revocation(node="eve", signature=run.authority.revoke("eve"))
-
-    class Endless(Desk):
-        async def pull(self, request):
-            while True:
-                yield b"x" * 100_000
-                await asyncio.sleep(0)
 
     transport = GrpcTransport("127.0.0.1", 0, guard)
     port = await transport.listen(Endless("alice"), None)
@@ -276,12 +280,6 @@ async def test_a_stream_from_who_is_revoked_ends(run):
     """The caller's end: who sends knows of nothing, or is the very one."""
     bob, alice = run.guard("bob"), run.guard("alice")
     mark = pb.Revocation(node="alice", signature=run.authority.revoke("alice"))
-
-    class Endless(Desk):
-        async def pull(self, request):
-            while True:
-                yield b"x" * 100_000
-                await asyncio.sleep(0)
 
     transport = GrpcTransport("127.0.0.1", 0, alice)
     port = await transport.listen(Endless("alice"), None)

@@ -221,18 +221,24 @@ def test_a_frozen_node_costs_the_others_one_deadline():
     run(scenario())
 
 
+async def killed_without_block_1(swarm):
+    """The first node of a swarm that has trained, been killed, and found this block damaged."""
+    swarm.start()
+    node = swarm.nodes[0]
+    await until(lambda: len(node.story.steps) >= 13)
+    for each in swarm.nodes:
+        await each.kill()
+    del node.disk.blocks[1]
+    node.disk.lost = frozenset({1})
+    return node
+
+
 def test_a_lost_block_is_fetched_from_a_neighbour():
     """A node whose file of a block is damaged gets the block back from whoever has it."""
 
     async def scenario():
         swarm = ToySwarm(3, rounds=4, steps=3)
-        swarm.start()
-        node = swarm.nodes[0]
-        await until(lambda: len(node.story.steps) >= 13)
-        for each in swarm.nodes:
-            await each.kill()
-        del node.disk.blocks[1]
-        node.disk.lost = frozenset({1})
+        node = await killed_without_block_1(swarm)
         swarm.start()
         await until(lambda: node.disk.fetched > 0)
         assert node.disk.lost == frozenset()
@@ -277,13 +283,7 @@ def test_whoever_waits_for_a_lost_block_says_so():
 
     async def scenario():
         swarm = ToySwarm(2, rounds=4, steps=3)
-        swarm.start()
-        node = swarm.nodes[0]
-        await until(lambda: len(node.story.steps) >= 13)
-        for each in swarm.nodes:
-            await each.kill()
-        del node.disk.blocks[1]
-        node.disk.lost = frozenset({1})
+        node = await killed_without_block_1(swarm)
         said = []
         swarm.waits = said.append
         node.start()
