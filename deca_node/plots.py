@@ -71,6 +71,7 @@ def _lines(
         if longest[place]["visit"] != longest[place - 1]["visit"]:
             axes.axvline(place + 0.5, color="#cccccc", linewidth=0.7, zorder=0)
     axes.set(title=title, xlabel="step (grey: next block)", xlim=(1, max(2, len(longest))))
+    axes.locator_params(axis="x", integer=True)
 
 
 def draw_curves(
@@ -119,6 +120,7 @@ def draw_curves(
                 high = [m + s for _, m, s in told]
                 axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel="step")
+            axes.locator_params(axis="x", integer=True)  # there is no half of a step
             if log:
                 axes.set_yscale("log")
         for axes in places[len(panels) :]:

@@ -140,6 +140,17 @@ def test_a_gap_is_drawn_as_one(tmp_path, monkeypatch):
     assert drawn == [([1, 3, 4], ["2.0", "nan", "1.0"])] * 2
 
 
+def test_steps_are_counted_in_whole_numbers(tmp_path):
+    """A short run's axis is not marked at step 2.5."""
+    from deca_node.plots import draw_curves
+
+    curve = Curve(list(range(1, 21)), [1.0] * 20, [0.0] * 20)
+    picture = tmp_path / "loss.svg"
+    draw_curves({"": {"all": curve}}, "loss", [picture], log=True)
+    assert "<!-- 5 -->" in picture.read_text()
+    assert "<!-- 2.5 -->" not in picture.read_text()
+
+
 def test_hostile_nodes_are_no_part_of_curves():
     """As they are none of the table."""
     hostile = changed(cell([1.0, 2.0]), "node-1", [100.0, None])
