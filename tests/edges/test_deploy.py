@@ -1,4 +1,4 @@
-"""The manifests of deploy/, as far as they can be looked at without a cluster."""
+"""The manifests of deploy/ and the compose file, as far as they can be looked at unrun."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+COMPOSE_FILE = Path(__file__).parents[2] / "compose/docker-compose.yml"
 BASE, GPU = DEPLOY / "kubernetes", DEPLOY / "kubernetes-gpu"
 KUBECTL = shutil.which("kubectl")
 
@@ -144,3 +145,26 @@ def test_a_pod_that_is_killed_while_it_copies_goes_on_at_its_next_start(copied, 
     assert prepare() == ("", 0)
     for name in ("authority.pem", "nodes/deca-1.pem", "nodes/deca-1.key"):
         assert (tmp_path / "data/trust" / name).read_text()
+
+
+def test_a_pod_that_waits_for_its_data_ends_when_it_is_told_to(prepare, tmp_path):
+    """The first process of a container is spared by a signal that it has no handler for."""
+    for name in ("authority.pem", "node.pem", "node.key"):
+        (tmp_path / "secret" / name).write_text(name)
+    (tmp_path / "data/train.jsonl").unlink()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sleep").write_text("#!/bin/sh\nkill -TERM $PPID\n")
+    (tools / "sleep").chmod(0o755)
+    assert prepare(f"{tools}:{os.environ['PATH']}") == (
+        f"waiting for {tmp_path}/data/train.jsonl and {tmp_path}/data/model\n",
+        143,
+    )
+
+
+def test_nobody_can_log_in_to_grafana():
+    """Its admin has the default password: neither the form nor a request's header may use it."""
+    grafana = yaml.safe_load(COMPOSE_FILE.read_text())["services"]["grafana"]["environment"]
+    assert grafana["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert grafana["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert "GF_AUTH_ANONYMOUS_ORG_ROLE" not in grafana  # Viewer
