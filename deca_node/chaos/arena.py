@@ -161,7 +161,7 @@ class Arena:
         children = [node.process for node in self.nodes.values() if node.process is not None]
         for child in children:
             child.send_signal(signal.SIGCONT)
-        await asyncio.gather(*(asyncio.to_thread(processes.end, child) for child in children))
+        await asyncio.to_thread(processes.end, children)
         for node in self.nodes.values():
             await node.relay.close()
 
