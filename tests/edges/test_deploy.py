@@ -1,15 +1,18 @@
 """The manifests of deploy/ and the compose file, as far as they can be looked at unrun."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-COMPOSE_FILE = Path(__file__).parents[2] / "compose/docker-compose.yml"
+REPOSITORY = Path(__file__).parents[2]
+DEPLOY = REPOSITORY / "deploy"
+COMPOSE_FILE = REPOSITORY / "compose/docker-compose.yml"
 BASE, GPU = DEPLOY / "kubernetes", DEPLOY / "kubernetes-gpu"
 KUBECTL = shutil.which("kubectl")
 
@@ -145,6 +148,32 @@ def test_a_pod_that_is_killed_while_it_copies_goes_on_at_its_next_start(copied, 
     assert prepare() == ("", 0)
     for name in ("authority.pem", "nodes/deca-1.pem", "nodes/deca-1.key"):
         assert (tmp_path / "data/trust" / name).read_text()
+
+
+def imported(statement):
+    """The files of Python that a fresh process reads for a statement."""
+    program = (
+        "import sys\n"
+        f"{statement}\n"
+        "files = {getattr(m, '__file__', None) or '' for m in list(sys.modules.values())}\n"
+        "print(*(f for f in files if f.endswith('.py')), sep='\\n')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
+    )
+    return set(ran.stdout.split("\n"))
+
+
+def test_the_image_has_compiled_what_is_imported_there():
+    """It is read-only: what is missing is compiled again at each start and each health check."""
+    dockerfile = (REPOSITORY / "docker/Dockerfile").read_text().replace("\\\n", "")
+    [statement] = re.findall(r'python -c "(import accelerate, [^"]*)"', dockerfile)
+    check = (REPOSITORY / "docker/healthcheck.py").read_text()
+    theirs = "; ".join(re.findall(r"^(?:import|from) .*$", check, re.MULTILINE))
+    wanted = imported(f"import deca_node.cli, deca_node.node; {theirs}")
+    ours = {path for path in wanted if Path(path).is_relative_to(REPOSITORY / "deca_node")}
+    assert len(wanted) > 500
+    assert sorted(wanted - ours - imported(statement)) == []
 
 
 def test_a_pod_that_waits_for_its_data_ends_when_it_is_told_to(prepare, tmp_path):
