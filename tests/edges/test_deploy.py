@@ -1,14 +1,18 @@
 """The manifests of deploy/ and the compose file, as far as they can be looked at unrun."""
 
+import asyncio
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
+
+from deca_node.transport.server import GrpcTransport
 
 REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
@@ -174,6 +178,26 @@ def test_the_image_has_compiled_what_is_imported_there():
     ours = {path for path in wanted if Path(path).is_relative_to(REPOSITORY / "deca_node")}
     assert len(wanted) > 500
     assert sorted(wanted - ours - imported(statement)) == []
+
+
+async def test_the_health_check_asks_no_proxy():
+    """An engine that is set up for one gives its address to all containers."""
+    transport = GrpcTransport("127.0.0.1", 0)
+    port = await transport.listen(Mock(), None)
+    surroundings = {
+        **{name: value for name, value in os.environ.items() if name.lower() != "no_proxy"},
+        "DECA_NODE__HEALTH_PORT": str(port),
+        "http_proxy": "http://127.0.0.1:9",
+    }
+    asking = await asyncio.create_subprocess_exec(
+        sys.executable,
+        REPOSITORY / "docker/healthcheck.py",
+        env=surroundings,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asking.communicate()
+    await transport.close(0)
+    assert (asking.returncode, said) == (0, b"")
 
 
 def test_a_pod_that_waits_for_its_data_ends_when_it_is_told_to(prepare, tmp_path):
