@@ -91,6 +91,15 @@ def look(engine: Engine, project: str) -> dict[str, Node]:
     return found
 
 
+def seen(engine: Engine, project: str, at: float) -> dict[str, Node]:
+    """The same; none where an engine under load does not tell, which is said."""
+    try:
+        return look(engine, project)
+    except OSError as error:
+        say(at=round(at, 1), not_seen=project, why=str(error))
+        return {}
+
+
 def hurt(engine: Engine, fault: Fault, node: Node) -> None:
     """Do it."""
     at = f"/containers/{node.container}"
@@ -160,11 +169,7 @@ def disturb(engine: Engine, project: str, seconds: float, seed: int) -> list[str
                     undo(name, now)
             if next_at <= now < seconds:
                 next_at = now + faults.pause(draw)
-                try:
-                    nodes = look(engine, project)
-                except OSError as error:
-                    say(at=round(now, 1), not_seen=project, why=str(error))
-                    continue
+                nodes = seen(engine, project, now)
                 free = {n: node for n, node in nodes.items() if n not in under}
                 standing = Standing(
                     tuple(sorted(n for n, node in free.items() if node.state == "healthy")),
@@ -202,13 +207,14 @@ def main() -> None:
     if left := disturb(engine, project, seconds, seed):
         say(verdict="not all back", left_hurt=left)
         sys.exit(10)
-    limit = time.monotonic() + RECOVERY_SECONDS
+    began = time.monotonic()
     while True:
-        states = {name: node.state for name, node in look(engine, project).items()}
-        if set(states.values()) <= {"healthy", "finished"}:
+        past = time.monotonic() - began
+        states = {n: node.state for n, node in seen(engine, project, seconds + past).items()}
+        if states and set(states.values()) <= {"healthy", "finished"}:
             say(verdict="all back", nodes=states)
             return
-        if time.monotonic() > limit:
+        if past > RECOVERY_SECONDS:
             say(verdict="not all back", nodes=states)
             sys.exit(10)
         time.sleep(1)

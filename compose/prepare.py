@@ -23,6 +23,7 @@ from typing import Any
 
 from deca_node import cli, rehearsal, template
 from deca_node.config import ModelSettings, flatten
+from deca_node.disk import write_atomically
 from deca_node.partition import write_shards
 
 SWARM, NODES, AUTHORITY, OWN = Path("/swarm"), Path("/nodes"), Path("/authority"), Path("/own")
@@ -169,7 +170,8 @@ def main() -> None:
     kinds[demo](nodes)
     certify(nodes)
     shutil.rmtree(WORK)
-    mark.write_text(json.dumps(wanted))
+    os.sync()  # what the mark tells of outlasts a power cut wherever the mark does
+    write_atomically(mark, json.dumps(wanted).encode())
     print("prepared")
 
 

@@ -188,7 +188,7 @@ class Panorama:
                 self._aliases[address] = key
             return
         before = one.status
-        if before is not None and (one.key, before.pid) != (key, status.pid):
+        if before is not None and (one.key != key or _is_anew(before, status)):
             one.curve, one.last_event = Curve(MAX_HISTORY_POINTS), 0
             one.waits.clear()
         one.status, one.answered, one.failing, one.error, one.vain = status, now, None, "", 0
@@ -542,6 +542,11 @@ def _leavers(status: pb.NodeStatus) -> dict[str, str]:
 def _key(run: str, node: str) -> str:
     """What a node is called in the picture."""
     return f"{_name(run)}/{_name(node)}"
+
+
+def _is_anew(before: pb.NodeStatus, now: pb.NodeStatus) -> bool:
+    """Whether another process answers; in a container each has the same number."""
+    return before.pid != now.pid or now.uptime_seconds < before.uptime_seconds
 
 
 def _pair(a: str, b: str) -> tuple[str, str]:

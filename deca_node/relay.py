@@ -114,8 +114,11 @@ class Relay:
                 await self._cables.whole(caller, self._node)
                 sink.write(data)
                 await sink.drain()
-        finally:
-            # A pulled cable does not tell that an end has gone, either.
+        except OSError:
+            # A pulled cable does not tell that an end has gone, either. Not in a ``finally``, which
+            # would wait for the cable in a task that is told to end.
             await self._cables.whole(caller, self._node)
+            raise
+        await self._cables.whole(caller, self._node)
         with contextlib.suppress(OSError):
             sink.write_eof()

@@ -1,6 +1,7 @@
 """What a node's folder tells of it, as it runs or after a kill: steps made, state kept."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,7 @@ class Trail:
         """Read on; returns how many steps were made since the last look."""
         try:
             with self._path.open("rb") as file:
-                inode = self._path.stat().st_ino
+                inode = os.fstat(file.fileno()).st_ino
                 anew = inode != self._inode
                 if anew:
                     self._inode, self._offset = inode, 0

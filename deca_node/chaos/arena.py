@@ -161,7 +161,7 @@ class Arena:
         children = [node.process for node in self.nodes.values() if node.process is not None]
         for child in children:
             child.send_signal(signal.SIGCONT)
-        await asyncio.gather(*(asyncio.to_thread(processes.end, child) for child in children))
+        await asyncio.to_thread(processes.end, children)
         for node in self.nodes.values():
             await node.relay.close()
 
@@ -203,7 +203,7 @@ class Arena:
         kind = node.fault.kind if node.fault else None
         if kind == Kind.KILL and code in (-signal.SIGKILL, 0):
             return  # started again when its time has come
-        # A node that still imports, or has finished, has no handler of its own for the signal.
+        # A node that has just begun, or has finished, has no handler of its own for the signal.
         asked = kind == Kind.RESTART and code == -signal.SIGTERM
         if code and not asked:
             raise processes.failure(node.settings, code)

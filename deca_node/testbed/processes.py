@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -76,7 +76,7 @@ async def supervise(
                     return True
             _check(nodes, children)
         finally:
-            await asyncio.gather(*(asyncio.to_thread(end, one) for one in children.values()))
+            await asyncio.to_thread(end, children.values())
     for settings in nodes:
         if not has_finished(settings.node.output):
             raise SwarmError(f"{settings.node.name} was stopped; run the same command to resume")
@@ -133,12 +133,14 @@ def last_words(log: Path) -> str:
     return ": ".join(filter(None, [str(record.get("event", text)), detail]))
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
-    """End a process: kindly, and after a while by force."""
-    if child.poll() is None:
+def end(children: Collection[subprocess.Popen[bytes]]) -> None:
+    """End processes: kindly, all at the same time, and after a while by force."""
+    for child in children:
         child.terminate()
+    limit = time.monotonic() + STOP_SECONDS
+    for child in children:
         try:
-            child.wait(STOP_SECONDS)
+            child.wait(max(0.0, limit - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

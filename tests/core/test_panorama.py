@@ -391,6 +391,19 @@ def test_a_run_begun_anew_has_a_new_curve():
     assert [point[0] for point in panorama.curves(before)["bbc/node-0"]] == [0, 1, 2]
 
 
+def test_a_node_begun_anew_in_its_container_is_told_anew():
+    """Its process has the number that the one before had, and counts its events from 1."""
+    swarm = PretendSwarm(2)
+    panorama, now = _watching(swarm)
+    last = panorama.events(0, now, 0.0)[-1]["id"]
+    status = swarm.status("node-0")
+    status.uptime_seconds = 1.0
+    del status.events[1:]
+    panorama.answered(swarm.addresses[0], status, now + 1)
+    assert [event["kind"] for event in panorama.events(last, now + 1, 0.0)] == ["started"]
+    assert panorama.seen_until(swarm.addresses[0]) is None
+
+
 def test_events_are_at_the_time_of_day_they_happened():
     swarm = PretendSwarm(2)
     panorama = Panorama()

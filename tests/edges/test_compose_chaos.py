@@ -35,8 +35,15 @@ class Engine:
     def __init__(self, refuses=lambda verb: False):
         self.containers = {name: container(name) for name in NODES}
         self.refuses = refuses
+        self.is_slow = False
+
+    def call_fails_next(self):
+        self.is_slow = True
 
     def call(self, method, path, body=None):
+        if self.is_slow:
+            self.is_slow = False
+            raise OSError("timed out")
         if "filters=" in path:
             return [
                 {"Id": name, "Labels": {"com.docker.compose.service": name}}
@@ -121,6 +128,20 @@ def test_an_engine_that_never_heals_is_given_up(chaos, capsys, monkeypatch):
     assert any("not_healed" in line for line in said)
     assert said[-1]["verdict"] == "not all back"
     assert said[-1]["left_hurt"]
+
+
+def test_a_verdict_waits_for_an_engine_that_does_not_answer(chaos, capsys, monkeypatch):
+    """Under load it may take longer than a call: that is no node that is not back."""
+    engine = Engine()
+    monkeypatch.setattr(chaos, "Engine", lambda: engine)
+    monkeypatch.setattr(chaos.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(chaos, "disturb", lambda *_: engine.call_fails_next())
+    for name, value in {"PROJECT": "deca", "MINUTES": "1", "SEED": "1"}.items():
+        monkeypatch.setenv(name, value)
+    chaos.main()
+    said = lines(capsys)
+    assert "timed out" in said[0]["why"]
+    assert said[-1] == {"verdict": "all back", "nodes": dict.fromkeys(NODES, "healthy")}
 
 
 def test_a_frozen_node_is_not_healthy(chaos):

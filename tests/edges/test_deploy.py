@@ -1,14 +1,22 @@
-"""The manifests of deploy/, as far as they can be looked at without a cluster."""
+"""The manifests of deploy/ and the compose file, as far as they can be looked at unrun."""
 
+import asyncio
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+from deca_node.transport.server import GrpcTransport
+
+REPOSITORY = Path(__file__).parents[2]
+DEPLOY = REPOSITORY / "deploy"
+COMPOSE_FILE = REPOSITORY / "compose/docker-compose.yml"
 BASE, GPU = DEPLOY / "kubernetes", DEPLOY / "kubernetes-gpu"
 KUBECTL = shutil.which("kubectl")
 
@@ -144,3 +152,72 @@ def test_a_pod_that_is_killed_while_it_copies_goes_on_at_its_next_start(copied, 
     assert prepare() == ("", 0)
     for name in ("authority.pem", "nodes/deca-1.pem", "nodes/deca-1.key"):
         assert (tmp_path / "data/trust" / name).read_text()
+
+
+def imported(statement):
+    """The files of Python that a fresh process reads for a statement."""
+    program = (
+        "import sys\n"
+        f"{statement}\n"
+        "files = {getattr(m, '__file__', None) or '' for m in list(sys.modules.values())}\n"
+        "print(*(f for f in files if f.endswith('.py')), sep='\\n')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
+    )
+    return set(ran.stdout.split("\n"))
+
+
+def test_the_image_has_compiled_what_is_imported_there():
+    """It is read-only: what is missing is compiled again at each start and each health check."""
+    dockerfile = (REPOSITORY / "docker/Dockerfile").read_text().replace("\\\n", "")
+    [statement] = re.findall(r'python -c "(import accelerate, [^"]*)"', dockerfile)
+    check = (REPOSITORY / "docker/healthcheck.py").read_text()
+    theirs = "; ".join(re.findall(r"^(?:import|from) .*$", check, re.MULTILINE))
+    wanted = imported(f"import deca_node.cli, deca_node.node; {theirs}")
+    ours = {path for path in wanted if Path(path).is_relative_to(REPOSITORY / "deca_node")}
+    assert len(wanted) > 500
+    assert sorted(wanted - ours - imported(statement)) == []
+
+
+async def test_the_health_check_asks_no_proxy():
+    """An engine that is set up for one gives its address to all containers."""
+    transport = GrpcTransport("127.0.0.1", 0)
+    port = await transport.listen(Mock(), None)
+    surroundings = {
+        **{name: value for name, value in os.environ.items() if name.lower() != "no_proxy"},
+        "DECA_NODE__HEALTH_PORT": str(port),
+        "http_proxy": "http://127.0.0.1:9",
+    }
+    asking = await asyncio.create_subprocess_exec(
+        sys.executable,
+        REPOSITORY / "docker/healthcheck.py",
+        env=surroundings,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asking.communicate()
+    await transport.close(0)
+    assert (asking.returncode, said) == (0, b"")
+
+
+def test_a_pod_that_waits_for_its_data_ends_when_it_is_told_to(prepare, tmp_path):
+    """The first process of a container is spared by a signal that it has no handler for."""
+    for name in ("authority.pem", "node.pem", "node.key"):
+        (tmp_path / "secret" / name).write_text(name)
+    (tmp_path / "data/train.jsonl").unlink()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sleep").write_text("#!/bin/sh\nkill -TERM $PPID\n")
+    (tools / "sleep").chmod(0o755)
+    assert prepare(f"{tools}:{os.environ['PATH']}") == (
+        f"waiting for {tmp_path}/data/train.jsonl and {tmp_path}/data/model\n",
+        143,
+    )
+
+
+def test_nobody_can_log_in_to_grafana():
+    """Its admin has the default password: neither the form nor a request's header may use it."""
+    grafana = yaml.safe_load(COMPOSE_FILE.read_text())["services"]["grafana"]["environment"]
+    assert grafana["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert grafana["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert "GF_AUTH_ANONYMOUS_ORG_ROLE" not in grafana  # Viewer

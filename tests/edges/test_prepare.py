@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,30 @@ def test_each_node_finds_what_its_settings_name(prepare, small_demo, monkeypatch
     with pytest.raises(SystemExit, match=r"a swarm of 3 nodes \(\w+\), wanted are 2"):
         prepare.main()
     assert (prepare.SWARM / "prepared.json").read_text() == kept
+
+
+def test_a_power_cut_leaves_no_mark_or_a_whole_one(prepare, monkeypatch):
+    """And a whole one only when all that it tells of is on the disk."""
+    monkeypatch.setenv("DEMO", "own")
+    (prepare.OWN / "swarm.toml").write_text('run.name = "mine"\n')
+    for number in range(3):
+        (prepare.OWN / f"node-{number}.jsonl").touch()
+    mark, synced, sync = prepare.SWARM / "prepared.json", [], os.fsync
+    monkeypatch.setattr(os, "sync", lambda: synced.append(sorted(prepare.SWARM.iterdir())))
+
+    class PowerCut(BaseException):
+        pass
+
+    def cut(descriptor):
+        if any(prepare.SWARM.glob("prepared.json*")):
+            raise PowerCut
+        sync(descriptor)
+
+    with monkeypatch.context() as weak:
+        weak.setattr(os, "fsync", cut)
+        with pytest.raises(PowerCut):
+            prepare.main()
+    assert not mark.exists()
+    assert synced == [[prepare.SWARM / "swarm.toml"]]
+    prepare.main()
+    assert json.loads(mark.read_text()) == {"nodes": 3, "demo": "own"}

@@ -159,3 +159,19 @@ async def test_who_is_no_node_has_no_cable(bench):
     bench.cables.cut([("a", "server")])
     end = await bench.call(None)
     assert await said(end, b"x") == b"x"
+
+
+async def test_a_relay_ends_while_a_cable_is_pulled():
+    """Also where bytes wait for the cable: a chaos run that fails under a cut is to end."""
+    bench = Bench()
+    await bench.open()
+    end = await bench.call("a")
+    assert await said(end, b"one") == b"one"
+    bench.cables.cut([("a", "server")])
+    end[1].write(b"two")
+    assert await silent(end)
+    closing = asyncio.create_task(bench.close())
+    done, _ = await asyncio.wait([closing], timeout=DEADLINE)
+    bench.cables.heal([("a", "server")])  # or this test would not end, either
+    await closing
+    assert done

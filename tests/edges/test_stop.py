@@ -149,3 +149,30 @@ def test_a_gradient_that_was_given_up_does_not_change_the_exit_code():
     )
     assert ended.returncode == DiskFullError.exit_code, ended.stderr
     assert "no space left" in ended.stderr
+
+
+TOLD_EARLY = """
+import os, signal, sys
+from deca_node import cli
+
+class Importing:
+    def find_spec(self, name, path, target=None):
+        if name == "deca_node.node":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Importing())
+cli.main(["start", "--set", "model.path=m", "--set", "data.train=d", "--insecure"])
+"""
+
+
+def test_a_node_that_is_told_to_stop_while_it_still_imports_ends():
+    """The first process of a container would not, without a handler, and be killed later."""
+    ended = subprocess.run(
+        [sys.executable, "-c", TOLD_EARLY],
+        check=False,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -2,9 +2,10 @@
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -315,3 +316,31 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 def test_a_running_mean_steps_over_nan() -> None:
     assert running_mean([1.0, float("nan"), 2.0]) == pytest.approx([1.0, 1.0, 1.2])
+
+
+class _Child:
+    """A process that ends when every one of them has been told to."""
+
+    told: ClassVar[set[int]] = set()
+
+    def __init__(self, pid: int, *, deaf: bool = False) -> None:
+        self.pid, self.deaf, self.killed = pid, deaf, False
+
+    def terminate(self) -> None:
+        self.told.add(self.pid)
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert len(self.told) == 3, "one was not told while this one was waited for"
+        if self.deaf and not self.killed:
+            raise subprocess.TimeoutExpired("node", timeout or 0.0)
+        return 0
+
+
+def test_all_nodes_are_told_to_end_before_one_is_waited_for() -> None:
+    """Else those that are told last go on training without the others. Who is deaf is killed."""
+    children: list[Any] = [_Child(0), _Child(1, deaf=True), _Child(2)]
+    processes.end(children)
+    assert [child.killed for child in children] == [False, True, False]

@@ -1,6 +1,7 @@
 """What a node's folder tells: steps made, states kept, where it began again."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,30 @@ def test_a_start_is_no_step(tmp_path):
     assert trail.look() == 0
     append(path, line(0, 1))
     assert trail.look() == 1
+
+
+def test_a_start_at_the_moment_of_a_look_is_seen_by_the_next(tmp_path, monkeypatch):
+    """What was opened before is read as what it is, not for the file in its place."""
+    path = tmp_path / "history.jsonl"
+    trail = Trail(path, STEPS)
+    renew(path)
+    trail.look()
+    append(path, line(0, 0) + line(0, 1))
+    opened = Path.open
+
+    def started_meanwhile(self, *mode):
+        file = opened(self, *mode)
+        monkeypatch.undo()
+        renew(path, line(0, 0))
+        append(path, line(0, 1))
+        return file
+
+    monkeypatch.setattr(Path, "open", started_meanwhile)
+    assert trail.look() == 2
+    assert trail.look() == 0
+    append(path, line(0, 2))
+    assert trail.look() == 1
+    assert trail.position == (0, 2)
 
 
 @pytest.mark.parametrize(
