@@ -280,6 +280,17 @@ def test_an_edge_is_given_up_after_vain_rounds_one_after_the_other():
     assert counting.lost == {("n00", "n05")}
 
 
+def test_who_was_done_and_has_left_is_missed_by_nobody():
+    """Its edge is not lost, and no round was in vain."""
+    counting = tally()
+    heard(counting, 1.0, 1.0)
+    last = {"n01": said(done=True), "n05": said()}
+    counting.close_round(last, dict.fromkeys(last, 0.0))
+    counting.close_round({"n05": said()}, {"n05": 0.0}, left=("n01",))
+    assert counting.neighbours == {"n05"}
+    assert (counting.lost, counting.note().fault) == (set(), None)
+
+
 def test_what_is_said_of_lost_edges_is_believed_of_edges_and_by_their_ends():
     """A liar adds none that the graph has not, and takes away none of ours but its own."""
     counting = tally()
