@@ -24,7 +24,7 @@ from deca_node.consensus import (
     reached,
     weights,
 )
-from deca_node.mixing import mix_measured
+from deca_node.mixing import MIX_SLICE, mix_measured
 from deca_node.topology import TopologySpec, graph, is_connected
 
 NAMES = [f"n{i:02}" for i in range(64)]
@@ -63,6 +63,16 @@ def gossip(made, chosen, values, used=lambda round_, edge: True):
                     weight = float(matrix[i, j]) * factor
                     mix_measured(values[i], own[i], own[j], weight)
     return values
+
+
+def test_a_difference_that_float32_cannot_hold_ends_the_mix():
+    """What was mixed before it stays; from there on nothing of such a neighbour is."""
+    own, received = torch.zeros(2 * MIX_SLICE + 1), torch.ones(2 * MIX_SLICE + 1)
+    own[MIX_SLICE], received[MIX_SLICE] = -3e38, 3e38
+    x = torch.zeros_like(own)
+    assert mix_measured(x, own, received, 0.5) == np.inf
+    assert (x[:MIX_SLICE] == 0.5).all()
+    assert (x[MIX_SLICE:] == 0).all()
 
 
 def deviation(values):
