@@ -145,7 +145,7 @@ def overhauled(peer: Peer, own_visit: int, near: int) -> Peer:
 
     Who is in step stays so until it is heard: we know where it was, and move a moment before it.
     """
-    if peer.state != State.AHEAD or peer.phase in FINISHED:
+    if peer.state != State.AHEAD:
         return peer
     return _placed(peer, own_visit, near)
 

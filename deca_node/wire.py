@@ -235,8 +235,7 @@ class Encoded:
 
     def answer(self, base: int | None) -> Snapshot:
         """What a neighbour gets that holds the reference of ``base``, or none."""
-        fits = base is not None and base == self.base
-        return self.difference if fits and self.difference is not None else self.whole
+        return self.difference if self.difference is not None and base == self.base else self.whole
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, Tensor]]:
         """See Pieces."""

@@ -984,6 +984,39 @@ async def test_a_joiner_believes_no_unsigned_list(run, tmp_path):
     assert Keyring(tmp_path / "b").revoked() == {}
 
 
+async def test_a_joiner_keeps_only_what_is_its_own(run, tmp_path):
+    """An inviter that mixes two joiners up, or certifies another name than it says."""
+    keyring, key = Keyring.made(tmp_path / "b", run.authority.certificate), identity.new_key()
+    bob, other = (
+        run.authority.issue(identity.new_request(each), "bob", time.time(), 1)
+        for each in (key, identity.new_key())
+    )
+    async with inviting(run) as (_, invitation, _):
+        for certificate, node, words in (
+            (other, "bob", "not the certificate's"),
+            (bob, "carol", "certified somebody else"),
+            (bob, "Bob", "certified somebody else"),
+        ):
+            answer = {"certificate": certificate.decode(), "node": node, "revoked": {}}
+            with pytest.raises(TrustError, match=words):
+                pairing._take(keyring, invitation, key, answer)
+            assert keyring.nodes() == []
+
+
+async def test_an_inviter_speaks_tls_1_3_alone(run):
+    """What the secret goes over."""
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+    async with inviting(run) as (_, invitation, _):
+        host, port = invitation.addresses[0].split(":")
+        _, writer = await asyncio.open_connection(host, port, ssl=anybody)
+        assert writer.get_extra_info("ssl_object").version() == "TLSv1.3"
+        writer.close()
+        anybody.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises(OSError):  # noqa: PT011 - SSLError or a broken connection
+            await asyncio.open_connection(host, port, ssl=anybody)
+
+
 async def test_noise_at_an_inviter_changes_nothing(run, tmp_path):
     """Plain text, a browser, half a line, nonsense, a line without end."""
     async with inviting(run) as (_, invitation, _):

@@ -24,6 +24,12 @@ def numbers(batch: Batch) -> list[int]:
     return [int(number) for number in batch.input_ids[:, 0]]
 
 
+def test_what_is_asked_is_what_is_not_learned() -> None:
+    """Where all is learned two examples are twins if they are equal, and not all are."""
+    assert Example([5, 6, 7], [True, False, True]).asked == (6,)
+    assert Example([5, 6], [True, True]).asked == (5, 6)
+
+
 def test_collate() -> None:
     """Padding is on the right, masked from attention and, like the prompt, from the loss."""
     made = [Example([5, 6, 7], [False, True, True]), Example([8], [True])]

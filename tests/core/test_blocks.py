@@ -53,5 +53,6 @@ def test_bad_sizes_and_visits_are_errors():
     for layers, size in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least one layer"):
             partition_layers(layers, size)
-    with pytest.raises(IndexError, match="visit 4 of 4"):
-        Schedule(partition_layers(4, 1), 1, 1, "ascending", 0).visit(4)
+    for index in (4, -1):
+        with pytest.raises(IndexError, match=f"visit {index} of 4"):
+            Schedule(partition_layers(4, 1), 1, 1, "ascending", 0).visit(index)

@@ -144,6 +144,20 @@ def test_hosts_that_others_can_call(file, host):
     assert load(file, [f"node.advertise={host}"]).node.advertise == host
 
 
+def test_who_is_on_a_network_needs_certificates_and_keeps_them_elsewhere(file):
+    """What lies in node.output may be given away, but where there is no key nothing is said."""
+    inside = ["node.output=out", "trust.folder=out/trust"]
+    for host, insecure in (("127.0.0.1", False), ("0.0.0.0", True)):
+        settings = load(
+            file, [*inside, f"node.host={host}", f"trust.insecure={str(insecure).lower()}"]
+        )
+        assert not settings.needs_trust()
+    assert load(file, ["node.host=0.0.0.0"]).needs_trust()
+    with pytest.raises(ConfigError, match=r"lies within node\.output"):
+        load(file, [*inside, "node.host=0.0.0.0"])
+    load(file, ["node.output=trust/out", "trust.folder=trust", "node.host=0.0.0.0"])
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deca_node.consensus import (
+    LOST_AFTER,
     MAX_AMPLIFICATION,
+    Plan,
     Tally,
     chebyshev,
     diameter,
@@ -22,7 +24,7 @@ from deca_node.consensus import (
     reached,
     weights,
 )
-from deca_node.mixing import mix_measured
+from deca_node.mixing import MIX_SLICE, mix_measured
 from deca_node.topology import TopologySpec, graph, is_connected
 
 NAMES = [f"n{i:02}" for i in range(64)]
@@ -61,6 +63,16 @@ def gossip(made, chosen, values, used=lambda round_, edge: True):
                     weight = float(matrix[i, j]) * factor
                     mix_measured(values[i], own[i], own[j], weight)
     return values
+
+
+def test_a_difference_that_float32_cannot_hold_ends_the_mix():
+    """What was mixed before it stays; from there on nothing of such a neighbour is."""
+    own, received = torch.zeros(2 * MIX_SLICE + 1), torch.ones(2 * MIX_SLICE + 1)
+    own[MIX_SLICE], received[MIX_SLICE] = -3e38, 3e38
+    x = torch.zeros_like(own)
+    assert mix_measured(x, own, received, 0.5) == np.inf
+    assert (x[:MIX_SLICE] == 0.5).all()
+    assert (x[MIX_SLICE:] == 0).all()
 
 
 def deviation(values):
@@ -216,6 +228,100 @@ class Crowd:
     def spread(self, names):
         rows = [self.x[self.names.index(name)] for name in names]
         return max((np.linalg.norm(a - b) for a in rows for b in rows), default=0.0)
+
+
+RING = graph(NAMES[:6], TopologySpec("ring"))  # 3 hops; n00's neighbours are n01 and n05
+ONCE = Plan("plain", (1.0,), 1.0, 1.0, 3)
+
+
+def tally(chosen=ONCE, *, linked=RING["n00"], same=True):
+    return Tally("n00", RING, linked, same=same, chosen=chosen, tolerance=0.75, norm=0.0)
+
+
+def said(**fields):
+    """A note of a neighbour that mixes plainly and has seen calm rounds enough."""
+    return tally().note().model_copy(update={"calm": 9, **fields})
+
+
+def heard(counting, one, other, **fields):
+    """A round in which both neighbours' blocks came, so far away."""
+    note = said(**fields)
+    return counting.close_round({"n01": note, "n05": note}, {"n01": one, "n05": other})
+
+
+def test_a_round_is_calm_where_nobody_is_farther_than_a_hops_share():
+    """Of the tolerance, times what was between two neighbours at the beginning."""
+    counting = tally()
+    heard(counting, 1.0, 0.5)
+    for one, other, calm in ((0.25, 0.25, 1), (0.1, 0.25, 2), (0.26, 0.1, 0), (0.25, 0.0, 1)):
+        heard(counting, one, other)
+        assert counting.note().calm == calm
+    heard(counting, 0.0, 0.0, plain=False)  # what came was not mixed
+    assert counting.note().calm == 0
+
+
+def test_calm_rounds_are_counted_anew_where_the_way_turns_out_to_be_longer():
+    """They were calm by the threshold of a shorter one."""
+    counting = tally()
+    heard(counting, 1.0, 1.0)
+    heard(counting, 0.0, 0.0)
+    heard(counting, 0.0, 0.0)
+    assert counting.note().calm == 2
+    heard(counting, 0.0, 0.0, need=6)
+    assert (counting.note().calm, counting.hops) == (1, 5)
+
+
+def test_the_longest_way_is_that_of_what_is_known_to_be_there():
+    """The diameter; all nodes one after the other where an edge is missing; of two views, twice."""
+    assert tally().hops == 3
+    assert tally(linked=frozenset({"n01"})).hops == 5
+    assert tally(same=False).hops == 11
+
+
+def test_an_edge_is_given_up_after_vain_rounds_one_after_the_other():
+    """Where one message in a hundred is lost none is given up by chance."""
+    counting = tally()
+    came, vain = {"n01": said(), "n05": said()}, {"n01": said()}
+    for round_ in (*[vain] * (LOST_AFTER - 1), came, *[vain] * (LOST_AFTER - 1)):
+        counting.close_round(round_, dict.fromkeys(round_, 1.0))
+    assert counting.neighbours == {"n01", "n05"}
+    counting.close_round(vain, {"n01": 1.0})
+    assert counting.neighbours == {"n01"}
+    assert counting.lost == {("n00", "n05")}
+
+
+def test_who_was_done_and_has_left_is_missed_by_nobody():
+    """Its edge is not lost, and no round was in vain."""
+    counting = tally()
+    heard(counting, 1.0, 1.0)
+    last = {"n01": said(done=True), "n05": said()}
+    counting.close_round(last, dict.fromkeys(last, 0.0))
+    counting.close_round({"n05": said()}, {"n05": 0.0}, left=("n01",))
+    assert counting.neighbours == {"n05"}
+    assert (counting.lost, counting.note().fault) == (set(), None)
+
+
+def test_what_is_said_of_lost_edges_is_believed_of_edges_and_by_their_ends():
+    """A liar adds none that the graph has not, and takes away none of ours but its own."""
+    counting = tally()
+    lies = (("n00", "n05"), ("n02", "n05"), ("n00", "eve"), ("eve", "n02"))
+    notes = {"n01": said(lost=(*lies, ("n02", "n03"))), "n05": said()}
+    counting.close_round(notes, dict.fromkeys(notes, 1.0))
+    assert counting.lost == {("n02", "n03")}
+    assert counting.neighbours == {"n01", "n05"}
+    notes["n05"] = said(lost=(("n05", "n00"),))
+    counting.close_round(notes, dict.fromkeys(notes, 1.0))
+    assert counting.neighbours == {"n01"}
+
+
+def test_an_edge_is_used_where_both_ends_mix_in_the_same_way():
+    chosen = Plan("exact", (2.0, 3.0), 0.0, 1.0, 3)
+    counting = tally(chosen)
+    assert counting.factor("n01", said(plain=False)) == 2.0
+    assert counting.factor("n01", said()) == 0.0
+    assert counting.factor("n03", said(plain=False)) == 0.0  # no neighbour
+    assert tally().factor("n01", said()) == 1.0
+    assert tally().factor("n01", said(plain=False)) == 0.0
 
 
 @given(connected_graphs(16), st.sampled_from([1e-1, 1e-3]), st.integers(0, 2**31))

@@ -602,6 +602,14 @@ def test_text_is_cut_into_pieces() -> None:
     assert all(all(example.completion) for example in made)
 
 
+@pytest.mark.parametrize(("eos_id", "end"), [(EOS, [EOS]), (0, [0]), (None, [])])
+def test_a_text_ends_with_the_tokenizers_end(eos_id: int | None, end: list[int]) -> None:
+    """Which some have at 0, and some have not."""
+    settings = data_settings(task="text", max_tokens=8)
+    [made] = examples([{"text": "ab"}], settings, ByteTokenizer(eos_id=eos_id), SOURCE)
+    assert made.input_ids == [BOS, *b"ab", *end]
+
+
 def test_piece_of_one_token_is_dropped() -> None:
     """The ninth token alone has nothing to be predicted from."""
     settings = data_settings(task="text", max_tokens=8)

@@ -1,11 +1,13 @@
 """Experiment files: what they ask for, and what is wrong with them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from deca_node import experiment
 from deca_node.errors import ConfigError
+from deca_node.limits import MAX_MEMBERS
 
 BASE = """
 [experiment]
@@ -76,6 +78,14 @@ def test_seeds_and_values_may_be_added_but_nothing_else_changes(tmp_path):
     assert read(tmp_path, "[grid]\nlinks.delay = [0.2]\n").identity({}) != first
 
 
+def test_where_files_lie_makes_no_other_experiment(tmp_path):
+    """What they hold does."""
+    base = '[model]\npath = "m"\n[data]\ntrain = "all.jsonl"\n'
+    first, moved = (read(tmp_path, "", base.replace('"m"', name)) for name in ('"m"', '"n"'))
+    assert moved.identity({"model": "1"}) == first.identity({"model": "1"})
+    assert moved.identity({"model": "2"}) != first.identity({"model": "1"})
+
+
 def test_everybody_greets_everybody_only_among_few(tmp_path):
     """Beyond, nodes greet their neighbours alone, unless told otherwise."""
     few, many = (BASE.replace("nodes = 4", f"nodes = {n}") for n in (32, 33))
@@ -110,6 +120,7 @@ def test_everybody_greets_everybody_only_among_few(tmp_path):
         ('[topology]\nkind = "explicit"\nedges = [["node-0", "bob"]]\n', "names 'bob'"),
         ("[compute.nodes]\nnode-9 = 3.0\n", "compute.nodes names 'node-9'"),
         ("[faults.deaths]\nnode-1 = [3.0, 2.0]\n", "write [second of death]"),
+        ("[faults.deaths]\nnode-1 = [3.0, 3.0]\n", "write [second of death]"),
         ("[faults.deaths]\nnode-1 = [nan]\n", "write [second of death]"),
         ("[faults.deaths]\nnode-1 = [3.0, inf]\n", "write [second of death]"),
         ("[metrics]\nport = 9000\n", "`deca-node report` shows"),
@@ -203,9 +214,10 @@ def test_a_grid_over_what_changes_nothing_is_refused(tmp_path, text, words):
 
 def test_more_than_the_bound_of_members_cannot_all_greet(tmp_path):
     """The bound is the daemons'."""
-    base = BASE.replace("nodes = 4", 'nodes = 300\ngreetings = "everybody"')
-    with pytest.raises(ConfigError, match="greetings"):
-        read(tmp_path, "", base)
+    for nodes, enough in ((MAX_MEMBERS, True), (MAX_MEMBERS + 1, False)):
+        base = BASE.replace("nodes = 4", f'nodes = {nodes}\ngreetings = "everybody"')
+        with nullcontext() if enough else pytest.raises(ConfigError, match="greetings"):
+            read(tmp_path, "", base)
 
 
 def test_the_examples_can_be_read():

@@ -65,6 +65,14 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
             "parted",
             "cat, dan vanished together: the swarm seems cut in two",
         ),
+        (
+            {
+                "peers": [BOB, replace(GONE, name="cat"), replace(GONE, name="dan", last_seen=0)],
+                "wanted": 4,
+            },
+            "parted",
+            "cat, dan vanished, 2 of 4 members are here",  # one after the other
+        ),
         ({"wanted": 4}, "parted", "2 of 4 members are here while we train"),
         ({"wanted": 4, **WAITING}, None, ""),  # the others have yet to come
         ({"most": 3, "peers": [BOB, replace(GONE, name="cat", phase=Phase.STOPPING)]}, None, ""),
@@ -182,6 +190,16 @@ def test_strangers_cannot_fill_the_warnings():
     assert len(found) == MAX_TOLD + 1
     assert found[-1].text.startswith("195 more")
     assert all(f.text.isprintable() and len(f.text) < 500 for f in found)
+    found = diagnose(view(peers=[BOB, *crowd[:MAX_TOLD]]))
+    assert len(found) == MAX_TOLD  # none more
+
+
+def test_clocks_that_differ_from_ours_both_ways_are_not_ours_to_set():
+    """As they do not agree with each other either."""
+    told = {"bob": Told(clock=95.0), "eve": Told(clock=-95.0)}
+    found = diagnose(view(told=told, peers=[BOB, EVE]))
+    assert [finding.key for finding in found] == ["clock:bob", "clock:eve"]
+    assert ["ahead of ours" in f.text for f in found] == [True, False]
 
 
 def test_a_finding_keeps_its_key_while_its_text_changes():

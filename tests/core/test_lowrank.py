@@ -71,6 +71,9 @@ def test_nothing_to_factor_is_told():
     """Before the first step every B is 0, and so may be the sum of opposite products."""
     pairs = factors(2, 8, 6, 2)
     assert refactored([(a, torch.zeros_like(b)) for a, b in pairs], [0.5, 0.5], "b") is None
+    # Products that float32 does not tell from 0: balanced, both factors would be 0 for good.
+    tiny = [(1e-30 * a.float(), 1e-30 * b.float()) for a, b in pairs]
+    assert refactored(tiny, [0.5, 0.5], "balanced") is None
 
 
 @pytest.mark.parametrize("split", ["b", "a", "balanced"])

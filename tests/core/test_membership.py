@@ -28,7 +28,17 @@ from deca_node.membership import (
 BOB = Peer("bob", 7, "10.0.0.2:7430", State.ALIVE, Phase.TRAINING, 3, last_seen=100.0)
 
 
-def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, near=1, entry=0):
+def greet(
+    known,
+    *,
+    session=7,
+    phase=Phase.TRAINING,
+    visit=3,
+    own_visit=3,
+    near=1,
+    entry=0,
+    reached=True,
+):
     return heard(
         known,
         name="bob",
@@ -40,6 +50,7 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, near=
         near=near,
         now=101.0,
         entry=entry,
+        reached=reached,
     )
 
 
@@ -61,11 +72,20 @@ def greet(known, *, session=7, phase=Phase.TRAINING, visit=3, own_visit=3, near=
         (BOB, {"phase": Phase.SERVING}, State.DONE),
         (BOB, {"phase": Phase.AGREEING, "visit": 4}, State.ALIVE),
         (BOB, {"phase": Phase.STOPPING}, State.GONE),
+        (departed(BOB, 100.5, finished=False), {}, State.GONE),  # overtaken by its goodbye
+        (departed(BOB, 100.5, finished=False), {"session": 8}, State.ALIVE),  # started again
     ],
 )
 def test_a_greeting_decides_the_state(known, event, state):
     """What a greeting means depends on what was known and on both places in the schedule."""
     assert greet(known, **event).state == state
+
+
+def test_who_was_reached_is_so_until_it_starts_again():
+    """A caller may be behind a router that lets no call in; that is known of each session."""
+    assert not greet(None, reached=False).reached
+    assert greet(BOB, reached=False).reached
+    assert not greet(BOB, session=8, reached=False).reached
 
 
 AHEAD = replace(BOB, state=State.AHEAD, visit=9, detail="at visit 9, we are at 3")
@@ -100,6 +120,15 @@ def test_who_has_caught_up_is_in_step_with_those_that_were_ahead(peer, own_visit
 def test_failures_lead_over_suspicion_to_gone(silence, failures, state):
     """One or two vain greetings make a suspect; three, or long silence, count as gone."""
     assert failed(BOB, 100.0 + silence, 30.0, failures, "refused").state == state
+
+
+def test_whose_connection_broke_stays_down_while_it_is_silent():
+    """Until it is heard; what a later greeting fails of says nothing of that."""
+    broken = failed(BOB, 101.0, 30.0, 1, "connection reset", down=True)
+    assert broken.down
+    assert failed(broken, 102.0, 30.0, 2, "late").down
+    assert not failed(BOB, 102.0, 30.0, 2, "late").down
+    assert not greet(broken).down
 
 
 def test_who_is_done_stays_done():
@@ -196,7 +225,7 @@ def test_offers_ahead_of_time_are_kept_for_the_visit():
     desk = VisitAgreement(0)
     desk.begin(0, frozenset({"b"}))
     assert desk.offered("b", 1, 1) is Verdict.ACCEPTED
-    desk.answered("b", Verdict.PASSED)
+    desk.answered("b", Verdict.ACCEPTED)  # before it closed this visit without us
     assert desk.close() == frozenset()
     desk.begin(1, frozenset({"b"}))
     desk.answered("b", Verdict.ACCEPTED)
@@ -225,10 +254,10 @@ def test_an_edge_without_its_degree_carries_nothing():
         desk.offered(peer, 0, 1)
         desk.answered(peer, Verdict.ACCEPTED)
     desk.close()
-    desk.degree("b", 0, 2)
+    desk.degree("b", 0, 1)
     desk.degree("c", 7, 2)  # of another visit
     edges = desk.settle()
-    assert edges.weights == {"b": pytest.approx(1 / 3)}
+    assert edges.weights == {"b": pytest.approx(1 / 3)}  # as b takes it, which was told 2
     assert edges.own_weight == pytest.approx(2 / 3)
     assert edges.degree == 2
 
@@ -248,7 +277,10 @@ def test_what_was_told_of_visits_that_are_over_is_forgotten(told):
 
 @pytest.mark.parametrize("told", ["offer", "degree", "both"])
 def test_names_that_come_and_go_fill_no_table(told):
-    """Each is new, offers a visit far ahead and leaves; the neighbours' words stay."""
+    """Each is new, offers a visit far ahead and leaves; the neighbours' words stay.
+
+    So do those of a neighbour that counts as gone for a moment.
+    """
     agreement = VisitAgreement(3)
     agreement.begin(3, frozenset("bc"))
     agreement.offered("b", 3, 1)
@@ -258,7 +290,7 @@ def test_names_that_come_and_go_fill_no_table(told):
     agreement.offered("d", 4, 1)  # a neighbour's of the next visit, told early
     for index in range(3 * MAX_MEMBERS):
         name = f"eve{index}"
-        agreement.make_room(lambda peer, here=name: peer not in (*"bcd", here))
+        agreement.make_room(lambda peer, here=name: peer not in ("d", here))
         if told != "degree":
             assert agreement.offered(name, 10**9 + index, 1) is Verdict.ACCEPTED
         if told != "offer":
@@ -292,6 +324,28 @@ def test_who_resumes_elsewhere_in_a_visit_gets_no_edge():
             assert bool(side.close()) is edge
         assert sides["a"].overtaken is not edge
         assert not sides["b"].overtaken
+
+
+@pytest.mark.parametrize(
+    ("verdict", "linked", "overtaken"),
+    [
+        (Verdict.PASSED, False, True),
+        (Verdict.PASSED, True, False),  # the visit is worth doing with the other one
+        (Verdict.NOT_WANTED, False, False),  # it sees other members, wherever it is
+    ],
+)
+def test_a_visit_without_an_edge_was_overtaken_where_a_neighbour_says_so(
+    verdict, linked, overtaken
+):
+    agreement = VisitAgreement(5)
+    agreement.begin(5, frozenset("bc"))
+    agreement.offered("b", 5, 1, step=40)
+    agreement.answered("b", verdict)
+    if linked:
+        agreement.offered("c", 5, 1)
+        agreement.answered("c", Verdict.ACCEPTED)
+    assert agreement.close() == (frozenset("c") if linked else frozenset())
+    assert agreement.overtaken is overtaken
 
 
 def test_an_edges_format_comes_from_both_ends_offers_for_its_visit():

@@ -71,6 +71,12 @@ def test_the_agreement_would_let_in_whom_the_mix_keeps_out(file):
         load(file, ["aggregation.rule=trimmed", "consensus.tolerance=0.1"])
 
 
+def test_a_radius_goes_with_the_clipped_mix_alone(file):
+    assert load(file, ["aggregation.rule=clipped", "aggregation.tau=2.0"]).aggregation.tau == 2.0
+    with pytest.raises(ConfigError, match=r'aggregation\.tau = 2\.0: .*"trimmed"; remove it'):
+        load(file, ["aggregation.rule=trimmed", "aggregation.tau=2.0"])
+
+
 def test_all_nodes_mix_by_one_rule(file):
     """Fingerprints differ; the mean's is what it was before there was a choice."""
 

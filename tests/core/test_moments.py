@@ -135,11 +135,14 @@ def test_a_half_precision_gradient_is_widened_first():
 
 
 def test_what_the_mix_changed_is_measured_alone():
-    """‖x½ − x_next‖² by slices, as without BMA."""
+    """‖x½ − x_next‖² by slices, with and without BMA."""
     torch.manual_seed(0)
     half, after = torch.randn(70_000), torch.randn(70_000)
     expected = float((half.double() - after.double()).square().sum())
     assert mixed_square(half, after) == pytest.approx(expected, rel=1e-5)
+    m, v = torch.randn(70_000), torch.rand(70_000)
+    _, mixed = discrepancy_norm(half, after, m, v, 0, Rule(1e-2))
+    assert mixed == pytest.approx(expected, rel=1e-5)
 
 
 def test_slices_cover_everything_once():

@@ -58,6 +58,15 @@ def test_work_slows_to_its_share_of_a_core():
     assert budget.rate(64 * MB) == 64 * MB
 
 
+def test_a_rest_saves_up_no_more_than_the_burst():
+    """However long it was: else a cap would let a whole visit's blocks out at once."""
+    bucket = TokenBucket(10.0, 20.0, 0.0)
+    bucket.take(20, 0.0)
+    assert bucket.take(10, 1.0) == 0
+    assert bucket.take(20, 1_000.0) == 0
+    assert bucket.take(20, 1_000.0) == 2
+
+
 def test_a_rate_can_change():
     """A bucket waits as its latest rate asks."""
     bucket = TokenBucket(10.0, 10.0, 0.0)

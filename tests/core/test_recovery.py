@@ -20,6 +20,7 @@ from deca_node.recovery import (
     displaced,
     next_block,
     next_rival,
+    next_step,
 )
 
 
@@ -56,6 +57,7 @@ DIGEST = "0123456789abcdef" * 2
         (5, 0, 1, 4, 0, DIGEST, "block 1 of 0 bytes"),
         (5, 0, 1, 4, 101, DIGEST, "block 1 of 101 bytes"),
         (5, 0, 1, 4, 9, "../" * 10 + "ab", "block 1 without a digest"),
+        (5, 0, 1, 4, 9, DIGEST[:-1], "block 1 without a digest"),
     ],
 )
 def test_a_list_is_of_this_schedule_and_model(visit, step, block, of, nbytes, xxh3, wrong):
@@ -65,8 +67,46 @@ def test_a_list_is_of_this_schedule_and_model(visit, step, block, of, nbytes, xx
     assert checked(holdings, schedule, dict.fromkeys(range(3), 100)) == wrong
 
 
-def kept(nbytes=100, xxh3="x"):
-    return Kept(1, nbytes, xxh3)
+def kept(nbytes=100, xxh3="x", visit=1):
+    return Kept(visit, nbytes, xxh3)
+
+
+def holding(visit, closed, **blocks):
+    """At a visit, with blocks of these visits: b1=4 is block 1 as visit 4 left it."""
+    return Holdings(visit, closed, {int(name[1:]): kept(visit=v) for name, v in blocks.items()})
+
+
+@pytest.mark.parametrize(
+    ("own", "versions", "others", "overtaken", "expected"),
+    [
+        # Visit 5 trains block 2; its edges are open, so what comes is what it will begin with.
+        (2, {}, {"a": holding(5, False, b1=4, b2=2)}, False, ({1: "a", 2: "a"}, 5, None)),
+        # They are fixed: its block is about to change, so it is left for when it has.
+        (2, {}, {"a": holding(5, True, b1=4, b2=2)}, False, ({1: "a"}, 6, 5)),
+        (2, {1: 4}, {"a": holding(5, True, b1=4, b2=2)}, False, ({}, 6, 5)),
+        # One that still shakes hands may be waiting for this node.
+        (2, {1: 4}, {"a": holding(5, True, b1=4), "b": holding(5, False)}, False, ({}, 5, None)),
+        # Its own visit has begun without it; of a later one that says nothing.
+        (5, {1: 4}, {"a": holding(5, False, b1=4)}, True, ({}, 6, 5)),
+        (4, {1: 4}, {"a": holding(5, False, b1=4)}, True, ({}, 5, None)),
+        # Nobody is ahead, but a block is newer there; the newest is had of whoever has it.
+        (5, {0: 3}, {"a": holding(4, True, b0=3, b1=4)}, False, ({1: "a"}, 5, None)),
+        (5, {}, {"a": holding(5, False, b1=1), "b": holding(5, False, b1=4)}, False,
+         ({1: "b"}, 5, None)),
+        (5, {}, {"a": holding(5, False, b1=4), "b": holding(5, False, b1=4)}, False,
+         ({1: "ab"}, 5, None)),
+        # The run is over: there is no further visit, and what was agreed on is newer than all.
+        (2, {1: 7}, {"a": holding(9, True, b1=9)}, False, ({1: "a"}, 9, None)),
+    ],
+)  # fmt: skip
+def test_who_is_behind_fetches_what_is_newer_and_enters_where_edges_are_open(
+    own, versions, others, overtaken, expected
+):
+    schedule = Schedule([range(1), range(1, 2), range(2, 3)], 3, 3, "ascending", 0)
+    step = next_step(own, versions, others, schedule, overtaken=overtaken)
+    fetch = {block: "".join(sorted(need.sources)) for block, need in step.fetch.items()}
+    assert (fetch, step.entry, step.wait) == expected
+    assert step.done == (not fetch and step.wait is None)
 
 
 @pytest.mark.parametrize(

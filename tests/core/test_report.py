@@ -120,6 +120,12 @@ def test_a_point_of_many_steps_is_a_gap_where_one_of_them_is():
     ]
 
 
+def test_a_point_is_in_the_middle_of_its_steps():
+    """The last one of fewer, where they do not come out even."""
+    steps = points(Group({}, [cell([1.0] * 401)]), "loss").steps
+    assert (steps[:2], steps[-1]) == ([2, 5], 400.5)
+
+
 def test_a_gap_is_drawn_as_one(tmp_path, monkeypatch):
     """While steps that merely have no value are drawn over."""
     from matplotlib.axes import Axes
@@ -184,6 +190,12 @@ def test_test_loss_is_a_column_where_there_is_a_test():
     assert dict(zip(headings, row, strict=True))["test loss"] == "1.637"
     headings, _ = table([Group({}, [cell([1.0], {"loss": 1.0})])])
     assert "test loss" not in headings
+
+
+def test_bytes_are_told_in_millions():
+    """As links.bandwidth is given."""
+    headings, [row] = table([Group({}, [cell([1.0], {"bytes_sent": 2_500_000})])])
+    assert dict(zip(headings, row, strict=True))["MB sent a node"] == "2.5"
 
 
 def test_nodes_that_did_not_finish_are_told():

@@ -153,6 +153,21 @@ def test_who_did_not_come_in_full_counts_for_nothing():
 
 
 @pytest.mark.parametrize("rule", ["clipped", "trimmed"])
+def test_a_step_is_mixed_as_if_there_had_been_none_before(rule):
+    """Distances and weights are the step's own."""
+    arrivals = Arrivals(NUMEL, Aggregation(rule))
+    for seed, weight in ((1, 0.1), (0, 0.25)):
+        own, others = blocks(3, seed)
+        for peer, values in others.items():
+            arrivals.take(peer, 0, torch.from_numpy(own), torch.from_numpy(values), weight)
+        x = torch.from_numpy(own.copy())
+        arrivals.mix_into(x)
+        weights = dict.fromkeys(others, weight)
+        expected, _ = mixed(own, others, weights, Aggregation(rule), pieces=NUMEL)
+        assert np.array_equal(x.numpy(), expected)
+
+
+@pytest.mark.parametrize("rule", ["clipped", "trimmed"])
 def test_the_order_of_arrivals_changes_no_bit(rule):
     """Nor does how a block is cut into messages."""
     own, others = blocks(4)

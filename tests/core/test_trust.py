@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deca_node.errors import REASONS, TrustError
-from deca_node.limits import MAX_TOKEN_BYTES
+from deca_node.limits import MAX_TOKEN_ADDRESSES, MAX_TOKEN_BYTES
 from deca_node.trust import (
     CLOCK_SECONDS,
     Certificate,
@@ -132,6 +132,15 @@ def test_a_damaged_token_is_refused(invitation, at, letter):
             continue
         # Bits after the last whole byte of base64 say nothing.
         assert read == invitation
+
+
+def test_a_token_names_few_addresses_and_is_short():
+    """Whoever reads it calls all that it names, and it may be anybody's."""
+    addresses = tuple(f"10.0.0.{n}:7" for n in range(MAX_TOKEN_ADDRESSES + 1))
+    many = Invitation("run", bytes(32), bytes(16), 9, addresses)
+    assert read_token(token(many)).addresses == addresses[:-1]
+    with pytest.raises(TrustError, match="no invitation"):
+        read_token(token(Invitation("run", bytes(32), bytes(16), 9, ("a" * MAX_TOKEN_BYTES,))))
 
 
 @given(st.text(max_size=100))

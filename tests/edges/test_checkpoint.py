@@ -8,12 +8,14 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from deca_node import checkpoint
@@ -144,6 +146,16 @@ def test_a_full_disk_leaves_the_previous_state(kept, monkeypatch, moment):
     assert reopened(kept).state.progress.visit == 7
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_quota_is_told_from_other_trouble(tmp_path, number):
+    """Libraries that give the system's number as text only, too."""
+    for error in (OSError(number, "x"), SafetensorError(f"Error (os error {number})")):
+        with pytest.raises(DiskFullError, match="free some"), translated(tmp_path):
+            raise error
+    with pytest.raises(OutputError, match="x"), translated(tmp_path):
+        raise OSError(errno.EIO, "x")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_systems_own_full_disk_is_recognised(tmp_path):
     """ENOSPC as the kernel gives it becomes DiskFullError."""
@@ -216,6 +228,20 @@ def test_a_damaged_open_visit_begins_anew(kept):
         assert f"{name}: damaged; visit 3 begins anew" in store.warnings[1]
 
 
+def test_steps_of_a_visit_are_lost_rather_than_a_block(kept):
+    """Of two damaged states the one that costs less is used, be it the older one."""
+    with opened(kept) as store:
+        store.save({}, Progress(visit=3, step=2), {"x": torch.zeros(3)})
+        visit = store.state.active.file
+        store.save({3: changed(3)}, Progress(visit=4))
+        block = store.state.blocks[3].file
+    for name in (visit, block):
+        flip(kept / "state" / name)
+    with opened(kept) as store:
+        assert store.lost == ()
+        assert (store.state.progress, list(store.state.blocks)) == (Progress(visit=3), [2])
+
+
 def test_a_file_that_the_disk_cannot_read_counts_as_damaged(kept, monkeypatch):
     """EIO is a damaged disk; trouble that is not the file's own ends the start instead."""
     real, trouble = checkpoint._digest, errno.EIO
@@ -253,6 +279,14 @@ def test_a_state_that_could_not_be_read_again_is_not_written(kept):
             store.save({0: changed(0)}, Progress(visit=SCHEDULE.visits + 1))
         assert files(kept) == before
         assert store.state.progress.visit == 3
+
+
+def test_a_visit_may_be_kept_between_its_last_step_and_its_end(kept):
+    """A save is due after any step."""
+    with opened(kept) as store:
+        store.save({}, Progress(visit=3, step=SCHEDULE.steps), {"x": torch.zeros(3)})
+    with opened(kept) as store:
+        assert (store.state.progress.step, store.warnings) == (SCHEDULE.steps, ())
 
 
 def test_damaged_files_kept_aside_are_few(kept):
@@ -350,6 +384,12 @@ def test_a_folder_that_says_nothing_of_the_tokenizer_is_still_the_runs(tmp_path)
     (tmp_path / "run.json").write_bytes(sealing.sealed({"run.seed": "0", "model.tokenizer": "u"}))
     with pytest.raises(OutputError, match=r"model\.tokenizer is 'u' there, 't' here"):
         check_mark(tmp_path, {"run.seed": "0", "model.tokenizer": "t"})
+
+
+def test_a_folder_that_says_less_than_a_run_is_not_its_own(tmp_path):
+    (tmp_path / "run.json").write_bytes(sealing.sealed({"run.seed": "0"}))
+    with pytest.raises(OutputError, match="node is 'absent' there, 'a' here"):
+        check_mark(tmp_path, IDENTITY)
 
 
 @pytest.mark.parametrize("name", ["run.json", "state/manifest.json"])
@@ -533,7 +573,15 @@ def test_a_peers_malformed_file_is_refused_and_removed(kept, header, length):
 
 @pytest.mark.parametrize(
     ("block", "digest"),
-    [(1, "../../escape"), (1, "A" * 32), (1, "a" * 31), (1, ""), (4, "a" * 32), (-1, "a" * 32)],
+    [
+        (1, "../../escape"),
+        (1, "A" * 32),
+        (1, "a" * 31),
+        (1, "a" * 32 + "/../../escape"),
+        (1, ""),
+        (4, "a" * 32),
+        (-1, "a" * 32),
+    ],
 )
 def test_a_peers_digest_is_checked_before_it_names_a_file(kept, block, digest):
     """It becomes part of a file's name: nothing but 32 hexadecimal digits."""
@@ -561,6 +609,34 @@ def test_unfinished_transfers_do_not_pile_up(kept):
     running.discard()
     store.save({}, Progress(visit=12, finished=True))
     assert not any(name.endswith(".part") for name in files(kept))
+
+
+def test_a_disk_that_takes_a_write_in_parts_gets_all_of_it(kept, monkeypatch):
+    """As one that is nearly full does."""
+    content, digest = transfer()
+    store = reopened(kept)
+    part = store.incoming(1, digest)
+    file = part._file
+    few = SimpleNamespace(write=lambda data: file.write(data[:50]), close=file.close)
+    monkeypatch.setattr(part, "_file", few)
+    part.write(content)
+    assert part.size == len(content)
+    part.verify()
+    assert part.path.read_bytes() == content
+    few.close()
+
+
+def test_a_transfer_under_way_keeps_its_part_whoever_else_gives_the_block(kept):
+    """It is the oldest, and would have been removed under whoever writes it."""
+    store = reopened(kept)
+    content, digest = transfer(7)
+    running = store.incoming(1, digest)
+    running.write(content[:20])
+    os.utime(running.path, (0, 0))
+    for value in range(3):
+        store.incoming(1, transfer(value)[1]).close()
+    running.write(content[20:])
+    assert torch.equal(running.read()["w"], torch.full((5,), 7.0))
 
 
 def test_of_two_transfers_of_a_block_the_slower_ones_part_goes(kept):

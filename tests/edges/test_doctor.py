@@ -196,10 +196,13 @@ async def test_too_little_memory_and_disk_fail_with_what_to_turn(words, monkeypa
     monkeypatch.setattr(machine, "_free_memory", lambda: 1 << 20)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage(9, 9, 1 << 20))
     found = by_name(await look(words, "run.start_when=1"))
-    for name, setting in (("memory", "data.batch_size"), ("disk", "node.output")):
+    for name, beside, setting in (
+        ("memory", "needed of 1.0 MiB free", "data.batch_size"),
+        ("disk", "to write, 1.0 MiB free", "node.output"),
+    ):
         (one,) = found[name]
         assert one.verdict == Verdict.FAIL
-        assert "of 1.0 MiB free" in one.found or "1.0 MiB free" in one.found
+        assert beside in one.found
         assert setting in one.remedy
     assert machine._fits("memory", 90, 100, "").verdict == Verdict.WARN
     assert machine._fits("memory", 80, 100, "").verdict == Verdict.OK

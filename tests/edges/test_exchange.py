@@ -285,8 +285,22 @@ def test_a_neighbour_that_never_comes_costs_a_visit_deadline():
         )
         assert clock() - begin == pytest.approx(TIMING.visit_deadline, abs=1)
         assert [set(edge.weights) for edge in edges] == [{"n1"}, {"n0"}]
+        assert [m.swarm.traffic["n2"].refusals["late"] for m in members[:2]] == [1, 1]
         late = await members[2].open(wanted(members)[2])  # everybody has closed
         assert late.weights == {}
+
+    run(scenario())
+
+
+def test_a_degree_that_no_neighbour_can_have_is_refused():
+    """No weight follows from it, and it must not get as far as that."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        told = pb.VisitDegree(sender=members[1].swarm.sender(), visit=0, degree=0)
+        with pytest.raises(PeerRefused) as caught:
+            members[0].exchange.answer_degree(told)
+        assert caught.value.reason == "bad_degree"
 
     run(scenario())
 
@@ -1037,20 +1051,25 @@ def test_nodes_that_see_different_members_do_not_wait_for_each_other():
 
 
 def test_who_lets_a_visit_wait_is_not_waited_for_again():
-    """The second visit costs one call's timeout, not another deadline."""
+    """The second visit costs one call's timeout, not another deadline; until it comes to one."""
 
     async def scenario():
         members = await meet(LoopbackNetwork(), 3)
         clock = asyncio.get_running_loop().time
         spent = []
-        for visit in range(2):
+        for visit, count in enumerate((2, 2, 3, 2)):
             begin = clock()
-            for member in members[:2]:
+            for member in members[:count]:
                 member.visit = visit
-            await together(m.open(w) for m, w in zip(members[:2], wanted(members)[:2], strict=True))
+            here = zip(members[:count], wanted(members)[:count], strict=True)
+            edges = await together(member.open(others) for member, others in here)
+            assert all(len(each.weights) == count - 1 for each in edges)
             spent.append(clock() - begin)
         assert spent[0] == pytest.approx(TIMING.visit_deadline, abs=1)
         assert spent[1] < TIMING.rpc + TIMING.heartbeat + 1
+        assert spent[3] == pytest.approx(TIMING.visit_deadline, abs=1)
+        # Said when it begins to be so, not again and again.
+        assert [m.swarm.traffic["n2"].refusals["late"] for m in members[:2]] == [2, 2]
 
     run(scenario())
 

@@ -10,8 +10,13 @@ import pytest
 from deca_node.config import Timing
 from deca_node.errors import PeerRefused
 from deca_node.exchange import send_rates
-from deca_node.giving import MAX_DRAIN_SECONDS, QUIET_SECONDS, Giver
-from deca_node.limits import CHUNK_BYTES
+from deca_node.giving import LATER, MAX_DRAIN_SECONDS, QUIET_SECONDS, Giver
+from deca_node.limits import (
+    CHUNK_BYTES,
+    MAX_QUEUED_TRANSFERS,
+    MAX_TRANSFERS,
+    MAX_TRANSFERS_PER_PEER,
+)
 from deca_node.pb import node_pb2 as pb
 from deca_node.recovery import Kept
 from deca_node.wire import parse
@@ -31,7 +36,7 @@ class Shelf:
         return {block: Kept(9, SIZE, DIGEST) for block in range(BLOCKS)}
 
     def open(self, block, xxh3):
-        return io.BytesIO()
+        return io.BytesIO() if xxh3 == DIGEST else None
 
     async def read(self, file, offset, size):
         return bytes(min(size, SIZE - offset))
@@ -189,6 +194,57 @@ def test_who_has_the_last_byte_may_turn_away():
         async with aclosing(giving.answer_fetch(asked("late", offset=SIZE - 1))) as stream:
             await anext(stream)
         assert peers.reasons == []
+
+    run(scenario())
+
+
+def test_a_version_that_is_no_longer_here_is_not_answered_with_another():
+    """Whoever asked would take it for garbage, and leave its giver alone."""
+
+    async def scenario():
+        _, giving = giver()
+        request = asked("a")
+        request.xxh3 = "1" * 32
+        with pytest.raises(PeerRefused) as caught:
+            await anext(giving.answer_fetch(request))
+        assert caught.value.reason == "passed"
+
+    run(scenario())
+
+
+def test_nobody_has_more_places_than_its_share_and_the_queue_has_an_end():
+    """Who is one too many is told so at once; a place that was given back is free."""
+
+    async def scenario():
+        _, giving = giver()
+        clock, open_ = asyncio.get_running_loop().time, []
+
+        async def begin(name, block=0):
+            stream = giving.answer_fetch(asked(name, block))
+            await anext(stream)
+            open_.append(stream)
+
+        async def refused(name):
+            asked_at = clock()
+            with pytest.raises(PeerRefused) as caught:
+                await begin(name, 4)
+            return caught.value.reason == LATER and clock() == asked_at
+
+        for block in range(MAX_TRANSFERS_PER_PEER):
+            await begin("a", block)
+        assert await refused("a")
+        await begin("b")
+        await open_.pop(0).aclose()
+        await begin("a", 3)
+        for stream in open_:
+            await stream.aclose()
+        crowd = [f"n{number}" for number in range(MAX_TRANSFERS + MAX_QUEUED_TRANSFERS)]
+        waiting = [asyncio.create_task(begin(name)) for name in crowd]
+        await asyncio.sleep(0.1)
+        assert await refused("c")
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     run(scenario())
 

@@ -1,6 +1,7 @@
 """The trust folder: what is in it, who can read it, what is wrong with it."""
 
 import errno
+import os
 import ssl
 import stat
 import time
@@ -8,7 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from deca_node import guard as guard_module
 from deca_node import identity
 from deca_node import keyring as keyring_module
 from deca_node.errors import PeerRefused, TrustError
@@ -17,7 +22,7 @@ from deca_node.identity import Authority
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import MAX_CERTIFICATE_BYTES
 from deca_node.pb import node_pb2 as pb
-from deca_node.trust import Holder
+from deca_node.trust import CLOCK_SECONDS, Holder
 from tests.trust import Run
 
 
@@ -29,6 +34,9 @@ def run(tmp_path):
 def test_keys_are_for_their_owner_alone(run):
     """Files of mode 0600 in folders of mode 0700, and no temporary ones left."""
     keyring = run.head()
+    run.keyring("alice")
+    left = run.folder / "alice" / "nodes" / f"alice.key.new.{os.getpid()}.tmp"
+    left.touch(0o644)  # by a process of the same number that was killed
     run.keyring("alice")
     for path in run.folder.rglob("*"):
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -46,6 +54,67 @@ def test_a_certificate_says_whom_it_names(run):
     request = identity.new_request(identity.new_key())
     pairing = run.authority.issue_pairing(request, time.time(), 1)
     assert identity.read(pairing).holder is None
+
+
+def test_a_members_certificate_is_good_before_it_was_made_and_for_no_others(run):
+    """The clocks of two machines differ; and only the authority signs certificates."""
+    certificate = run.keyring("alice").node("alice").certificate
+    said = identity.read(certificate)
+    assert said.begins == pytest.approx(time.time() - CLOCK_SECONDS, abs=60)
+    assert said.ends == pytest.approx(time.time() + 86400, abs=60)
+    assert identity.run_of(run.authority.certificate) == "run"
+    with pytest.raises(TrustError, match="not the certificate of a run's authority"):
+        identity.run_of(certificate)
+
+
+def test_a_certificate_is_good_at_one_end_or_at_both(run):
+    """An operator answers nobody, and an invitation's certificate opens no node."""
+
+    def uses(certificate):
+        found = x509.load_pem_x509_certificate(certificate).extensions
+        return {each._name for each in found.get_extension_for_class(x509.ExtendedKeyUsage).value}
+
+    request = identity.new_request(identity.new_key())
+    assert uses(run.authority.issue(request, "alice", time.time(), 1)) == {
+        "serverAuth",
+        "clientAuth",
+    }
+    assert uses(run.authority.issue_operator(request, time.time(), 1)) == {"clientAuth"}
+    assert uses(run.authority.issue_pairing(request, time.time(), 1)) == {"serverAuth"}
+
+
+def test_a_request_is_signed_by_a_p256_key_of_its_own(run):
+    """Else somebody would be certified over a key that is another's, or that TLS cannot use."""
+    good = x509.load_pem_x509_csr(identity.new_request(identity.new_key()))
+    der = bytearray(good.public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    forged = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    other = builder.sign(ec.generate_private_key(ec.SECP384R1()), hashes.SHA256())
+    curve = other.public_bytes(serialization.Encoding.PEM)
+    long = b"#" * MAX_CERTIFICATE_BYTES + identity.new_request(identity.new_key())
+    for request, words in ((forged, "of its own"), (curve, "of its own"), (long, "too long")):
+        with pytest.raises(TrustError, match=words):
+            run.authority.issue(request, "alice", time.time(), 1)
+
+
+def test_a_key_outlasts_a_power_cut(run, monkeypatch):
+    """A name is given to bytes that are on the disk, and then synced itself."""
+    keyring, done = run.keyring("alice"), []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def replaced(path, target):
+        done.append("name")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    keyring.keep_revoked({"eve": run.authority.revoke("eve")})
+    assert done == ["file", "name", "folder"]
 
 
 @pytest.mark.parametrize("version", ["a003020103", "a003020101"])
@@ -340,6 +409,24 @@ def test_a_node_whose_certificate_is_out_of_time_does_not_start(run, begins, day
         Guard(run.keyring("alice", begins=begins, days=days), "alice")
 
 
+def test_a_node_does_not_start_with_anothers_certificate(run):
+    keyring = run.keyring("alice")
+    keyring.keep_node("alice", run.keyring("bob").node("bob"))
+    with pytest.raises(TrustError, match="'alice' names another"):
+        Guard(keyring, "alice")
+
+
+def test_who_lists_others_need_not_list_itself(run):
+    """What runs beside a node shows the node's own certificate to it."""
+    guard = run.guard("alice", allow=("bob",))
+    own = guard.credentials().certificate
+    assert guard.admit(own).node == "alice"
+    assert guard.admit(run.keyring("bob").node("bob").certificate).node == "bob"
+    with pytest.raises(PeerRefused) as caught:
+        guard.admit(run.keyring("carol").node("carol").certificate)
+    assert caught.value.reason == "not_allowed"
+
+
 def test_revocations_are_signed(run):
     """One that the authority has not signed, or for another node or run, is refused."""
     guard, mark = run.guard("alice"), run.authority.revoke("eve")
@@ -348,8 +435,8 @@ def test_revocations_are_signed(run):
         ("bob", mark),
         ("eve", other),
         ("eve", b""),
-        ("", mark),
-        ("a\nb", mark),
+        ("", run.authority.revoke("")),  # nor is what can be no node's name
+        ("a\nb", run.authority.revoke("a\nb")),
     ):
         with pytest.raises(PeerRefused, match="not signed"):
             guard.learn(pb.Revocations(revoked=[pb.Revocation(node=node, signature=signature)]))
@@ -358,6 +445,23 @@ def test_revocations_are_signed(run):
     guard.learn(pb.Revocations(revoked=[pb.Revocation(node="eve", signature=mark)]))
     assert guard.revoked == {"eve"}
     assert Guard(Keyring(run.folder / "alice"), "alice").revoked == {"eve"}
+
+
+def test_a_list_that_grows_without_end_is_not_learned(run, monkeypatch):
+    """Each is a check, a place in memory, and a line of a file that is read at every look."""
+    monkeypatch.setattr(guard_module, "MAX_REVOKED", 2)
+    guard = run.guard("alice")
+    marks = [
+        pb.Revocation(node=name, signature=run.authority.revoke(name))
+        for name in ("eve", "mallory", "trudy")
+    ]
+    with pytest.raises(PeerRefused) as caught:
+        guard.learn(pb.Revocations(revoked=marks))
+    assert caught.value.reason == "bad_list"
+    assert not guard.revoked
+    guard.learn(pb.Revocations(revoked=marks[:2]))
+    guard.learn(pb.Revocations(revoked=marks[:2]))  # known, and none more
+    assert guard.revoked == {"eve", "mallory"}
 
 
 def test_two_that_know_different_revocations_come_to_know_both(run):
@@ -505,7 +609,13 @@ def test_a_renewal_is_of_the_same_node_and_longer(run):
         with pytest.raises(TrustError, match="not a renewal"):
             guard.renewed(wrong.key, wrong.certificate)
     key = identity.new_key()
-    longer = run.authority.issue(identity.new_request(key), "alice", time.time(), 1)
+    request = identity.new_request(key)
+    longer = run.authority.issue(request, "alice", time.time(), 1)
+    with pytest.raises(TrustError, match="not the certificate's"):
+        guard.renewed(identity.new_key(), longer)
+    with pytest.raises(TrustError, match="another authority"):
+        other = Authority.new("run", time.time())
+        guard.renewed(key, other.issue(request, "alice", time.time(), 1))
     guard.renewed(key, longer)
     assert not guard.is_renewal_due
     assert keyring.node("alice") == Pair(key, longer)

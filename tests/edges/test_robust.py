@@ -55,11 +55,11 @@ def test_the_mix_is_made_when_all_have_come(aggregation, stale):
         far = {peer: float((values - half).norm()) for peer, values in came.items()}
         near = sorted(far.values())[:-1]
         tau = min(np.sqrt(sum(0.25 * d**2 for d in near) / 0.25), 0.5 * near[-1])
+        left = {peer: min(1.0, tau / far[peer]) for peer in came}
         expected = half.numpy() + sum(
-            0.25 * (values - half).numpy() * min(1, tau / far[peer])
-            for peer, values in came.items()
+            0.25 * (values - half).numpy() * left[peer] for peer, values in came.items()
         )
-        assert stale or min(settled.clipped.values()) <= 1.0
+        assert settled.clipped == ({} if stale else pytest.approx(left))
     share = STALE_STEP if stale else 1.0
     expected = half.numpy() + share * (expected - half.numpy())
     np.testing.assert_allclose(method.state()["x"].numpy(), expected, rtol=0, atol=1e-6)

@@ -15,6 +15,7 @@ from deca_node.errors import PayloadError
 from deca_node.limits import CHUNK_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_NOTE_BYTES
 from deca_node.pb.node_pb2 import Chunk
 from deca_node.wire import (
+    CHUNK_ELEMENTS,
     PREFIX_BYTES,
     Layout,
     Receiver,
@@ -22,6 +23,7 @@ from deca_node.wire import (
     frame,
     metadata,
     parse,
+    promised,
     snapshot,
 )
 
@@ -61,6 +63,24 @@ def test_values_survive_the_journey(flat, messages):
     """What is received equals what was sent, bit for bit."""
     assert len(messages) == 3
     assert torch.equal(receive(messages), flat)
+
+
+def test_a_message_is_made_once_all_of_its_values_are_final(flat, messages):
+    """Until then neither is it sent, nor is what a neighbour has there mixed in."""
+    made, numel = promised(LAYOUT, 5, ABOUT), LAYOUT.numel
+    for end, count, covered in (
+        (0, 1, 0),
+        (CHUNK_ELEMENTS - 1, 1, 0),
+        (CHUNK_ELEMENTS, 2, CHUNK_ELEMENTS),
+        (numel - 1, 2, CHUNK_ELEMENTS),
+        (numel, 3, numel),
+    ):
+        made.grow(flat, end)
+        assert len(made.messages) == count
+        assert [made.has(index) for index in range(3)] == [index < count for index in range(3)]
+        assert made.covers(covered)
+        assert count == 3 or not made.covers(covered + 1)
+    assert made.messages == messages
 
 
 def test_the_joined_payload_is_a_safetensors_file(flat, messages, tmp_path):
@@ -108,9 +128,12 @@ def test_every_damage_has_its_reason(messages):
     assert refusal(header, [header]) == "gap"
     assert refusal(frame(6, 0, header[PREFIX_BYTES:])) == "wrong_step"
     assert refusal(b"\xff" * 40) == "malformed"
-    assert refusal(b"") == "gap" or refusal(b"") == "wrong_step"
+    assert refusal(b"") == "wrong_step"  # as a Chunk all its fields are 0
     assert refusal(b"\0" * (MAX_MESSAGE_BYTES + 1)) == "too_long"
     assert refusal(header, layout=Layout(LAYOUT.tensors[:1])) == "shape"
+    # A stream of them would never end.
+    assert refusal(frame(5, 0, b"")) == "malformed"
+    assert refusal(frame(5, len(header) - PREFIX_BYTES, b""), [header]) == "malformed"
 
 
 def test_numbers_that_are_none_are_refused():
