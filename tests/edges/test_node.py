@@ -85,6 +85,23 @@ async def test_the_log_names_whole_paths(tmp_path, monkeypatch):
     assert models == [str(folder / "model")] * 2
 
 
+async def test_what_is_no_number_is_null_in_record_state_and_log(tmp_path):
+    """Readers of JSON other than Python's refuse NaN; a run whose rate is too high comes to it."""
+    chosen = settings(tmp_path, "optimizer.learning_rate=1e18", f"data.test={tmp_path}/train.jsonl")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    with structlog.testing.capture_logs() as lines:
+        assert await Node(chosen, structlog.get_logger()).run()
+    (after,) = [line for line in lines if line["event"] == "after training"]
+    assert after["loss"] is None
+    assert any("a lower optimizer.learning_rate" in line["event"] for line in lines)
+    record = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=refuse)
+    assert record["after"]["loss"] is None
+    assert record["before"]["loss"] > 0
+
+
 class Looking(Node):
     """A node whose status is looked at after every step."""
 
