@@ -75,6 +75,10 @@ class Node:
         log: a structlog logger.
         progress: called with the status about once a second, on the event loop's thread.
         transport: how to reach others; gRPC when not given.
+
+    Raises:
+        ConfigError: no edge of the topology is this node's.
+        TrustError: it has no certificate and needs one.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Node:
         progress: Callable[[pb.NodeStatus], None] | None = None,
         transport: Transport | None = None,
     ) -> None:
+        settings.check_edges()
         self.settings = settings
         self.timing = settings.timing()
         ring = Ring()

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from deca_node import checkpoint, loading, member, registry
 from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
-from deca_node.errors import DiskFullError, OutputError
+from deca_node.doctor import machine
+from deca_node.doctor.checks import Facts, Verdict
+from deca_node.errors import ConfigError, DiskFullError, OutputError
 from deca_node.export import export
 from deca_node.logbook import Logbook
 from deca_node.loopback import LoopbackNetwork
@@ -100,6 +102,20 @@ async def test_what_is_no_number_is_null_in_record_state_and_log(tmp_path):
     record = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=refuse)
     assert record["after"]["loss"] is None
     assert record["before"]["loss"] > 0
+
+
+def test_a_node_that_is_in_no_edge_is_refused(tmp_path):
+    """By a slip in its name it would train alone to the end; no edges at all are meant so."""
+    chosen = settings(
+        tmp_path,
+        "node.name=alicia",
+        "topology.kind=explicit",
+        'topology.edges=[["alice", "bob"]]',
+    )
+    with pytest.raises(ConfigError, match="= 'alicia', only of alice, bob; set"):
+        Node(chosen, structlog.get_logger())
+    check = machine.settings(Facts(chosen))
+    assert (check.verdict, check.remedy[:7]) == (Verdict.FAIL, "set the")
 
 
 class Looking(Node):
