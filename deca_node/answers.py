@@ -109,11 +109,17 @@ def write(
         with to.open("a", encoding="utf-8") as file:
             file.truncate(end)  # a last line torn by a crash goes
             for number, question in enumerate(left, start=1):
+                try:
+                    turns = _conversation(model, question, max_tokens)
+                except DataError as error:
+                    raise DataError(
+                        f"{questions}, question_id {question.id!r}: {error} (--max-tokens)"
+                    ) from None
                 answer = {
                     "question_id": question.id,
                     "answer_id": mark + _digest(json.dumps([question.id, question.turns])),
                     "model_id": who,
-                    "choices": [{"index": 0, "turns": _conversation(model, question, max_tokens)}],
+                    "choices": [{"index": 0, "turns": turns}],
                     "tstamp": time.time(),
                 }
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")

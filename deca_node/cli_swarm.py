@@ -70,6 +70,10 @@ class _Place:
 
 def _place(config: Path | None, run: str | None, node: str | None, folder: Path | None) -> _Place:
     settings = load(config) if config is not None else None
+    usual = default_trust_folder("deca")
+    if config is None and run is None and folder is None and not usual.exists():
+        # Not that authority.pem is missing there: who makes one has parted the run in two.
+        raise TrustError(f"{usual}: no such folder; name the run, by --config FILE or --run NAME")
     if folder is not None and run is None and settings is None:
         run = Keyring(folder).run
     run = run or (settings.run.name if settings else "deca")

@@ -111,7 +111,11 @@ class Logbook:
             passed_over=self._caught_up_before[1] + gain.visits,
         )
         if not math.isfinite(record.local.gradient_norm):
-            standing.warn(f"gradient not finite at step {record.step}: counted as zero", "gradient")
+            standing.warn(
+                f"gradient not finite at step {record.step}: counted as zero; if that goes on, "
+                "begin anew with a lower optimizer.learning_rate, on all nodes alike",
+                "gradient",
+            )
         traffic = {peer: self._traffic(peer) for peer in record.gathered.edges}
         row, books = history_line(record, sent, traffic), self._books
         tried_to_save(standing, lambda: books.history.append(row))

@@ -61,8 +61,7 @@ class Lookout:
                 told=swarm.told,
                 version=__version__,
                 neighbours=neighbours,
-                isolated=chosen.kind == "explicit"
-                and not any(name in edge for edge in chosen.edges),
+                isolated=chosen.kind == "explicit" and not chosen.edges,
                 most=self._most_members,
                 zeroconf=discovery is not None,
                 heard_itself=discovery is not None and discovery.heard_itself,

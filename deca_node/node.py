@@ -43,7 +43,7 @@ from deca_node.outcome import Outcome
 from deca_node.pb import node_pb2 as pb
 from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.reception import Reception
-from deca_node.record import History
+from deca_node.record import History, finite
 from deca_node.rounds import Start
 from deca_node.saving import Saving, tried_to_save
 from deca_node.search import Search, check_interfaces
@@ -75,6 +75,10 @@ class Node:
         log: a structlog logger.
         progress: called with the status about once a second, on the event loop's thread.
         transport: how to reach others; gRPC when not given.
+
+    Raises:
+        ConfigError: no edge of the topology is this node's.
+        TrustError: it has no certificate and needs one.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Node:
         progress: Callable[[pb.NodeStatus], None] | None = None,
         transport: Transport | None = None,
     ) -> None:
+        settings.check_edges()
         self.settings = settings
         self.timing = settings.timing()
         ring = Ring()
@@ -658,7 +663,10 @@ class Node:
         )
         if found is None:
             raise Stopped
-        return asdict(found)
+        return {
+            name: finite(value) if isinstance(value, float) else value
+            for name, value in asdict(found).items()
+        }
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the training thread; gives up at once when told to stop."""

@@ -50,7 +50,9 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from None
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

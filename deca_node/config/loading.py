@@ -11,7 +11,6 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
 )
@@ -114,16 +113,17 @@ def load(config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
         def settings_customise_sources(
             cls,
             settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
+            init_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             env_settings: PydanticBaseSettingsSource,
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            assert isinstance(env_settings, EnvSettingsSource)  # noqa: S101 - narrows the type
-            return init_settings, env_settings, InitSettingsSource(settings_cls, nest(from_file))
+            # By whole settings: pydantic would merge the tables of several sources into one.
+            found = {**from_file, **dict(flatten(env_settings())), **given}
+            return (InitSettingsSource(settings_cls, nest(found)),)
 
     try:
-        return Loaded(**nest(given))
+        return Loaded()
     except ValidationError as error:
         sources = [
             *((key, "--set ") for key in given),

@@ -31,6 +31,7 @@ from deca_node.config.sections import (
     is_loopback,
 )
 from deca_node.config.timing import Timing
+from deca_node.errors import ConfigError
 
 ENV_PREFIX = "DECA_"
 
@@ -84,6 +85,22 @@ class Settings(BaseSettings):
     def trust_folder(self) -> Path:
         """Of this run, on this machine."""
         return self.trust.folder or default_trust_folder(self.run.name)
+
+    def check_edges(self) -> None:
+        """Refuse edges none of which is this node's: it would train alone, as by a slip in a name.
+
+        Not where settings are read, as an experiment's nodes have other names.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        edges, name = self.topology.edges, self.node.name
+        if edges and not any(name in edge for edge in edges):
+            known = ", ".join(sorted({each for edge in edges for each in edge}))
+            raise ConfigError(
+                f"topology.edges: none is of node.name = {name!r}, only of {known}; set the one or "
+                "the other, the edges on all nodes alike"
+            )
 
     def needs_trust(self) -> bool:
         """Whether connections are made under TLS; on this machine alone they need not be."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from deca_node.batches import Example
 from deca_node.config import DataSettings
-from deca_node.data.fields import Row, text_of
+from deca_node.data.fields import Row, names_of, text_of
 from deca_node.data.tokens import Tokenizer
 from deca_node.errors import DataError
 
@@ -50,7 +50,7 @@ def messages_of(row: Row, settings: DataSettings, where: str) -> list[dict[str, 
         if settings.prompt_field not in row:
             raise DataError(
                 f"{where}: neither field {field!r} nor field {settings.prompt_field!r};"
-                f" it has: {', '.join(map(str, row))}"
+                f" it has: {names_of(row)}"
             )
         return [
             {"role": "user", "content": text_of(row, settings.prompt_field, where)},

@@ -17,6 +17,14 @@ TEXT = (str, bool, int, float)
 IN_TEMPLATE = (*TEXT, dt.date, dt.time, dt.timedelta, decimal.Decimal)
 
 
+_NULL = "give it a value or take the row out"
+
+
+def names_of(row: Row) -> str:
+    """The fields that a row has, quoted: of a CSV one may begin with a space."""
+    return ", ".join(map(repr, row))
+
+
 def text_of(row: Row, field: str, where: str) -> str:
     """The text in a field; numbers become text, and booleans as JSON writes them.
 
@@ -35,9 +43,9 @@ def value_of(row: Row, field: str, where: str) -> Any:
         DataError: the field is missing, null or not finite.
     """
     if field not in row:
-        raise DataError(f"{where}: no field {field!r}; it has: {', '.join(map(str, row))}")
+        raise DataError(f"{where}: no field {field!r}; it has: {names_of(row)}")
     if row[field] is None:
-        raise DataError(f"{where}: field {field!r} is null")
+        raise DataError(f"{where}: field {field!r} is null; {_NULL}")
     _check_finite(row[field], field, where)
     return row[field]
 
@@ -45,7 +53,7 @@ def value_of(row: Row, field: str, where: str) -> Any:
 def check(value: Any, field: str, where: str, kinds: tuple[type, ...], remedy: str = "") -> None:
     """Refuse what no text comes from but Python's own for it."""
     if value is None:
-        raise DataError(f"{where}: field {field!r} is null")
+        raise DataError(f"{where}: field {field!r} is null; {_NULL}")
     if isinstance(value, bytes):
         raise DataError(f"{where}: field {field!r} is binary and not UTF-8 text; name another")
     if not isinstance(value, kinds):

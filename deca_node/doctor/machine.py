@@ -19,7 +19,7 @@ from deca_node.config import is_loopback
 from deca_node.corpus import read_corpus
 from deca_node.data import label_counts
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
-from deca_node.errors import OutputError
+from deca_node.errors import ConfigError, OutputError
 from deca_node.fingerprint import schedule_for
 from deca_node.guard import Guard
 from deca_node.keyring import Keyring
@@ -58,6 +58,10 @@ def checks(*, full: bool) -> dict[str, Callable[[Facts], Iterable[Check]]]:
 def settings(facts: Facts) -> Check:
     """Whether the node could find others."""
     run, network = facts.settings.run, facts.settings.network
+    try:
+        facts.settings.check_edges()
+    except ConfigError as error:
+        return failed("settings", error)
     found = (
         f"node {facts.settings.node.name} of run {run.name}, {run.start_when} members wanted, "
         f"preset {network.preset}"

@@ -14,9 +14,10 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deca_node import sizes
 from deca_node.batches import IGNORED, Batch
 from deca_node.config import ModelSettings
-from deca_node.errors import ModelError, OutputError
+from deca_node.errors import DataError, ModelError, OutputError
 from deca_node.models.active import FP16_LOSS_SCALE, ActiveBlock
 from deca_node.models.devices import DTYPES, pick_device, pick_dtype
 from deca_node.models.layers import layer_stack
@@ -372,12 +373,21 @@ class LanguageModel:
 
         Args:
             messages: of ``role`` and ``content``; the last is the user's.
-            max_tokens: of the answer, at most.
+            max_tokens: of the answer, at most; fewer where the model has no more positions.
 
         Raises:
             ModelError: the model has no chat template, or it refuses the conversation.
+            DataError: the conversation takes all of the model's positions.
         """
         ids = torch.tensor([self.tokenizer.prompt(messages)], device=self.device)
+        capacity = sizes.capacity(self.module)
+        if capacity.bound:
+            if (room := capacity.positions - ids.shape[1]) < 1:
+                raise DataError(
+                    f"the conversation has {ids.shape[1]} tokens, and {self.name} can take"
+                    f" {capacity.positions} with the answer; shorten it, or the answers before"
+                )
+            max_tokens = min(max_tokens, room)
         with torch.no_grad():
             whole = self.module.generate(
                 ids,

@@ -18,7 +18,7 @@ from deca_node import status
 from deca_node.config import Settings
 from deca_node.disk import translated
 from deca_node.errors import OutputError
-from deca_node.record import read_summary
+from deca_node.record import finite, read_summary
 
 # Elements of a tensor that are compared at once: 16 MB a node as float32.
 SLICE = 4_000_000
@@ -82,7 +82,7 @@ def summarise(
         ],
         "mean_after_accuracy": sum(known) / len(known) if complete else None,
         "min_after_accuracy": min(known) if complete else None,
-        "disagreement": disagreement,
+        "disagreement": finite(disagreement),
         "wall_seconds": round(wall_seconds, 1),
         "settings": dict(settings),
     }

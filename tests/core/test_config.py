@@ -30,6 +30,16 @@ def test_later_sources_win(file, monkeypatch):
     assert schedule.layers_per_block == 1
 
 
+def test_the_labels_of_a_later_source_are_all_there_are(file, monkeypatch):
+    """Who names other labels for once does not get the file's among them."""
+    file.write_text(f"{GOOD}[data.labels]\na = 'A'\n")
+    assert load(file).data.labels == {"a": "A"}
+    monkeypatch.setenv("DECA_DATA__LABELS", '{"b": "B"}')
+    assert load(file).data.labels == {"b": "B"}
+    assert load(file, ['data.labels={c="C"}']).data.labels == {"c": "C"}
+    assert load(file, ["data.labels={}"]).data.labels == {}
+
+
 def test_paths_in_a_file_are_relative_to_it(file):
     """A file can be used from anywhere; --set is relative to where one stands."""
     assert load(file).model.path == file.parent / "model"

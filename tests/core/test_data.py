@@ -277,9 +277,13 @@ def test_booleans_are_the_same_labels_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "t"}, "row 2: no field 'label'; it has: text"),
-        ({"label": "a"}, "row 2: no field 'text'; it has: label"),
-        ({"text": None, "label": "a"}, "row 2: field 'text' is null"),
+        ({"text": "t"}, "row 2: no field 'label'; it has: 'text'"),
+        ({"label": "a"}, "row 2: no field 'text'; it has: 'label'"),
+        ({"text": "t", " label": "a"}, "row 2: no field 'label'; it has: 'text', ' label'"),
+        (
+            {"text": None, "label": "a"},
+            "row 2: field 'text' is null; give it a value",
+        ),
         ({"text": "t", "label": None}, "row 2: field 'label' is null"),
         ({"text": "t", "label": ["a"]}, "row 2: field 'label' is a list, not text"),
         ({"text": "t", "label": ""}, "row 2: label '' is not one of: a"),
@@ -511,8 +515,8 @@ def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "t"}, "neither field 'messages' nor field 'prompt'; it has: text"),
-        ({"prompt": "p"}, "no field 'response'; it has: prompt"),
+        ({"text": "t"}, "neither field 'messages' nor field 'prompt'; it has: 'text'"),
+        ({"prompt": "p"}, "no field 'response'; it has: 'prompt'"),
         ({"messages": "hi"}, "field 'messages' is not a list of {role, content} objects"),
         ({"messages": ["hi"]}, "field 'messages' is not a list of {role, content} objects"),
         ({"messages": [{"role": "user"}]}, "message 1 of 'messages': no field 'content'"),

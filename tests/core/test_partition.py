@@ -250,7 +250,11 @@ def test_full_disk_leaves_no_half_split(
 @pytest.mark.parametrize(
     ("nodes", "named", "message"),
     [
-        (2, {"label_field": "topic"}, r"all\.jsonl, row 1: no field 'topic'; it has: text, label"),
+        (
+            2,
+            {"label_field": "topic"},
+            r"all\.jsonl, row 1: no field 'topic'; it has: 'text', 'label'",
+        ),
         (500, {"label_field": "label"}, r"all\.jsonl: 120 rows cannot be dealt to 500 nodes"),
         (
             2,

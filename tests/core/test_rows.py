@@ -96,7 +96,11 @@ def test_data_set_dict_names_its_splits(columnar: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl, line 2: a JSON array; each line must be one"),
         ("a.jsonl", b"null", "a.jsonl, line 1: a JSON null"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', "a.jsonl, line 2: not UTF-8 text"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "\xff"}',
+            "a.jsonl, line 2: not UTF-8 text (invalid start byte); save the file",
+        ),
         ("a.jsonl", b'{"a": "\\ud800"}', "a.jsonl, line 1: holds half of a surrogate pair"),
         ("a.jsonl", b"", "a.jsonl: no rows"),
         ("a.jsonl", b"\n \n", "a.jsonl: no rows"),

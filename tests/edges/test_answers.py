@@ -158,6 +158,19 @@ def test_a_file_of_something_else_is_left_alone(model, tmp_path, capsys):
     assert to.read_text() == "dear"
 
 
+def test_an_answer_ends_with_the_positions_of_the_model(tmp_path, capsys):
+    """GPT-2 has a table of them; a question that takes all is named, and what was answered kept."""
+    small = make_model(tmp_path / "small", "gpt2", layers=1, n_positions=48)
+    turns = [["Say a."], ["Say a. " * 30]]
+    rows = [{"question_id": number, "turns": each} for number, each in enumerate(turns)]
+    questions, to = write_lines(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
+    assert ask(small, questions, to, "--max-tokens", 500) == 4
+    said = capsys.readouterr().err
+    assert "questions.jsonl, question_id 1: the conversation has" in said
+    assert "small can take 48 with the answer; shorten it" in said
+    assert [row["question_id"] for row in lines(to)] == [0]
+
+
 def test_a_model_without_a_chat_template_is_refused(tmp_path, capsys):
     """Exit code 5, with the remedy."""
     plain = make_model(tmp_path / "plain", "llama", layers=1)

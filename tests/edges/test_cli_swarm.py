@@ -214,6 +214,7 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
         ("swarm show --run other", 12, "swarm init"),
         ("swarm issue b --to c --run r", 12, "revoked for good"),
         ("swarm invite --node b --run r", 12, "revoked for good"),
+        ("swarm invite", 12, "deca: no such folder; name the run, by --config FILE or --run NAME"),
         ("swarm invite --ttl soon --run r", 2, "90s, 10m or 2h"),
         ("swarm invite --ttl 3d --run r", 2, "90s, 10m or 2h"),
         ("swarm invite --advertise host --run r", 2, "HOST:PORT"),

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from deca_node import checkpoint, loading, member, registry
 from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
-from deca_node.errors import DiskFullError, OutputError
+from deca_node.doctor import machine
+from deca_node.doctor.checks import Facts, Verdict
+from deca_node.errors import ConfigError, DiskFullError, OutputError
 from deca_node.export import export
 from deca_node.logbook import Logbook
 from deca_node.loopback import LoopbackNetwork
@@ -83,6 +85,37 @@ async def test_the_log_names_whole_paths(tmp_path, monkeypatch):
     assert [line["output"] for line in lines if "output" in line] == [str(folder)]
     models = [line["model"] for line in lines if "finished" in line["event"]]
     assert models == [str(folder / "model")] * 2
+
+
+async def test_what_is_no_number_is_null_in_record_state_and_log(tmp_path):
+    """Readers of JSON other than Python's refuse NaN; a run whose rate is too high comes to it."""
+    chosen = settings(tmp_path, "optimizer.learning_rate=1e18", f"data.test={tmp_path}/train.jsonl")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    with structlog.testing.capture_logs() as lines:
+        assert await Node(chosen, structlog.get_logger()).run()
+    (after,) = [line for line in lines if line["event"] == "after training"]
+    assert after["loss"] is None
+    assert any("a lower optimizer.learning_rate" in line["event"] for line in lines)
+    record = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=refuse)
+    assert record["after"]["loss"] is None
+    assert record["before"]["loss"] > 0
+
+
+def test_a_node_that_is_in_no_edge_is_refused(tmp_path):
+    """By a slip in its name it would train alone to the end; no edges at all are meant so."""
+    chosen = settings(
+        tmp_path,
+        "node.name=alicia",
+        "topology.kind=explicit",
+        'topology.edges=[["alice", "bob"]]',
+    )
+    with pytest.raises(ConfigError, match="= 'alicia', only of alice, bob; set"):
+        Node(chosen, structlog.get_logger())
+    check = machine.settings(Facts(chosen))
+    assert (check.verdict, check.remedy[:7]) == (Verdict.FAIL, "set the")
 
 
 class Looking(Node):
