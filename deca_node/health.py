@@ -52,12 +52,21 @@ class Told:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A greeting that ended in a refusal, ours or the other's; ``at`` is in the node's seconds."""
+    """A greeting that ended in a refusal.
+
+    Attributes:
+        node: the other one.
+        reason: why, in a word.
+        detail: why.
+        at: when, in the node's seconds.
+        theirs: the other one refused this node, which itself had nothing against it.
+    """
 
     node: str
     reason: str
     detail: str
     at: float
+    theirs: bool = False
 
 
 @dataclass(frozen=True)

@@ -219,19 +219,16 @@ class Swarm:
         if reply.sender.session == self.identity.session:
             return Answer.ITSELF
         # Our own words first: what differs is then told as ours here and theirs there.
-        refusal = (
-            self._objection(
-                reply.sender,
-                reply.protocol,
-                reply.fingerprint,
-                address,
-                phase=reply.phase,
-                visit=reply.visit,
-            )
-            or reply.refusal
+        objection = self._objection(
+            reply.sender,
+            reply.protocol,
+            reply.fingerprint,
+            address,
+            phase=reply.phase,
+            visit=reply.visit,
         )
-        if refusal:
-            self._refused(reply.sender, address, refusal)
+        if refusal := objection or reply.refusal:
+            self._refused(reply.sender, address, refusal, theirs=not objection)
             return Answer.REFUSED
         name = reply.sender.node
         held = self._links.get(name)
@@ -402,7 +399,9 @@ class Swarm:
             for table in (self.peers, self.traffic, self._links, self.told):
                 table.pop(oldest.name, None)
 
-    def _refused(self, sender: pb.Sender, address: str, refusal: str) -> None:
+    def _refused(
+        self, sender: pb.Sender, address: str, refusal: str, *, theirs: bool = False
+    ) -> None:
         word, _, text = printable(refusal).partition(": ")
         reason = known_reason(word)
         self.refusals.count[reason] += 1
@@ -430,7 +429,7 @@ class Swarm:
                 )
             )
             return
-        self.refusals.note(address, name, reason, text, self._now())
+        self.refusals.note(address, name, reason, text, self._now(), theirs=theirs)
 
     # --- what is known of the peers' surroundings (health)
 
@@ -461,7 +460,7 @@ class Swarm:
 
     def _note(self, sender: pb.Sender, address: str, said: pb.HelloRequest | pb.HelloReply) -> None:
         """Keep what a peer says of itself."""
-        self.refusals.forget(address)
+        self.refusals.forget(address, reached=isinstance(said, pb.HelloReply))
         told_time = math.isfinite(said.time) and 0 < said.time < MAX_TIME
         before = self.told.get(sender.node, Told())
         self.told[sender.node] = Told(

@@ -38,11 +38,20 @@ class Refusals:
         self._lines_of = Turns(PEER_LINES, PEER_LINES_BURST, MAX_CONTACTS)
         self._said: dict[str, str] = {}  # the reason that was logged last, by address
 
-    def note(self, address: str, name: str, reason: str, text: str, now: float) -> None:
+    def note(
+        self,
+        address: str,
+        name: str,
+        reason: str,
+        text: str,
+        now: float,
+        *,
+        theirs: bool = False,
+    ) -> None:
         """Keep a refusal; the same one of the same address is logged once, and few of one name."""
         if len(self.last) >= MAX_CONTACTS:
             self.last.clear()
-        self.last[address] = Refusal(name, reason, text[:DETAIL_CHARACTERS], now)
+        self.last[address] = Refusal(name, reason, text[:DETAIL_CHARACTERS], now, theirs)
         if self._said.get(address) == reason:
             return
         if len(self._said) >= MAX_CONTACTS:
@@ -54,7 +63,12 @@ class Refusals:
         if self._lines_of.take(whose, now) and self._lines.take("", now):
             level("peer refused", peer=name, address=address, reason=reason, detail=text)
 
-    def forget(self, address: str) -> None:
-        """A peer is there now."""
+    def forget(self, address: str, *, reached: bool = True) -> None:
+        """A peer is there now.
+
+        Who was not ``reached`` but only calls may refuse this node as before, when that calls.
+        """
+        if not reached and address in self.last and self.last[address].theirs:
+            return
         self.last.pop(address, None)
         self._said.pop(address, None)

@@ -199,6 +199,32 @@ def test_refusals_of_those_that_are_no_peers_are_kept_until_they_are_welcome():
     run(scenario())
 
 
+def test_who_refuses_this_node_still_does_when_it_calls():
+    """Of two nodes of one name the second is called by those that refuse it, and accepts them."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 2)
+        second = Member(network, 7)
+        second.swarm.identity.node = "n1"
+        await second.listen()
+        at = members[0].transport.address
+        second.swarm.propose(at)
+        while at not in second.swarm.refusals.last:
+            await asyncio.sleep(0.1)
+        request = greeting(node="n0", session=members[0].swarm.identity.session)
+        request.host, request.port = at.split(":")[0], int(at.split(":")[1])
+        assert (await second.hello(request, request.host)).refusal == ""
+        assert second.swarm.refusals.last[at].reason == "name_taken"
+        second.swarm.identity.node = "n2"
+        while second.swarm.refusals.last:
+            await asyncio.sleep(0.1)
+        assert second.swarm.peers["n0"].reached
+        await asyncio.gather(*(member.swarm.close() for member in (*members, second)))
+
+    run(scenario())
+
+
 def test_who_names_ever_new_hosts_keeps_nobody_out():
     """A member that gives another host with each greeting, none of which answers in time."""
 
