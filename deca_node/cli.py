@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
@@ -223,9 +222,6 @@ def start(
     SIGINT and SIGTERM save the state; the same command resumes there. A second Ctrl-C ends it at
     once, with what was saved before.
     """
-    # Until the node heeds it: the first process of a container is spared by a signal that it has no
-    # handler for, and would be killed when whoever sent it has waited long enough.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     human = sys.stderr.isatty()
     logs.configure(human=human, verbose=verbose)
     log = structlog.get_logger()

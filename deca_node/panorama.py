@@ -33,6 +33,8 @@ from deca_node.pb import node_pb2 as pb
 
 # A node that does not answer for so long is shown as gone; until then as it was, and stale.
 GONE_SECONDS = 10.0
+# One answer may be on its way for so much longer than another; to begin anew takes a node longer.
+ANSWER_SECONDS = 5.0
 # An address that only a peer named, and where no node has ever answered, is dropped.
 MAX_VAIN_CALLS = 10
 # An edge is slow when steps have waited for its blocks in this share of the last seconds.
@@ -188,7 +190,7 @@ class Panorama:
                 self._aliases[address] = key
             return
         before = one.status
-        if before is not None and (one.key != key or _is_anew(before, status)):
+        if before is not None and (one.key != key or _is_anew(before, status, now - one.answered)):
             one.curve, one.last_event = Curve(MAX_HISTORY_POINTS), 0
             one.waits.clear()
         one.status, one.answered, one.failing, one.error, one.vain = status, now, None, "", 0
@@ -544,9 +546,16 @@ def _key(run: str, node: str) -> str:
     return f"{_name(run)}/{_name(node)}"
 
 
-def _is_anew(before: pb.NodeStatus, now: pb.NodeStatus) -> bool:
-    """Whether another process answers; in a container each has the same number."""
-    return before.pid != now.pid or now.uptime_seconds < before.uptime_seconds
+def _is_anew(before: pb.NodeStatus, now: pb.NodeStatus, passed: float) -> bool:
+    """Whether another process answers; in a container each has the same number.
+
+    Args:
+        before: what was told last.
+        now: what is told.
+        passed: seconds between the two.
+    """
+    grown = now.uptime_seconds - before.uptime_seconds
+    return before.pid != now.pid or grown < max(0.0, passed - ANSWER_SECONDS)
 
 
 def _pair(a: str, b: str) -> tuple[str, str]:

@@ -426,17 +426,34 @@ def test_a_run_begun_anew_has_a_new_curve():
     assert [point[0] for point in panorama.curves(before)["bbc/node-0"]] == [0, 1, 2]
 
 
-def test_a_node_begun_anew_in_its_container_is_told_anew():
+@pytest.mark.parametrize(
+    ("away", "uptime"),
+    [(1.0, 1.0), (60.0, 1.0), (60.0, 9.0)],  # the last: it was seen at 5 s, soon after its start
+)
+def test_a_node_begun_anew_in_its_container_is_told_anew(away, uptime):
     """Its process has the number that the one before had, and counts its events from 1."""
     swarm = PretendSwarm(2)
     panorama, now = _watching(swarm)
+    status = swarm.status("node-0")
+    status.uptime_seconds = 5.0
+    panorama.answered(swarm.addresses[0], status, now)
     last = panorama.events(0, now, 0.0)[-1]["id"]
     status = swarm.status("node-0")
-    status.uptime_seconds = 1.0
+    status.uptime_seconds = uptime
     del status.events[1:]
-    panorama.answered(swarm.addresses[0], status, now + 1)
-    assert [event["kind"] for event in panorama.events(last, now + 1, 0.0)] == ["started"]
+    panorama.answered(swarm.addresses[0], status, now + away)
+    assert [event["kind"] for event in panorama.events(last, now + away, 0.0)] == ["started"]
     assert panorama.seen_until(swarm.addresses[0]) is None
+
+
+def test_an_answer_that_was_long_on_its_way_is_of_the_same_process():
+    swarm = PretendSwarm(2)
+    panorama, now = _watching(swarm)
+    last = panorama.events(0, now, 0.0)[-1]["id"]
+    seen = panorama.seen_until(swarm.addresses[0])
+    panorama.answered(swarm.addresses[0], swarm.status("node-0"), now + 4.0)
+    assert panorama.events(last, now + 4.0, 0.0) == []
+    assert panorama.seen_until(swarm.addresses[0]) == seen
 
 
 def test_events_are_at_the_time_of_day_they_happened():

@@ -1,11 +1,14 @@
 """Told to stop while a gradient takes long: it is given up, and what has arrived is taken in."""
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
 
 from deca_node import rounds
 from deca_node.blocks import Schedule, partition_layers
@@ -153,26 +156,37 @@ def test_a_gradient_that_was_given_up_does_not_change_the_exit_code():
 
 TOLD_EARLY = """
 import os, signal, sys
-from deca_node import cli
+from deca_node.__main__ import main
+
+verb, at = sys.argv[1:]
 
 class Importing:
     def find_spec(self, name, path, target=None):
-        if name == "deca_node.node":
+        if name == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
 sys.meta_path.insert(0, Importing())
-cli.main(["start", "--set", "model.path=m", "--set", "data.train=d", "--insecure"])
+sys.argv = ["deca-node", verb, "--set", "model.path=m", "--set", "data.train=d"]
+main()
 """
 
 
-def test_a_node_that_is_told_to_stop_while_it_still_imports_ends():
+@pytest.mark.parametrize(
+    ("verb", "at", "code"),
+    [
+        ("start", "deca_node.cli", 0),
+        ("start", "deca_node.node", 0),
+        ("doctor", "deca_node.cli", -signal.SIGTERM),  # has not done what it was to do
+    ],
+)
+def test_a_node_that_is_told_to_stop_while_it_still_imports_ends(verb, at, code):
     """The first process of a container would not, without a handler, and be killed later."""
     ended = subprocess.run(
-        [sys.executable, "-c", TOLD_EARLY],
+        [sys.executable, "-c", TOLD_EARLY, verb, at],
         check=False,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == code, ended.stderr
