@@ -17,7 +17,7 @@ from rich.text import Text
 
 from deca_node import identity, pairing, status
 from deca_node.addresses import checked_address, joined
-from deca_node.config import default_node_name, default_trust_folder, load
+from deca_node.config import RunSettings, default_node_name, default_trust_folder, load
 from deca_node.discovery import inviters, inviting, own_addresses
 from deca_node.errors import ConfigError, PeerError, TrustError, UnreachableError
 from deca_node.guard import Visitor
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 
 DAYS = 365.0
+DEFAULT_RUN = RunSettings().name
 # How long an invitation is looked for on the local network.
 LOOK_SECONDS = 4.0
 TELL_SECONDS = 5.0
@@ -70,13 +71,15 @@ class _Place:
 
 def _place(config: Path | None, run: str | None, node: str | None, folder: Path | None) -> _Place:
     settings = load(config) if config is not None else None
-    usual = default_trust_folder("deca")
-    if config is None and run is None and folder is None and not usual.exists():
-        # Not that authority.pem is missing there: who makes one has parted the run in two.
-        raise TrustError(f"{usual}: no such folder; name the run, by --config FILE or --run NAME")
-    if folder is not None and run is None and settings is None:
-        run = Keyring(folder).run
-    run = run or (settings.run.name if settings else "deca")
+    if settings is None and run is None:
+        if folder is not None:
+            run = Keyring(folder).run
+        elif not (usual := default_trust_folder(DEFAULT_RUN)).exists():
+            # Not that authority.pem is missing there: who makes one has parted the run in two.
+            raise TrustError(
+                f"{usual}: no such folder; name the run, by --config FILE or --run NAME"
+            )
+    run = run or (settings.run.name if settings else DEFAULT_RUN)
     node = node or (settings.node.name if settings else default_node_name())
     for name in (run, node):
         if not is_name(name):
@@ -98,7 +101,7 @@ def init(
 
     Once for a run, on one machine. Whoever has the file authority.key can let others in.
     """
-    place = _place(config, run or ("deca" if config is None else None), node, trust)
+    place = _place(config, run or (DEFAULT_RUN if config is None else None), node, trust)
     if (place.folder / "authority.pem").exists():
         raise TrustError(
             f"{place.folder} has an authority already; see it with `deca-node swarm show`, let "

@@ -43,7 +43,7 @@ from deca_node.outcome import Outcome
 from deca_node.pb import node_pb2 as pb
 from deca_node.prometheus import SCRAPE_SECONDS, Endpoint, Measurements
 from deca_node.reception import Reception
-from deca_node.record import History, finite
+from deca_node.record import History, finite_values
 from deca_node.rounds import Start
 from deca_node.saving import Saving, tried_to_save
 from deca_node.search import Search, check_interfaces
@@ -663,10 +663,7 @@ class Node:
         )
         if found is None:
             raise Stopped
-        return {
-            name: finite(value) if isinstance(value, float) else value
-            for name, value in asdict(found).items()
-        }
+        return finite_values(asdict(found))
 
     async def _compute(self, work: Callable[[], T]) -> T:
         """Run on the training thread; gives up at once when told to stop."""

@@ -101,6 +101,13 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def finite_values(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of all numbers of a row."""
+    return {
+        name: finite(value) if isinstance(value, float) else value for name, value in row.items()
+    }
+
+
 class History:
     """history.jsonl, appended to step by step.
 

@@ -35,7 +35,7 @@ from deca_node.member import REJOIN_SECONDS, Member, Run
 from deca_node.membership import Edges, Phase
 from deca_node.methods import Method, choose
 from deca_node.models import LanguageModel
-from deca_node.record import finite
+from deca_node.record import finite, finite_values
 from deca_node.rounds import Start, StepRecord
 from deca_node.shelf import HeldBlocks
 from deca_node.swarm import Identity
@@ -198,11 +198,7 @@ class Simulation:
             size = self.cell.settings.data.batch_size
             found = evaluate(node.model, test, self.material.completions, size, stop)
             if found is not None:
-                told = {
-                    name: finite(value) if isinstance(value, float) else value
-                    for name, value in asdict(found).items()
-                }
-                rows.append({"kind": "node", "node": node.name, **told})
+                rows.append({"kind": "node", "node": node.name, **finite_values(asdict(found))})
         return rows
 
 

@@ -37,7 +37,7 @@ async def examine(
         tell: called with what is being looked at.
     """
     facts = Facts(settings)
-    checks = [machine.settings(facts)]
+    checks = _guarded("settings", machine.settings, facts)
     tell("this machine's nodes")
     await network.find_running(facts)
     for name, look in machine.checks(full=full).items():

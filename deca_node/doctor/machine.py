@@ -19,7 +19,7 @@ from deca_node.config import is_loopback
 from deca_node.corpus import read_corpus
 from deca_node.data import label_counts
 from deca_node.doctor.checks import Check, Facts, Verdict, failed
-from deca_node.errors import ConfigError, OutputError
+from deca_node.errors import OutputError
 from deca_node.fingerprint import schedule_for
 from deca_node.guard import Guard
 from deca_node.keyring import Keyring
@@ -55,27 +55,25 @@ def checks(*, full: bool) -> dict[str, Callable[[Facts], Iterable[Check]]]:
 # Settings, model, data
 
 
-def settings(facts: Facts) -> Check:
+def settings(facts: Facts) -> Iterable[Check]:
     """Whether the node could find others."""
     run, network = facts.settings.run, facts.settings.network
-    try:
-        facts.settings.check_edges()
-    except ConfigError as error:
-        return failed("settings", error)
+    facts.settings.check_edges()
     found = (
         f"node {facts.settings.node.name} of run {run.name}, {run.start_when} members wanted, "
         f"preset {network.preset}"
     )
     named = network.static_peers or network.dns_peers
     if run.start_when > 1 and not network.zeroconf and not named:
-        return Check(
+        yield Check(
             "settings",
             Verdict.WARN,
             f"{found}; it knows no way to find others",
             "set network.zeroconf = true, network.static_peers or network.dns_peers, unless others "
             "name this node",
         )
-    return Check("settings", Verdict.OK, found)
+    else:
+        yield Check("settings", Verdict.OK, found)
 
 
 def _device(facts: Facts) -> Iterable[Check]:

@@ -7,7 +7,7 @@ means is decided in membership.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -219,14 +219,7 @@ class Swarm:
         if reply.sender.session == self.identity.session:
             return Answer.ITSELF
         # Our own words first: what differs is then told as ours here and theirs there.
-        objection = self._objection(
-            reply.sender,
-            reply.protocol,
-            reply.fingerprint,
-            address,
-            phase=reply.phase,
-            visit=reply.visit,
-        )
+        objection = self._objection(reply, address)
         if refusal := objection or reply.refusal:
             self._refused(reply.sender, address, refusal, theirs=not objection)
             return Answer.REFUSED
@@ -295,14 +288,7 @@ class Swarm:
             address = f"{source}:0"  # what is kept and logged below
             refusal = "bad_address: host or port cannot be called"
         else:
-            refusal = self._objection(
-                request.sender,
-                request.protocol,
-                request.fingerprint,
-                address,
-                phase=request.phase,
-                visit=request.visit,
-            )
+            refusal = self._objection(request, address)
         if refusal:
             reply.refusal = refusal
             reply.fingerprint.extend(self._fields())
@@ -339,40 +325,31 @@ class Swarm:
         name = self.check_sender(request.sender)
         self._update(membership.departed(self.peers[name], self._now(), finished=request.finished))
 
-    def _objection(
-        self,
-        sender: pb.Sender,
-        protocol: int,
-        fields: Sequence[pb.FingerprintField],
-        address: str,
-        *,
-        phase: int,
-        visit: int,
-    ) -> str:
-        """Why a caller cannot be a peer, as ``reason: text``; empty when it can.
+    def _objection(self, said: pb.HelloRequest | pb.HelloReply, address: str) -> str:
+        """Why who says this cannot be a peer, as ``reason: text``; empty when it can.
 
-        Who is still starting (``phase`` is the caller's) may not know all of its fingerprint yet:
-        what either side leaves out is compared once it acts.
+        Who is still starting may not know all of its fingerprint yet: what either side leaves out
+        is compared once it acts.
         """
-        own = self.identity
+        own, sender, fields = self.identity, said.sender, said.fingerprint
         if not _is_name(sender.node) or not _is_name(sender.run):
             return "bad_name: node and run names are 1 to 64 printable characters"
         if sender.run != own.run:
             return f"other_run: run.name is {own.run!r} here, {sender.run!r} there"
-        if protocol != PROTOCOL_VERSION:
-            return f"protocol: version {PROTOCOL_VERSION} here, {protocol} there"
+        if said.protocol != PROTOCOL_VERSION:
+            return f"protocol: version {PROTOCOL_VERSION} here, {said.protocol} there"
         if len(fields) > MAX_FINGERPRINT_FIELDS or any(
             len(f.name) + len(f.value) > MAX_FINGERPRINT_BYTES for f in fields
         ):
             return "bad_fingerprint: too long"
         ours, theirs = dict(own.fingerprint), {f.name: f.value for f in fields}
-        if Phase.STARTING in (phase, self._position().phase):
+        if Phase.STARTING in (said.phase, self._position().phase):
             known_to_both = ours.keys() & theirs.keys()
             ours, theirs = ({k: d[k] for k in d if k in known_to_both} for d in (ours, theirs))
         if found := difference(ours, theirs):
             return f"settings_differ: {found}"
-        if self._last_visit is not None and visit > self._last_visit:
-            return f"bad_visit: the run has {self._last_visit}, {visit} there"
+        if self._last_visit is not None and said.visit > self._last_visit:
+            return f"bad_visit: the run has {self._last_visit}, {said.visit} there"
         known = self.peers.get(sender.node)
         if sender.node == own.node or (
             known is not None

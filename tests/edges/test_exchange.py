@@ -110,6 +110,15 @@ async def acquainted(members):
     return members
 
 
+async def namesake(network, members):
+    """Another node of the second one's name, which has been told of the first."""
+    double = Member(network, 7)
+    double.swarm.identity.node = members[1].name
+    await double.listen()
+    double.swarm.propose(members[0].transport.address)
+    return double
+
+
 def wanted(members, kind="ring"):
     made = graph([member.name for member in members], TopologySpec(kind))
     return [made[member.name] for member in members]
@@ -390,10 +399,7 @@ def test_two_nodes_with_one_name_are_kept_apart():
     async def scenario():
         network = LoopbackNetwork()
         members = await meet(network, 2)
-        double = Member(network, 5)
-        double.swarm.identity.node = "n1"
-        await double.listen()
-        double.swarm.propose(members[0].transport.address)
+        await namesake(network, members)
         await asyncio.sleep(0.5)
         assert members[0].swarm.refusals.count["name_taken"] >= 1
         assert members[0].swarm.peers["n1"].session == 101

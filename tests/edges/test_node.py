@@ -11,10 +11,9 @@ import structlog
 import torch
 from safetensors.torch import load_file
 
-from deca_node import checkpoint, loading, member, registry
+from deca_node import checkpoint, doctor, loading, member, registry
 from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
-from deca_node.doctor import machine
 from deca_node.doctor.checks import Facts, Verdict
 from deca_node.errors import ConfigError, DiskFullError, OutputError
 from deca_node.export import export
@@ -114,7 +113,7 @@ def test_a_node_that_is_in_no_edge_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match="= 'alicia', only of alice, bob; set"):
         Node(chosen, structlog.get_logger())
-    check = machine.settings(Facts(chosen))
+    [check] = doctor._guarded("settings", doctor.machine.settings, Facts(chosen))
     assert (check.verdict, check.remedy[:7]) == (Verdict.FAIL, "set the")
 
 

@@ -11,7 +11,7 @@ from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm.contacts import UNREACHED_SECONDS
-from tests.edges.test_exchange import TIMING, Member, greeting, meet
+from tests.edges.test_exchange import TIMING, Member, greeting, meet, namesake
 from tests.virtual_time import run
 
 
@@ -205,11 +205,8 @@ def test_who_refuses_this_node_still_does_when_it_calls():
     async def scenario():
         network = LoopbackNetwork()
         members = await meet(network, 2)
-        second = Member(network, 7)
-        second.swarm.identity.node = "n1"
-        await second.listen()
+        second = await namesake(network, members)
         at = members[0].transport.address
-        second.swarm.propose(at)
         while at not in second.swarm.refusals.last:
             await asyncio.sleep(0.1)
         request = greeting(node="n0", session=members[0].swarm.identity.session)
