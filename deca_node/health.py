@@ -16,6 +16,8 @@ PATIENCE_SECONDS = 15.0
 CLOCK_SECONDS = 30.0
 # Peers lost within one deadline of each other were lost to one cause.
 TOGETHER_SECONDS = 15.0
+# One late block is a machine that swaps, or a packet lost; so many in a row are a pace.
+LATE_STEPS = 5
 # A refusal is repeated at least every 50 s (5 heartbeats of the wan preset) while its cause lasts.
 REFUSAL_SECONDS = 120.0
 # One condition is told of this many peers, the rest are counted: strangers must not fill the log.
@@ -95,6 +97,7 @@ class View:
         unresolved: names of network.dns_peers that have no address now, and why.
         uncallable: peers that we have called for a while, in vain.
         refusals: recent ones of callers and called that are no peers, by address.
+        late: see late_steps.
     """
 
     name: str
@@ -118,6 +121,24 @@ class View:
     unresolved: Mapping[str, str] = field(default_factory=dict)
     uncallable: frozenset[str] = frozenset()
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    late: Mapping[str, int] = field(default_factory=dict)
+
+
+def late_steps(
+    before: Mapping[str, int], late: Iterable[str], came: Iterable[str]
+) -> dict[str, int]:
+    """How many steps in a row each neighbour was late, after one step more.
+
+    A neighbour of which nothing is known in this step keeps its count.
+
+    Args:
+        before: the counts so far.
+        late: whose blocks were not here in time, or only in part.
+        came: whose were.
+    """
+    on_time = set(came)
+    counts = {peer: count for peer, count in before.items() if peer not in on_time}
+    return counts | {peer: counts.get(peer, 0) + 1 for peer in late}
 
 
 def diagnose(view: View) -> list[Finding]:
@@ -130,6 +151,7 @@ def diagnose(view: View) -> list[Finding]:
         *_refused(view),
         *_unreachable(view),
         *_uncallable(view),
+        *_late(view),
         *_silent(view),
         *_unresolved(view),
         *_multicast(view),
@@ -288,6 +310,29 @@ def _uncallable(view: View) -> Iterable[Finding]:
         if peer.name in view.uncallable and in_contact(peer) and peer.state != State.DONE
     ]
     yield from _few(found, "uncallable", "more peers call us and do not answer")
+
+
+def _late(view: View) -> Iterable[Finding]:
+    """Neighbours that train, but are mixed without: of no use to us while it lasts.
+
+    The suspect are no slow ones; what they are is told when it is known.
+    """
+    if view.phase != Phase.TRAINING:
+        return
+    found = [
+        Finding(
+            f"late:{_line(peer.name)}",
+            f"{_line(peer.name)}'s blocks come too late, {steps} steps in a row: we mix without "
+            "it; lower data.batch_size there if it computes slowly, look at the link if that is "
+            "slow, or raise network.step_deadline and network.wait_budget here",
+        )
+        for peer in view.peers
+        if (steps := view.late.get(peer.name, 0)) >= LATE_STEPS
+        and peer.name in (view.neighbours or ())
+        and peer.state == State.ALIVE
+        and peer.phase == Phase.TRAINING
+    ]
+    yield from _few(found, "late", "more neighbours' blocks come too late")
 
 
 def _silent(view: View) -> Iterable[Finding]:

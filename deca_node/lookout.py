@@ -1,6 +1,7 @@
 """Looks around from a running node: what is wrong with the swarm as it is seen from here."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from deca_node import __version__, health
@@ -36,6 +37,7 @@ class Lookout:
         member: Member,
         search: Search,
         neighbours: frozenset[str] | None,
+        late: Mapping[str, int],
     ) -> None:
         """Say once what is wrong, and once when it is mended.
 
@@ -43,6 +45,7 @@ class Lookout:
             member: of the run.
             search: for others.
             neighbours: those of the open visit; None before the first one.
+            late: how many steps in a row each was late.
         """
         settings, swarm, discovery = self._settings, member.swarm, search.discovery
         name, chosen = settings.node.name, settings.topology
@@ -71,6 +74,7 @@ class Lookout:
                 unresolved=search.named.failing,
                 uncallable=swarm.uncallable(),
                 refusals=swarm.refusals.last,
+                late=late,
             )
         )
         before = {finding.key for finding in self.findings}

@@ -705,7 +705,7 @@ class Node:
         if self._member is not None and self._search is not None and not self._left:
             standing = self._standing
             met = frozenset(standing.edges.weights) if standing.visit is not None else None
-            self._lookout.look(self._member, self._search, met)
+            self._lookout.look(self._member, self._search, met, standing.late)
 
     def _look_at_trust(self) -> None:
         if self._upkeep is not None and not self._left:

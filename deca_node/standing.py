@@ -19,7 +19,7 @@ from deca_node.config import Settings, is_loopback
 from deca_node.curve import Curve
 from deca_node.events import Ring
 from deca_node.guard import Guard
-from deca_node.health import Finding
+from deca_node.health import Finding, late_steps
 from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
 from deca_node.member import Member
 from deca_node.membership import Edges, Phase
@@ -73,6 +73,7 @@ class Standing:
         self.last: StepRecord | None = None
         self.visit: Visit | None = None
         self.edges = Edges(-1)
+        self.late: Mapping[str, int] = {}  # steps in a row, by neighbour
         self.address = ""
         self.schedule: Schedule | None = None
         self.device = torch.device("cpu")
@@ -104,7 +105,9 @@ class Standing:
 
     def step_done(self, record: StepRecord) -> None:
         """A step is complete."""
-        self.last = record
+        self.last, gathered = record, record.gathered
+        late = [peer for peer, reason in gathered.missing.items() if reason == "late"]
+        self.late = late_steps(self.late, [*late, *gathered.partial], gathered.used)
         self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
         now = time.monotonic()

@@ -199,6 +199,15 @@ def test_a_killed_neighbour_does_not_stop_the_others(make):
     assert max(float((first[n] - second[n]).abs().max()) for n in first) < 0.05
 
 
+def test_a_neighbour_that_is_too_slow_is_named(make):
+    """By the one that waits for it in vain, with what to do; the slow one is not told so."""
+    common = ["run.start_when=2", "schedule.steps=30"]
+    fast = make("alice", *common, "network.step_deadline=0.2").start()
+    slow = make("bob", *common, "network.send_rate=0.005").start()
+    fast.until(lambda status: any("bob's blocks come too late" in w for w in status.warnings))
+    assert not [event for event in slow.events() if "come too late" in event["event"]]
+
+
 def test_status_verbs_show_a_running_node(make):
     """`status` finds the node of this machine; JSON and table agree; peers lists the neighbour."""
     common = ["run.start_when=2", "schedule.steps=4000"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from deca_node.health import MAX_TOLD, Refusal, Told, View, diagnose
+from deca_node.health import LATE_STEPS, MAX_TOLD, Refusal, Told, View, diagnose, late_steps
 from deca_node.membership import Peer, Phase, State
 
 BOB = Peer("bob", 7, "10.0.0.2:7430", State.ALIVE, Phase.TRAINING, 3, last_seen=99.0)
@@ -110,6 +110,14 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
             "unresolved:swarm:7430",
             "swarm:7430 has no address (Name or service not known); correct network.dns_peers",
         ),
+        # a slow neighbour
+        ({"late": {"bob": LATE_STEPS}}, "late:bob", "bob's blocks come too late, 5 steps in a row"),
+        ({"late": {"bob": LATE_STEPS}}, "late:bob", "lower data.batch_size there"),
+        ({"late": {"bob": LATE_STEPS - 1}}, None, ""),
+        ({"late": {"eve": 99}, "peers": [BOB, EVE]}, None, ""),  # in no graph of ours now
+        ({"late": {"bob": 99}, "phase": Phase.PAUSED}, None, ""),
+        ({"late": {"bob": 99}, "peers": [replace(BOB, phase=Phase.PAUSED)]}, None, ""),
+        ({"late": {"bob": 99}, "peers": [replace(BOB, state=State.SUSPECT)]}, None, ""),
         # multicast
         ({"heard_itself": False}, "multicast", "network.interfaces"),
         ({"heard_itself": False, "heard_others": True}, None, ""),
@@ -192,6 +200,14 @@ def test_strangers_cannot_fill_the_warnings():
     assert all(f.text.isprintable() and len(f.text) < 500 for f in found)
     found = diagnose(view(peers=[BOB, *crowd[:MAX_TOLD]]))
     assert len(found) == MAX_TOLD  # none more
+
+
+def test_late_steps_are_counted_in_a_row():
+    """A block in time ends the count; who was not asked for one keeps it."""
+    counts = late_steps({}, ["bob", "eve"], ["max"])
+    counts = late_steps(counts, ["bob"], [])
+    assert counts == {"bob": 2, "eve": 1}
+    assert late_steps(counts, ["eve"], ["bob"]) == {"eve": 2}
 
 
 def test_clocks_that_differ_from_ours_both_ways_are_not_ours_to_set():
