@@ -337,7 +337,8 @@ class Swarm:
         if sender.run != own.run:
             return f"other_run: run.name is {own.run!r} here, {sender.run!r} there"
         if said.protocol != PROTOCOL_VERSION:
-            return f"protocol: version {PROTOCOL_VERSION} here, {said.protocol} there"
+            differ = f"version {PROTOCOL_VERSION} here, {said.protocol} there"
+            return f"protocol: {differ}{_programs(said.version)}"
         if len(fields) > MAX_FINGERPRINT_FIELDS or any(
             len(f.name) + len(f.value) > MAX_FINGERPRINT_BYTES for f in fields
         ):
@@ -347,7 +348,7 @@ class Swarm:
             known_to_both = ours.keys() & theirs.keys()
             ours, theirs = ({k: d[k] for k in d if k in known_to_both} for d in (ours, theirs))
         if found := difference(ours, theirs):
-            return f"settings_differ: {found}"
+            return f"settings_differ: {found}{_programs(said.version)}"
         if self._last_visit is not None and said.visit > self._last_visit:
             return f"bad_visit: the run has {self._last_visit}, {said.visit} there"
         known = self.peers.get(sender.node)
@@ -711,6 +712,13 @@ def _makes_way(peer: Peer) -> bool:
 def _serves(peer: Peer) -> bool:
     """Whether a peer that has finished still hands out its last block."""
     return peer.state == State.DONE and peer.phase == Phase.SERVING
+
+
+def _programs(theirs: str) -> str:
+    """A likely cause of a difference: the other one runs another version of the program."""
+    if theirs in ("", __version__):
+        return ""
+    return f" (deca-node {__version__} here, {printable(theirs, MAX_VERSION_BYTES)} there)"
 
 
 def _is_name(text: str) -> bool:

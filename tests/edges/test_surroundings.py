@@ -7,6 +7,7 @@ import time
 
 from deca_node import __version__
 from deca_node.errors import PeerRefused
+from deca_node.fingerprint import PROTOCOL_VERSION
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
@@ -177,6 +178,27 @@ def test_a_refusal_is_told_from_where_one_stands():
         assert members[0].swarm.peers["n1"].detail == "seed is '0' here, '1' there"
         assert members[1].swarm.peers["n0"].detail == "seed is '1' here, '0' there"
         await asyncio.gather(*(member.swarm.close() for member in members))
+
+    run(scenario())
+
+
+def test_a_difference_between_versions_of_the_program_is_told_as_one():
+    """Who upgraded one node of four learns why it is refused."""
+
+    async def scenario():
+        member = Member(LoopbackNetwork(), 0, {"seed": "0", "new.field": "1"})
+        request = greeting()
+        other = f"(deca-node {__version__} here, 9.9 there)"
+        for version, hint in ((__version__, "there"), ("9.9", other)):
+            request.version, request.protocol = version, PROTOCOL_VERSION
+            refusal = (await member.hello(request, "10.0.0.77")).refusal
+            assert refusal.startswith("settings_differ: new.field is '1' here, 'absent' there")
+            assert refusal.endswith(hint)
+            request.protocol = PROTOCOL_VERSION + 1
+            refusal = (await member.hello(request, "10.0.0.77")).refusal
+            assert refusal.startswith(f"protocol: version {PROTOCOL_VERSION} here")
+            assert refusal.endswith(hint)
+        await member.swarm.close()
 
     run(scenario())
 
