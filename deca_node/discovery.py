@@ -304,8 +304,12 @@ class Discovery:
                 self._keep(task)
 
     async def _resolve(self, zeroconf: Zeroconf, service_type: str, name: str) -> None:
-        info = AsyncServiceInfo(service_type, name)
-        if not await info.async_request(zeroconf, RESOLVE_MS) or info.port is None:
+        try:
+            info = AsyncServiceInfo(service_type, name)
+            heard = await info.async_request(zeroconf, RESOLVE_MS)
+        except _TROUBLE:  # a name that cannot be one of this type: anybody may announce it
+            return
+        if not heard or info.port is None:
             return
         if info.properties.get(b"run") != self._run.encode():
             return
@@ -390,8 +394,11 @@ async def inviters(run: str, seconds: float) -> list[str]:
 
 async def _invited_to(zeroconf: Zeroconf, run: str, name: str) -> list[str]:
     """Where the invitation to a run is that has this name; nowhere within RESOLVE_MS, or ever."""
-    info = AsyncServiceInfo(JOIN_TYPE, name)
-    heard = await info.async_request(zeroconf, RESOLVE_MS)
+    try:
+        info = AsyncServiceInfo(JOIN_TYPE, name)
+        heard = await info.async_request(zeroconf, RESOLVE_MS)
+    except _TROUBLE:  # see Discovery._resolve
+        return []
     if not heard or not info.port or info.properties.get(b"run") != run.encode():
         return []
     return _announced(info)

@@ -17,10 +17,12 @@ from deca_node.config import Timing
 from deca_node.errors import PeerError, PeerRefused
 from deca_node.limits import (
     CHUNK_BYTES,
+    LIST_HOLD_SECONDS,
     MAX_QUEUED_TRANSFERS,
     MAX_TRANSFERS,
     MAX_TRANSFERS_PER_PEER,
     MIN_TRANSFER_RATE,
+    QUEUE_SECONDS,
 )
 from deca_node.pacing import SendRates, TokenBucket, WorkBudget
 from deca_node.pb import node_pb2 as pb
@@ -99,7 +101,7 @@ class Giver:
         peers: the peer table.
         shelf: what is kept.
         position: this node's visit, whether its edges are fixed, and its steps that are done.
-        timing: how long an answer may be held back.
+        timing: how long a transfer may take.
         rate: bytes per second over all transfers, at most.
         rates: what may be sent in all.
         budget: bounds the rate further while this node trains.
@@ -141,7 +143,7 @@ class Giver:
         """What is kept here; at once, or when past the visit that the caller names."""
         self._peers.check_sender(request.sender)
         self._asked_at = asyncio.get_running_loop().time()
-        limit = asyncio.get_running_loop().time() + self._timing.rpc / 2
+        limit = self._asked_at + LIST_HOLD_SECONDS
         if request.HasField("after"):
             while self._position()[0] <= request.after:
                 left = limit - asyncio.get_running_loop().time()
@@ -245,11 +247,11 @@ class Giver:
             raise PeerRefused(LATER, "ask again later")
         self._asked[peer] += 1
         try:
-            # Whoever asks gives up when nothing comes for a step_deadline: refused before that, it
-            # knows why.
+            # Whoever asks gives up when nothing comes for its step_deadline: refused before that,
+            # it knows why.
             self._queued += 1
             try:
-                async with asyncio.timeout(self._timing.step_deadline / 2):
+                async with asyncio.timeout(min(self._timing.step_deadline / 2, QUEUE_SECONDS)):
                     await self._slots.acquire()
             except TimeoutError:
                 raise PeerRefused(LATER, "ask again later") from None

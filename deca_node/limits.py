@@ -92,9 +92,9 @@ IDLE_SECONDS = 300
 STRANGER_GREETINGS = 64.0
 # And at once: the whole swarm starts again on one machine, each with two addresses.
 STRANGER_GREETINGS_BURST = 2 * MAX_MEMBERS
-# Greetings of one peer for each heartbeat, in the long run and at once: it greets anew whenever its
-# phase changes, which is a few times in a run, and when it catches up. A greeting is answered with
-# all that we know, up to 80 kB.
+# Greetings of one peer a second, in the long run and at once: the fastest preset makes one, which
+# need not be ours, and it greets anew whenever its phase changes, which is a few times in a run,
+# and when it catches up. A greeting is answered with all that we know, up to 80 kB.
 PEER_GREETINGS = 5.0
 PEER_GREETINGS_BURST = 60
 # Lines of the log about callers that were refused, a second in the long run and at once: whoever
@@ -109,6 +109,11 @@ PEER_LINES_BURST = 12
 # caller that takes a new name each time has no more.
 STATE_LINES = 0.2
 STATE_LINES_BURST = 8 * MAX_MEMBERS
+# A list of blocks that is asked for "once you are past this visit" is held back for so long: half
+# the shortest time that a preset gives a call, as the asker's need not be ours.
+LIST_HOLD_SECONDS = 2.5
+# Who asks for a block queues for so long for a place: half the shortest step_deadline of a preset.
+QUEUE_SECONDS = 15.0
 # Streams that one connection may open at once: pulls, greetings and a few status watchers.
 MAX_STREAMS_PER_CONNECTION = 32
 # Calls answered at once on the port that serves health checks alone: those of an orchestrator.

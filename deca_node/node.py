@@ -190,14 +190,6 @@ class Node:
         before = standing.progress
         if before.agreement is not None and before.agreement.complete:
             self._had = before.agreement
-        if before.finished and not self._is_agreement_due:
-            self._log.info(
-                "this run is finished; set node.output to a new folder to run again",
-                model=self._outcome.shown,
-            )
-            await self._stay()
-            return True
-        standing.progress = replace(before, finished=False)
         kept = KeptBlocks(
             loaded.checkpoint,
             loaded.model,
@@ -206,6 +198,16 @@ class Node:
             lambda: standing.progress,
             self._addresses,
         )
+        if before.finished and not self._is_agreement_due:
+            self._log.info(
+                "this run is finished; set node.output to a new folder to run again",
+                model=self._outcome.shown,
+            )
+            if settings.node.stay:  # who greets is told so, as before the restart
+                self._make_member(loaded.marks, port, loaded.schedule, kept)
+            await self._stay()
+            return True
+        standing.progress = replace(before, finished=False)
         start = await self._compute(partial(self._restore, loaded.checkpoint, kept))
         books = self._open_books(stack, loaded.schedule, start)
         self._log.info(
@@ -318,7 +320,6 @@ class Node:
     ) -> Member:
         """Become a member of the run, once enough others are there."""
         member = self._make_member(loaded.marks, port, loaded.schedule, kept)
-        self._member = self._control.member = self._reception.member = member
         await self._join(stack, member, port)
         is_over = self._standing.progress.visit >= loaded.schedule.visits
         if not is_over or self._is_agreement_due or kept.lost():
@@ -616,6 +617,7 @@ class Node:
             run, identity, self._transport, kept, self._stopping, self._changed.beat, self._log
         )
         member.visit = self._standing.progress.visit
+        self._member = self._control.member = self._reception.member = member
         return member
 
     async def _join(

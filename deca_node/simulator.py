@@ -27,7 +27,7 @@ from deca_node import topology, wire
 from deca_node.batches import Batch, BatchStream, Example
 from deca_node.blocks import Schedule, Visit
 from deca_node.compression import FLOAT_MAX, Format
-from deca_node.errors import PayloadError
+from deca_node.errors import PayloadError, PeerUnavailable
 from deca_node.evaluation import evaluate
 from deca_node.experiment import Cell, LinksSection
 from deca_node.loopback import Call, LoopbackNetwork
@@ -471,7 +471,13 @@ class Links:
         """See LoopbackNetwork."""
         del index
         if message and self._section.loss and self._chance.random() < self._section.loss:
-            raise PayloadError("incomplete", f"{call.target}: a message was lost")
+            lost = f"{call.target}: a message was lost"
+            # A file that breaks off is no false one, for which its giver would be left alone.
+            raise (
+                PeerUnavailable(lost)
+                if call.method == "FetchBlock"
+                else PayloadError("incomplete", lost)
+            )
         return message
 
     def passage(self, call: Call, nbytes: int) -> float:

@@ -124,9 +124,8 @@ class Swarm:
         self.told: dict[str, Told] = {}
         self.refusals = Refusals(log)
         self.send_meter, self.receive_meter = RateMeter(), RateMeter()
-        each = PEER_GREETINGS / timing.heartbeat
-        self._peer_turns = Turns(each, PEER_GREETINGS_BURST, MAX_MEMBERS)
-        self._restart_turns = Turns(each, PEER_GREETINGS_BURST, MAX_CONTACTS)
+        self._peer_turns = Turns(PEER_GREETINGS, PEER_GREETINGS_BURST, MAX_MEMBERS)
+        self._restart_turns = Turns(PEER_GREETINGS, PEER_GREETINGS_BURST, MAX_CONTACTS)
         self._stranger_turns = Turns(STRANGER_GREETINGS, STRANGER_GREETINGS_BURST, MAX_CONTACTS)
         self._timing = timing
         self._position = position

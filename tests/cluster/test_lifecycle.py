@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from deca_node.fingerprint import PROTOCOL_VERSION
 from deca_node.pb import node_pb2 as pb
 from tests.cluster.daemons import DEADLINE
 from tests.tiny import make_model
@@ -249,7 +250,17 @@ def test_a_node_that_stays_answers_health_until_a_signal(make, free_port):
         *("node.stay=true", f"node.health_port={free_port}"),
     )
     for _ in range(2):
-        daemon.start().until(lambda s: s.phase == pb.PHASE_DONE)
+        status = daemon.start().until(lambda s: s.phase == pb.PHASE_DONE)
+        sender = pb.Sender(run=daemon.run_name, node="late", session=7)
+        greeting = pb.HelloRequest(sender=sender, protocol=PROTOCOL_VERSION, port=1)
+        greeting.phase = pb.PHASE_STARTING
+        with grpc.insecure_channel(status.address) as channel:
+            hello = channel.unary_unary(
+                "/deca.v1.Peer/Hello",
+                request_serializer=pb.HelloRequest.SerializeToString,
+                response_deserializer=pb.HelloReply.FromString,
+            )
+            assert hello(greeting, timeout=DEADLINE).phase == pb.PHASE_DONE
         with grpc.insecure_channel(f"127.0.0.1:{free_port}") as channel:
             health = health_pb2_grpc.HealthStub(channel)
             answer = health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE)

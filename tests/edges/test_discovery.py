@@ -221,6 +221,19 @@ async def test_what_fails_once_does_not_end_discovery(monkeypatch, where, name):
         await other.stop()
 
 
+@pytest.mark.parametrize("name", ["x._http._tcp.local.", "\0._deca._tcp.local.", "."])
+async def test_a_name_that_cannot_be_one_is_passed_over(name):
+    """Whoever is on the network may announce it; it neither fills the log nor ends a search."""
+    watching = discovery(f"run-{uuid.uuid4().hex[:8]}", "a", 7001, Sightings())
+    await watching.start()
+    try:
+        zeroconf = watching._zeroconf.zeroconf
+        await watching._resolve(zeroconf, discovery_module.SERVICE_TYPE, name)
+        assert await discovery_module._invited_to(zeroconf, "bbc", name) == []
+    finally:
+        await watching.stop()
+
+
 async def test_a_node_hears_its_own_announcement_where_multicast_works():
     """And that of others."""
     run, seen = f"run-{uuid.uuid4().hex[:8]}", Sightings()

@@ -55,7 +55,7 @@ STEPS = 4
 class Member(Answers):
     """A node without training: its block is a constant, its mix the real one."""
 
-    def __init__(self, network, index, marks=None):
+    def __init__(self, network, index, marks=None, timing=TIMING):
         self.name = f"n{index}"
         self.index = index
         self.visit = 0
@@ -65,13 +65,13 @@ class Member(Answers):
         self.swarm = Swarm(
             identity,
             self.transport,
-            TIMING,
+            timing,
             lambda: Position(Phase.TRAINING, self.visit),
             STEPS,
             lambda: self.exchange.wake(),  # noqa: PLW0108 - made below
             structlog.get_logger(),
         )
-        self.exchange = Exchange(self.swarm, TIMING, "run", self.stopping)
+        self.exchange = Exchange(self.swarm, timing, "run", self.stopping)
         self.values = torch.full((LAYOUT.numel,), float(index))
 
     async def listen(self):
@@ -794,7 +794,7 @@ def test_nobody_fills_the_log_by_coming_and_going(callers, most, answered, monke
     assert lines <= most + seconds * (PEER_LINES if answered else STATE_LINES) + 1
     if answered:
         # And the first, as a stranger.
-        assert let_in <= 1 + answered + seconds * PEER_GREETINGS / TIMING.heartbeat + 1
+        assert let_in <= 1 + answered + seconds * PEER_GREETINGS + 1
 
 
 def test_two_nodes_of_one_name_do_not_fill_the_log_of_a_third():

@@ -259,13 +259,13 @@ def test_the_bounds_hold_an_honest_swarm():
     assert all(places.enter("10.0.0.1") for _ in range(MAX_PULLS_PER_PEER * (MAX_MEMBERS - 1)))
     assert each * MAX_MEMBERS < MAX_CALLS
     timing = Timing.local()
-    known = Turns(PEER_GREETINGS / timing.heartbeat, PEER_GREETINGS_BURST, MAX_MEMBERS)
+    known = Turns(PEER_GREETINGS, PEER_GREETINGS_BURST, MAX_MEMBERS)
     strangers = Turns(STRANGER_GREETINGS, STRANGER_GREETINGS_BURST, MAX_CONTACTS)
     # All start at once, each seen at two addresses.
     assert all(strangers.take("10.0.0.1", 0.0) for _ in range(2 * MAX_MEMBERS))
     for second in range(120):
         for node in range(MAX_MEMBERS):
-            assert known.take(f"n{node}", second * timing.heartbeat * 0.75)
+            assert known.take(f"n{node}", second * timing.heartbeat * 0.5)
     # Everybody comes at once, is suspect, gone and there again: each change is a line of the log.
     lines = Turns(STATE_LINES, STATE_LINES_BURST, 1)
     lines_of = Turns(PEER_LINES, PEER_LINES_BURST, MAX_MEMBERS)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import io
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import pytest
 
@@ -58,10 +58,10 @@ class Peers:
         self.reasons.append((peer, error.reason))
 
 
-def giver(rates=None):
+def giver(rates=None, timing=TIMING):
     """One that has ended its training."""
     peers = Peers()
-    return peers, Giver(peers, Shelf(), lambda: (10, False, 0), TIMING, RATE, rates or send_rates())
+    return peers, Giver(peers, Shelf(), lambda: (10, False, 0), timing, RATE, rates or send_rates())
 
 
 def asked(name, block=0, offset=0):
@@ -288,3 +288,35 @@ def test_slow_readers_take_turns_while_others_queue():
         await asyncio.gather(*others, return_exceptions=True)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("preset", ["local", "lan", "wan"])
+def test_no_answer_is_held_back_longer_than_any_asker_waits(preset):
+    """Presets may differ between machines: the giver's is not the asker's."""
+    timings = [Timing.local(), Timing.lan(), Timing.wan()]
+
+    async def scenario():
+        _, leaving = giver(timing=getattr(Timing, preset)())
+        clock = asyncio.get_running_loop().time
+        sender = pb.Sender(run="toy", node="ann", session=2)
+        begin = clock()
+        await leaving.answer_list(pb.ListBlocksRequest(sender=sender, after=10))
+        assert 0 < clock() - begin < min(timing.rpc for timing in timings)
+        places = [fetching(leaving, f"n{number}") for number in range(MAX_TRANSFERS)]
+        async with AsyncExitStack() as stack:
+            for place in places:
+                await stack.enter_async_context(place)
+            begin = clock()
+            with pytest.raises(PeerRefused):
+                await fetch(leaving, "ann", 0)
+            assert 0 < clock() - begin < min(timing.step_deadline for timing in timings)
+
+    run(scenario())
+
+
+@asynccontextmanager
+async def fetching(leaving, name):
+    """A place of the giver's, taken and not used."""
+    async with aclosing(leaving.answer_fetch(asked(name))) as stream:
+        assert await anext(stream)
+        yield

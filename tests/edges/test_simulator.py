@@ -25,6 +25,7 @@ from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
 from deca_node.node import Node
 from deca_node.pb import node_pb2 as pb
+from deca_node.recovery import Records
 from deca_node.rows import read_rows
 from deca_node.simulator import SimulatedNode, Simulation, Spread, summary
 from tests.answers import Answers
@@ -324,6 +325,17 @@ def test_a_node_dies_and_another_comes_back(folder):
     assert back[-1]["neighbours"] == 2
     last = summary(simulation, [row for row in rows if row["kind"] == "step"], [])
     assert (last["nodes"], last["finished"]) == (4, 3)
+
+
+def test_who_comes_back_over_bad_links_catches_up(folder, monkeypatch):
+    """A file that breaks off is asked for again, and its giver not taken for a liar."""
+    branded = []
+    monkeypatch.setattr(Records, "false", lambda _, giver, now: branded.append((giver, now)))
+    text = 'links.loss = 0.5\ntopology.kind = "full"\n[faults.deaths]\nnode-2 = [20.5, 60.5]\n'
+    _, rows = simulate(folder, 4, text, rounds=20)
+    assert not branded
+    back = [row for row in rows if row["kind"] == "step" and row["node"] == "node-2"]
+    assert any(row["neighbours"] for row in back if row["time"] > 60.5)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ import contextlib
 import math
 import time
 
+import pytest
+
 from deca_node import __version__
+from deca_node.config import Timing
 from deca_node.errors import PeerRefused
 from deca_node.fingerprint import PROTOCOL_VERSION
 from deca_node.loopback import LoopbackNetwork
 from deca_node.membership import Phase, State
 from deca_node.pb import node_pb2 as pb
 from deca_node.swarm.contacts import UNREACHED_SECONDS
-from tests.edges.test_exchange import TIMING, Member, greeting, meet, namesake
+from tests.edges.test_exchange import TIMING, Member, acquainted, greeting, meet, namesake
 from tests.virtual_time import run
 
 
@@ -42,6 +45,25 @@ def test_odd_clocks_and_versions_are_harmless():
             assert clock is None if expected is None else abs(clock - expected) < 5
             assert len(member.swarm.told["x"].version) == 32
         await member.swarm.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("preset", ["lan", "wan"])
+def test_machines_of_different_presets_stay_members(preset):
+    """How often one greets is its own affair, within what any preset does."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        timings = [getattr(Timing, preset)(), Timing.local()]
+        members = [Member(network, i, timing=timing) for i, timing in enumerate(timings)]
+        await acquainted(members)
+        for _ in range(600):
+            await asyncio.sleep(1)
+            assert [member.swarm.members(0) for member in members] == [{"n0", "n1"}] * 2
+            assert members[1].swarm.peers["n0"].state == State.ALIVE
+        assert not members[0].swarm.refusals.count
+        await asyncio.gather(*(member.swarm.close() for member in members))
 
     run(scenario())
 
