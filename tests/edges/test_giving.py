@@ -58,10 +58,10 @@ class Peers:
         self.reasons.append((peer, error.reason))
 
 
-def giver(rates=None):
+def giver(rates=None, position=lambda: (10, False, 0)):
     """One that has ended its training."""
     peers = Peers()
-    return peers, Giver(peers, Shelf(), lambda: (10, False, 0), TIMING, RATE, rates or send_rates())
+    return peers, Giver(peers, Shelf(), position, TIMING, RATE, rates or send_rates())
 
 
 def asked(name, block=0, offset=0):
@@ -86,6 +86,27 @@ async def drained(leaving, caller, *, expecting=False):
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return seconds
+
+
+def test_a_list_waits_until_the_visit_is_over():
+    """It comes at that moment, or after half of a call's time as it is."""
+
+    async def scenario():
+        place, clock = [10], asyncio.get_running_loop().time
+        _, giving = giver(position=lambda: (place[0], False, 0))
+        answer = asyncio.create_task(giving.answer_list(pb.ListBlocksRequest(after=10)))
+        await asyncio.sleep(1)
+        assert not answer.done()
+        place[0] = 11
+        giving.moved()
+        assert (await answer).visit == 11
+        assert clock() == pytest.approx(1, abs=0.01)
+        assert (await giving.answer_list(pb.ListBlocksRequest(after=10))).visit == 11
+        assert clock() == pytest.approx(1, abs=0.01)
+        assert (await giving.answer_list(pb.ListBlocksRequest(after=11))).visit == 11
+        assert clock() == pytest.approx(1 + TIMING.rpc / 2, abs=0.01)
+
+    run(scenario())
 
 
 def test_the_last_node_stays_until_a_joiner_has_all_blocks():
