@@ -270,6 +270,42 @@ def test_nobody_has_more_places_than_its_share_and_the_queue_has_an_end():
     run(scenario())
 
 
+def test_a_file_that_cannot_be_read_is_no_longer_here(monkeypatch):
+    """It is refused as what has been superseded: whoever asked goes to another giver."""
+
+    async def read(self, file, offset, size):
+        raise OSError(5, "Input/output error")
+
+    async def scenario():
+        peers, giving = giver()
+        with pytest.raises(PeerRefused, match="cannot be read here: Input/output error") as caught:
+            await anext(giving.answer_fetch(asked("a")))
+        assert caught.value.reason == "passed"
+        assert not peers.reasons
+
+    monkeypatch.setattr(Shelf, "read", read)
+    run(scenario())
+
+
+def test_a_place_is_kept_for_its_time_while_others_queue():
+    """They make nobody begin anew at each message."""
+
+    async def scenario():
+        _, giving = giver()
+        streams = [giving.answer_fetch(asked(f"n{number}")) for number in range(MAX_TRANSFERS)]
+        for stream in streams:
+            await anext(stream)
+        queued = asyncio.create_task(anext(giving.answer_fetch(asked("late"))))
+        await asyncio.sleep(0.4 * TIMING.step_deadline)  # it waits for half of that at most
+        assert not queued.done()
+        for stream in streams:
+            assert await anext(stream)
+            await stream.aclose()
+        await queued
+
+    run(scenario())
+
+
 def test_slow_readers_take_turns_while_others_queue():
     """Each has its place for a step_deadline and a message; what came before that it keeps."""
 
