@@ -502,7 +502,7 @@ def test_who_rests_says_so_and_is_told_whether_it_was_missed():
 
         async def paused(by):
             with pytest.raises(PeerRefused) as caught:
-                await anext(pulled(members, exchange.edges.visit * STEPS, by))
+                await asyncio.wait_for(anext(pulled(members, exchange.edges.visit * STEPS, by)), 1)
             return caught.value.reason == "paused"
 
         for visit in range(2):
