@@ -246,7 +246,8 @@ def test_a_silent_neighbour_costs_one_deadline_and_its_weight():
     run(scenario())
 
 
-def test_a_dead_neighbour_costs_nothing_but_its_share():
+@pytest.mark.parametrize("known", [False, True])
+def test_a_dead_neighbour_costs_nothing_but_its_share(known):
     """A broken connection is known at once and waited for by nobody."""
 
     async def scenario():
@@ -254,6 +255,8 @@ def test_a_dead_neighbour_costs_nothing_but_its_share():
         members = await meet(network, 3)
         await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
         network.kill(members[2].transport.address)
+        while known and any(m.swarm.peers["n2"].state != State.GONE for m in members[:2]):
+            await asyncio.sleep(0.1)
         clock = asyncio.get_running_loop().time
         begin = clock()
         reports = await together(m.step(0) for m in members[:2])
@@ -472,6 +475,7 @@ def test_stopping_ends_every_wait(where):
         exchange.wake()
         await waiting
         assert clock() - begin < 0.001
+        assert not members[0].swarm.traffic["n1"].refusals  # it has done nothing wrong
         if where != "gather":
             await stream.aclose()
 
@@ -1057,8 +1061,39 @@ def test_a_lone_late_neighbour_is_recorded_and_may_come_back():
         assert not second.complete
         assert second.wait < 1
         back = asyncio.create_task(members[1].step(2))
+        assert not members[0].exchange._patience.worth({"n1"})
         assert (await members[0].step(2)).used == ["n1"]
+        assert members[0].exchange._patience.worth({"n1"})  # it is waited for again
         await back
+
+    run(scenario())
+
+
+def test_a_ready_block_is_taken_of_one_that_is_waited_for_no_more():
+    """Its budget is gone, and its block is there."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members[0].exchange._patience.waited({"n1"}, TIMING.wait_budget)
+        ready = asyncio.create_task(members[1].step(0))
+        await asyncio.sleep(1)
+        assert (await members[0].step(0)).used == ["n1"]
+        await ready
+
+    run(scenario())
+
+
+def test_a_step_that_is_over_before_it_begins_has_had_nobody():
+    """As where the node is told to stop: nobody was asked, and all are missing."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members[0].stopping.set()
+        report = await members[0].step(0)
+        assert report.missing == {"n1": "late"}
+        assert not report.complete
 
     run(scenario())
 
@@ -1092,6 +1127,10 @@ def test_a_step_waits_from_when_its_node_has_nothing_else_to_do(late):
         assert took == pytest.approx(late * TIMING.step_deadline, abs=0.1)
         exposed = max(0.0, late * TIMING.step_deadline - busy)
         assert report.exposed == pytest.approx(exposed, abs=0.1)
+        budget = members[0].exchange._patience.budget("n1")
+        assert budget == pytest.approx(TIMING.wait_budget - exposed, abs=0.1)
+        assert report.edges["n1"].wait == pytest.approx(took, abs=0.1)
+        assert members[0].swarm.traffic["n1"].waited == report.edges["n1"].wait
 
     run(scenario())
 
