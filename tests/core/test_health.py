@@ -73,7 +73,20 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
             "parted",
             "cat, dan vanished, 2 of 4 members are here",  # one after the other
         ),
+        (
+            {
+                "peers": [
+                    BOB,
+                    replace(GONE, name="cat"),
+                    replace(GONE, name="dan", phase=Phase.STOPPING),
+                ],
+                "wanted": 4,
+            },
+            "parted",
+            "cat vanished, 2 of 4 members are here",  # the other one has left
+        ),
         ({"wanted": 4}, "parted", "2 of 4 members are here while we train"),
+        ({"wanted": 1, "most": 3}, None, ""),
         ({"wanted": 4, **WAITING}, None, ""),  # the others have yet to come
         ({"most": 3, "peers": [BOB, replace(GONE, name="cat", phase=Phase.STOPPING)]}, None, ""),
         ({"most": 3, "peers": [BOB, replace(EVE, state=State.DONE)]}, None, ""),
@@ -88,6 +101,12 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
         ({"refusals": refused("name_taken")}, "refused:10.0.0.9:7430", "node.name"),
         ({"refusals": refused("protocol")}, "refused:10.0.0.9:7430", "same version"),
         ({"refusals": refused("protocol", at=-30.0)}, None, ""),
+        ({"refusals": refused("bad_name")}, "refused:10.0.0.9:7430", "look at both nodes' logs"),
+        (
+            {"refusals": {"10.0.0.9:7430": Refusal("max", "full", "", 99.0)}},
+            "refused:10.0.0.9:7430",
+            "refuse each other: full; ",
+        ),
         ({"refusals": refused("other_run")}, None, ""),  # normal, unless we were told to call it
         (
             {"refusals": refused("other_run"), "static": ["10.0.0.9:7430"]},
@@ -133,12 +152,25 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
             "this machine is at least 90 s behind that of all 2 peers",
         ),
         (
+            {"told": {"bob": Told(clock=-95.0), "eve": Told(clock=-90.0)}, "peers": [BOB, EVE]},
+            "clock",
+            "this machine is at least 90 s ahead of that of all 2 peers",
+        ),
+        (
             {"told": {"bob": Told(clock=95.0), "eve": Told(clock=0.0)}, "peers": [BOB, EVE]},
             "clock:bob",
             "NTP",
         ),
         ({"told": {"bob": Told("1.1")}}, "version:bob", "runs deca-node 1.1, this is 1.0"),
-        ({"told": {"eve": Told("1.1")}, "peers": [BOB, replace(EVE, state=State.GONE)]}, None, ""),
+        (
+            {  # whatever the gone have said
+                "told": {"eve": Told("1.1", 95.0, unreached=True)},
+                "uncallable": frozenset({"eve"}),
+                "peers": [BOB, replace(EVE, state=State.GONE)],
+            },
+            None,
+            "",
+        ),
     ],
 )
 def test_each_trouble_has_its_line(changes, key, words):
@@ -170,7 +202,10 @@ def test_alone_for_a_good_reason_is_no_trouble(changes):
 def test_waiting_alone_is_said_after_a_while():
     """The others may be starting, too."""
     assert diagnose(view(**WAITING, peers=[], looking=3.0)) == []
-    assert [f.key for f in diagnose(view(**WAITING, peers=[], looking=16.0))] == ["alone"]
+    for zeroconf in (True, False):
+        (found,) = diagnose(view(**WAITING, peers=[], looking=16.0, zeroconf=zeroconf))
+        assert found.key == "alone"
+        assert ("multicast may be blocked" in found.text) == zeroconf
 
 
 @pytest.mark.parametrize(
@@ -179,6 +214,7 @@ def test_waiting_alone_is_said_after_a_while():
         ({"refusals": refused("name_taken")}, ["refused:10.0.0.9:7430"]),
         ({"peers": [replace(EVE, state=State.REFUSED, detail="x")]}, ["refused:eve"]),
         ({"refusals": refused("name_taken", at=-30.0)}, ["alone"]),  # it is no longer there
+        ({"peers": [replace(EVE, state=State.REFUSED, last_seen=-50.0)]}, ["alone"]),
         ({"refusals": refused("other_run")}, ["alone"]),
     ],
 )
@@ -200,6 +236,14 @@ def test_strangers_cannot_fill_the_warnings():
     assert all(f.text.isprintable() and len(f.text) < 500 for f in found)
     found = diagnose(view(peers=[BOB, *crowd[:MAX_TOLD]]))
     assert len(found) == MAX_TOLD  # none more
+
+
+def test_of_many_that_vanished_some_are_named():
+    """And the rest counted, where there is one."""
+    lost = [replace(GONE, name=f"x{i}") for i in range(MAX_TOLD + 1)]
+    for count, rest in ((MAX_TOLD, "x4 vanished"), (MAX_TOLD + 1, "x4 and 1 more vanished")):
+        (found,) = diagnose(view(peers=[BOB, *lost[:count]], wanted=9))
+        assert rest in found.text
 
 
 def test_late_steps_are_counted_in_a_row():
@@ -232,4 +276,5 @@ def test_a_node_that_lost_everybody_is_told_both():
     """That it trains alone, and who is missing."""
     found = diagnose(view(peers=[GONE], neighbours=frozenset()))
     assert [finding.key for finding in found] == ["alone", "parted"]
+    assert "nobody answers any more" in found[0].text
     assert "bob vanished, 1 of 2 members" in found[1].text

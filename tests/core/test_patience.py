@@ -39,6 +39,7 @@ def test_who_was_late_or_slow_or_fails_holds_nobody_up():
     assert held.worth("abcd") == {"d"}
     held.came("a")
     assert held.worth("abcd") == {"a", "d"}
+    held.missed("d")
     held.begin_visit()
     assert held.worth("abcd") == {"a", "b", "d"}
 

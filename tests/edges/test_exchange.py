@@ -246,7 +246,8 @@ def test_a_silent_neighbour_costs_one_deadline_and_its_weight():
     run(scenario())
 
 
-def test_a_dead_neighbour_costs_nothing_but_its_share():
+@pytest.mark.parametrize("known", [False, True])
+def test_a_dead_neighbour_costs_nothing_but_its_share(known):
     """A broken connection is known at once and waited for by nobody."""
 
     async def scenario():
@@ -254,6 +255,8 @@ def test_a_dead_neighbour_costs_nothing_but_its_share():
         members = await meet(network, 3)
         await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
         network.kill(members[2].transport.address)
+        while known and any(m.swarm.peers["n2"].state != State.GONE for m in members[:2]):
+            await asyncio.sleep(0.1)
         clock = asyncio.get_running_loop().time
         begin = clock()
         reports = await together(m.step(0) for m in members[:2])
@@ -347,7 +350,9 @@ def test_garbage_is_counted_and_the_run_goes_on(reason, where):
         else:
             assert report.partial == ["n1"]
             assert set(members[0].values.tolist()) == {0.0, 0.5}
+        assert not report.complete
         assert members[0].swarm.traffic["n1"].refusals == {reason: 1}
+        assert members[0].exchange._patience.worth({"n1"})  # it was not late
         network.fault = lambda call, index, message: message
         assert (await together(m.step(1) for m in members))[0].complete
 
@@ -422,25 +427,109 @@ def test_strangers_get_no_block():
                 async for _ in link.pull(request, 5):
                     pass
             assert caught.value.reason == reason
+        await published(members[0], 0)  # there to be had, but not by everybody
+        with pytest.raises(PeerRefused) as caught:
+            await anext(pulled(members, 0, by=2))
+        assert caught.value.reason == "passed"
 
     run(scenario())
 
 
-def test_stopping_ends_every_wait():
-    """A node told to stop leaves handshake, gather and drain at once."""
+async def published(member, serial):
+    """What the member hands out from now on."""
+    made = snapshot(member.values, LAYOUT, serial, metadata("run", member.name, serial))
+    member.exchange.publish(made)
+    return made
+
+
+def pulled(members, serial, by=1):
+    """The first member's answer to another one."""
+    request = pb.PullRequest(sender=members[by].swarm.sender(), serial=serial)
+    return members[0].exchange.answer_pull(request)
+
+
+async def waits(members):
+    """A pull of a step that is not there yet."""
+    waiting = asyncio.create_task(anext(pulled(members, 0)))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    return waiting
+
+
+@pytest.mark.parametrize("where", ["gather", "make_room", "drain"])
+def test_stopping_ends_every_wait(where):
+    """A node told to stop goes on at once, whatever its neighbour has or gives."""
 
     async def scenario():
         members = await meet(LoopbackNetwork(), 2)
         await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
-        clock = asyncio.get_running_loop().time
-        waiting = asyncio.create_task(members[0].step(0))
+        clock, exchange = asyncio.get_running_loop().time, members[0].exchange
+        if where == "gather":
+            waiting = asyncio.create_task(members[0].step(0))
+        else:
+            await published(members[0], 0)
+            await anext(stream := pulled(members, 0))
+            waiting = asyncio.create_task(getattr(exchange, where)())
         await asyncio.sleep(1)
+        assert not waiting.done()
         begin = clock()
         members[0].stopping.set()
-        members[0].exchange.wake()
+        exchange.wake()
         await waiting
         assert clock() - begin < 0.001
+        assert not members[0].swarm.traffic["n1"].refusals  # it has done nothing wrong
+        if where != "gather":
+            await stream.aclose()
 
+    run(scenario())
+
+
+def test_who_has_no_edge_any_more_is_told_so():
+    """Also when it has been waiting for the next block."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        waiting = await waits(members)
+        members[0].exchange.give_up({"n1"})
+        with pytest.raises(PeerRefused) as caught:
+            await asyncio.wait_for(waiting, 0.001)
+        assert caught.value.reason == "not_a_neighbour"
+
+    run(scenario())
+
+
+def test_who_rests_says_so_and_is_told_whether_it_was_missed():
+    """By a neighbour that went on: until the next visit it has no part then."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 3)
+        exchange = members[0].exchange
+
+        async def paused(by):
+            with pytest.raises(PeerRefused) as caught:
+                await asyncio.wait_for(anext(pulled(members, exchange.edges.visit * STEPS, by)), 1)
+            return caught.value.reason == "paused"
+
+        for visit in range(2):
+            for member in members[:2]:
+                member.visit = visit
+            await together(m.open(w) for m, w in zip(members[:2], pair, strict=True))
+            assert not exchange._serving.resting
+            exchange.rest()
+            assert await paused(2)  # no neighbour
+            assert not exchange.wake_up()
+            if visit:
+                break
+            waiting = await waits(members)
+            exchange.rest()
+            with pytest.raises(PeerRefused, match="takes no part"):
+                await asyncio.wait_for(waiting, 0.001)
+            assert await paused(2)
+            assert exchange.wake_up()
+            assert await paused(1)
+
+    pair = [frozenset({"n1"}), frozenset({"n0"})]
     run(scenario())
 
 
@@ -455,8 +544,123 @@ def test_draining_waits_for_the_last_reader():
         assert not first.done()
         await members[1].step(0)
         await first
+        assert members[0].exchange._serving.held is None  # its memory is free already
         assert await members[0].exchange.drain() == frozenset()
         members[0].exchange.release()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_draining_ends_without_a_reader_that_does_not_come(gone):
+    """After a deadline; at once where it is gone."""
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = await meet(network, 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        await published(members[0], 0)
+        if gone:
+            network.kill(members[1].transport.address)
+            while members[0].swarm.peers["n1"].state != State.GONE:
+                await asyncio.sleep(0.1)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        assert await members[0].exchange.drain() == (frozenset() if gone else {"n1"})
+        seconds = 0 if gone else TIMING.step_deadline
+        assert clock() - begin == pytest.approx(seconds, abs=0.01)
+
+    run(scenario())
+
+
+def test_a_last_message_that_was_not_taken_was_not_sent():
+    """Whoever has all but that has no block, and nothing was heard of it."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        seen, serving = [], members[0].exchange._serving
+        members[0].swarm.seen = seen.append
+        made = await published(members[0], 0)
+        stream = pulled(members, 0)
+        for _ in range(made.count):
+            await anext(stream)
+        with pytest.raises(PeerRefused):
+            await stream.athrow(PeerRefused("too_slow", "does not read"))
+        assert (serving._published.failed, serving._published.have) == ({"n1"}, set())
+        assert members[0].swarm.traffic["n1"].refusals == {"too_slow": 1}
+        assert not seen
+        assert len([message async for message in pulled(members, 0)]) == made.count
+        assert seen == ["n1"]
+        assert serving.held is None
+
+    run(scenario())
+
+
+def test_a_second_stream_to_one_that_has_all_keeps_no_block_alive():
+    """It ends with the step, as any other."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        made = await published(members[0], 0)
+        await anext(stream := pulled(members, 0))
+        assert len([message async for message in pulled(members, 0)]) == made.count
+        await members[0].exchange.make_room()
+        assert made.messages == []
+        with pytest.raises(PeerRefused):
+            await anext(stream)
+
+    run(scenario())
+
+
+def test_a_reader_that_hangs_up_has_had_nothing_of_what_was_to_come():
+    """Where what is sent has a cap: the next one does not wait for it."""
+    rate = 1e6
+
+    async def scenario():
+        network = LoopbackNetwork()
+        members = [Member(network, index) for index in range(2)]
+        for member in members:
+            rates = send_rates(rate)
+            member.exchange = Exchange(member.swarm, TIMING, "run", member.stopping, rates)
+        await acquainted(members)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        made = await published(members[0], 0)
+
+        async def read():
+            return [message async for message in pulled(members, 0)]
+
+        for _ in range(10):
+            reading = asyncio.create_task(read())
+            await asyncio.sleep(0.01)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        block = sum(map(len, await read()))
+        assert block == sum(map(len, made.messages))
+        assert clock() - begin <= block / rate + 0.1
+
+    run(scenario())
+
+
+def test_what_an_edge_carries_is_counted_at_both_ends():
+    """By step, by neighbour and in all."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        reports = [await together(m.step(step) for m in members) for step in range(2)]
+        for index, (member, other) in enumerate(zip(members, members[::-1], strict=True)):
+            mine = [report[index] for report in reports]
+            edges = [report.edges[other.name] for report in mine]
+            traffic, late = member.swarm.traffic[other.name], member.exchange._serving.end_step([])
+            assert [edge.received for edge in edges] == [report.received for report in mine]
+            assert sum(edge.received for edge in edges) == traffic.received
+            assert traffic.received == other.exchange.bytes_sent
+            assert sum(edge.sent for edge in edges) + late[other.name] == traffic.sent
+            assert traffic.sent == member.exchange.bytes_sent
 
     run(scenario())
 
@@ -859,8 +1063,39 @@ def test_a_lone_late_neighbour_is_recorded_and_may_come_back():
         assert not second.complete
         assert second.wait < 1
         back = asyncio.create_task(members[1].step(2))
+        assert not members[0].exchange._patience.worth({"n1"})
         assert (await members[0].step(2)).used == ["n1"]
+        assert members[0].exchange._patience.worth({"n1"})  # it is waited for again
         await back
+
+    run(scenario())
+
+
+def test_a_ready_block_is_taken_of_one_that_is_waited_for_no_more():
+    """Its budget is gone, and its block is there."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members[0].exchange._patience.waited({"n1"}, TIMING.wait_budget)
+        ready = asyncio.create_task(members[1].step(0))
+        await asyncio.sleep(1)
+        assert (await members[0].step(0)).used == ["n1"]
+        await ready
+
+    run(scenario())
+
+
+def test_a_step_that_is_over_before_it_begins_has_had_nobody():
+    """As where the node is told to stop: nobody was asked, and all are missing."""
+
+    async def scenario():
+        members = await meet(LoopbackNetwork(), 2)
+        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members[0].stopping.set()
+        report = await members[0].step(0)
+        assert report.missing == {"n1": "late"}
+        assert not report.complete
 
     run(scenario())
 
@@ -894,6 +1129,10 @@ def test_a_step_waits_from_when_its_node_has_nothing_else_to_do(late):
         assert took == pytest.approx(late * TIMING.step_deadline, abs=0.1)
         exposed = max(0.0, late * TIMING.step_deadline - busy)
         assert report.exposed == pytest.approx(exposed, abs=0.1)
+        budget = members[0].exchange._patience.budget("n1")
+        assert budget == pytest.approx(TIMING.wait_budget - exposed, abs=0.1)
+        assert report.edges["n1"].wait == pytest.approx(took, abs=0.1)
+        assert members[0].swarm.traffic["n1"].waited == report.edges["n1"].wait
 
     run(scenario())
 
@@ -1100,6 +1339,7 @@ def test_a_stalled_reader_gives_memory_back():
         with pytest.raises(PeerRefused) as caught:
             await anext(stream)
         assert caught.value.reason == "passed"
+        assert not members[0].exchange._serving._published.failed  # that was of the step before
 
     run(scenario())
 

@@ -13,6 +13,7 @@ from deca_node.exchange import send_rates
 from deca_node.giving import LATER, MAX_DRAIN_SECONDS, QUIET_SECONDS, Giver
 from deca_node.limits import (
     CHUNK_BYTES,
+    LIST_HOLD_SECONDS,
     MAX_QUEUED_TRANSFERS,
     MAX_TRANSFERS,
     MAX_TRANSFERS_PER_PEER,
@@ -58,10 +59,10 @@ class Peers:
         self.reasons.append((peer, error.reason))
 
 
-def giver(rates=None, timing=TIMING):
+def giver(rates=None, position=lambda: (10, False, 0), timing=TIMING):
     """One that has ended its training."""
     peers = Peers()
-    return peers, Giver(peers, Shelf(), lambda: (10, False, 0), timing, RATE, rates or send_rates())
+    return peers, Giver(peers, Shelf(), position, timing, RATE, rates or send_rates())
 
 
 def asked(name, block=0, offset=0):
@@ -86,6 +87,27 @@ async def drained(leaving, caller, *, expecting=False):
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return seconds
+
+
+def test_a_list_waits_until_the_visit_is_over():
+    """It comes at that moment, or as it is when it was held back long enough."""
+
+    async def scenario():
+        place, clock = [10], asyncio.get_running_loop().time
+        _, giving = giver(position=lambda: (place[0], False, 0))
+        answer = asyncio.create_task(giving.answer_list(pb.ListBlocksRequest(after=10)))
+        await asyncio.sleep(1)
+        assert not answer.done()
+        place[0] = 11
+        giving.moved()
+        assert (await answer).visit == 11
+        assert clock() == pytest.approx(1, abs=0.01)
+        assert (await giving.answer_list(pb.ListBlocksRequest(after=10))).visit == 11
+        assert clock() == pytest.approx(1, abs=0.01)
+        assert (await giving.answer_list(pb.ListBlocksRequest(after=11))).visit == 11
+        assert clock() == pytest.approx(1 + LIST_HOLD_SECONDS, abs=0.01)
+
+    run(scenario())
 
 
 def test_the_last_node_stays_until_a_joiner_has_all_blocks():
@@ -245,6 +267,42 @@ def test_nobody_has_more_places_than_its_share_and_the_queue_has_an_end():
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_a_file_that_cannot_be_read_is_no_longer_here(monkeypatch):
+    """It is refused as what has been superseded: whoever asked goes to another giver."""
+
+    async def read(self, file, offset, size):
+        raise OSError(5, "Input/output error")
+
+    async def scenario():
+        peers, giving = giver()
+        with pytest.raises(PeerRefused, match="cannot be read here: Input/output error") as caught:
+            await anext(giving.answer_fetch(asked("a")))
+        assert caught.value.reason == "passed"
+        assert not peers.reasons
+
+    monkeypatch.setattr(Shelf, "read", read)
+    run(scenario())
+
+
+def test_a_place_is_kept_for_its_time_while_others_queue():
+    """They make nobody begin anew at each message."""
+
+    async def scenario():
+        _, giving = giver()
+        streams = [giving.answer_fetch(asked(f"n{number}")) for number in range(MAX_TRANSFERS)]
+        for stream in streams:
+            await anext(stream)
+        queued = asyncio.create_task(anext(giving.answer_fetch(asked("late"))))
+        await asyncio.sleep(0.4 * TIMING.step_deadline)  # it waits for half of that at most
+        assert not queued.done()
+        for stream in streams:
+            assert await anext(stream)
+            await stream.aclose()
+        await queued
 
     run(scenario())
 

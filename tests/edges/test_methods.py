@@ -172,6 +172,28 @@ def test_a_visit_equals_the_dense_reference(folder, choice):
 
 
 @pytest.mark.parametrize("choice", ALL, ids=" ".join)
+def test_the_disagreement_is_what_the_mix_has_changed(folder, choice):
+    """Its norm over the block; over products where factors are mixed together."""
+    methods = {name: make(folder, choice, name)[0] for name in NAMES}
+    for node, method in enumerate(methods.values()):
+        method.open(VISIT, None)
+        method.gradient(batch(node, 0))
+        method.advance(0)
+    halves = [method.state()["x"].double().numpy().copy() for method in methods.values()]
+    exchange(methods, 0)
+    for half, method in zip(halves, methods.values(), strict=True):
+        settled, mixed = method.settle(0), method.state()["x"].double().numpy()
+        shapes = [spec.shape for spec in method.layout.tensors]
+        if choice[0] == "decaf":
+            pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+            before, after = (oracle_methods.products(x, pairs) for x in (half, mixed))
+            changed = np.concatenate([(a - b).ravel() for a, b in zip(after, before, strict=True)])
+        else:
+            changed = mixed - half
+        assert settled.disagreement == pytest.approx(np.linalg.norm(changed), rel=1e-3)
+
+
+@pytest.mark.parametrize("choice", ALL, ids=" ".join)
 def test_a_visit_continues_from_its_saved_state(folder, choice):
     """Three steps, save, three more in another process's place: bit for bit the same as six."""
     choice = (*choice, "lora.local_steps=2") if choice[0] in LORA else choice

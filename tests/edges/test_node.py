@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import threading
 from types import SimpleNamespace
@@ -12,16 +13,24 @@ import torch
 from safetensors.torch import load_file
 
 from deca_node import checkpoint, doctor, loading, member, registry
+from deca_node.blocks import Schedule, partition_layers
+from deca_node.checkpoint.manifest import Progress
 from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
+from deca_node.curve import Point
 from deca_node.doctor.checks import Facts, Verdict
 from deca_node.errors import ConfigError, DiskFullError, OutputError
+from deca_node.exchange import Gathered
 from deca_node.export import export
+from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
 from deca_node.logbook import Logbook
 from deca_node.loopback import LoopbackNetwork
-from deca_node.membership import Peer, Phase, State
+from deca_node.membership import Edges, Peer, Phase, State
+from deca_node.methods import Local, Settled
 from deca_node.models import LanguageModel
 from deca_node.node import Node
+from deca_node.pb import node_pb2 as pb
+from deca_node.rounds import Seconds, StepRecord
 from deca_node.standing import MAX_WARNINGS, Standing
 from deca_node.waiting import Pulse
 from tests.tiny import make_model
@@ -296,6 +305,80 @@ async def test_what_is_said_again_and_again_pushes_nothing_out(tmp_path):
         standing.warn(f"another {number}")
     assert len(standing.warnings) == MAX_WARNINGS
     assert standing.warnings[-1] == "another 99"
+
+
+SCHEDULE = Schedule(partition_layers(4, 2), 2, 5, "ascending", 0)  # four visits, 20 steps
+
+
+def stepped(step, **gathered):
+    """A step of visit 1 that took four seconds."""
+    seconds, settled = Seconds(1.0, step=4.0), Settled(0.0, 0.0, 0.5)
+    visit, edges = SCHEDULE.visit(1), Edges(1)
+    return StepRecord(visit, step, Local(1.0, 1.0), settled, Gathered(**gathered), edges, seconds)
+
+
+def test_the_time_left_is_at_the_pace_of_the_steps(tmp_path, monkeypatch):
+    """Pauses and earlier processes are in what the run has taken, and not in the pace."""
+    now = [100.0]
+    standing = Node(settings(tmp_path), structlog.get_logger())._standing
+    monkeypatch.setattr("deca_node.standing.time", SimpleNamespace(monotonic=lambda: now[0]))
+    standing.schedule, standing.began = SCHEDULE, now[0]
+    standing.resume(Progress(visit=1, seconds=1000.0))
+    assert standing.status(None, []).eta_seconds == 0  # not known yet
+    for step, seconds in enumerate((4.0, 6.0, 500.0)):
+        if step == 2:
+            standing.paused()
+        now[0] += seconds
+        standing.step_done(stepped(step))
+        standing.at(1, step + 1, 0)
+    told = standing.status(None, [])
+    assert (told.steps_done, told.steps_total) == (8, 20)
+    assert told.eta_seconds == pytest.approx((4 + 6 + 4) / 3 * 12)
+    assert standing.progress.seconds == 1000 + 510
+    first, second = told.block_disagreement
+    assert math.isnan(first)
+    assert second == 0.5
+
+
+def test_at_the_end_the_last_block_is_told(tmp_path):
+    """The position is past it, as that of whoever is about to begin another round."""
+    standing = Node(settings(tmp_path), structlog.get_logger())._standing
+    standing.schedule = SCHEDULE
+    standing.at(4, 0, 0)
+    told = standing.status(None, [])
+    assert (told.round, told.steps_done, told.block) == (2, 20, 1)
+    assert told.round_order == [0, 1]
+
+
+def test_only_late_blocks_make_a_neighbour_late(tmp_path):
+    """In full or in part; whoever sent garbage or is away has another line."""
+    standing = Node(settings(tmp_path), structlog.get_logger())._standing
+    missing = {"late": "late", "evil": "checksum", "away": "unavailable"}
+    for step in range(2):
+        standing.step_done(stepped(step, partial=["slow"], missing=missing, used=["good"]))
+    assert standing.late == {"late": 2, "slow": 2}
+
+
+def test_labels_are_counted_for_others_only_where_the_settings_say_so(tmp_path):
+    """And no more than a status has room for."""
+    for more in ((), ("data.share_label_counts=true",)):
+        standing = Node(settings(tmp_path, *more), structlog.get_logger())._standing
+        standing.label_counts = {f"label {number}": 1 for number in range(MAX_LABELS + 1)}
+        assert len(standing.status(None, []).label_counts) == (MAX_LABELS if more else 0)
+
+
+def test_a_history_begins_and_ends_where_it_is_asked_to(tmp_path):
+    """With all that there is when nothing is said of that."""
+    standing = Node(settings(tmp_path), structlog.get_logger())._standing
+    for step in range(10):
+        standing.curve.add(Point(step, step, 1.0, 1.0, 0.0, 0.0, 1.0))
+
+    def asked(**request):
+        return [p.first for p in standing.history(pb.GetHistoryRequest(**request)).points]
+
+    assert asked() == asked(limit=MAX_HISTORY_POINTS + 1) == list(range(10))
+    assert asked(after=0) == list(range(1, 10))
+    assert len(asked(limit=5)) <= 5
 
 
 async def test_peers_of_an_earlier_life_are_not_forgotten(tmp_path, monkeypatch):
