@@ -19,7 +19,7 @@ from deca_node.batches import IGNORED, Batch
 from deca_node.config import ModelSettings
 from deca_node.errors import DataError, ModelError, OutputError
 from deca_node.models.active import FP16_LOSS_SCALE, ActiveBlock
-from deca_node.models.devices import DTYPES, pick_device, pick_dtype
+from deca_node.models.devices import DTYPES, pick_device, pick_dtype, wide_device
 from deca_node.models.layers import layer_stack
 from deca_node.models.outlines import Outline, outline
 from deca_node.models.reading import (
@@ -45,6 +45,7 @@ __all__ = [
     "outline",
     "pick_device",
     "pick_dtype",
+    "wide_device",
 ]
 
 

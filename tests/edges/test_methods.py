@@ -25,6 +25,7 @@ from deca_node.node import Node
 from deca_node.wire import Receiver
 from tests import oracle_methods
 from tests.edges.test_node import settings as node_settings
+from tests.mps import Mps
 from tests.tiny import make_model
 
 NODES, STEPS, LAYERS, RATE = 3, 4, 3, 2e-3
@@ -346,6 +347,24 @@ def test_factors_of_nothing_are_left_alone(folder):
     for method in methods.values():
         assert method.settle(0).disagreement == 0
         assert torch.equal(method.state()["x"], before)
+
+
+@needs_peft
+def test_factors_on_a_device_without_float64_are_mixed_as_on_the_cpu(folder):
+    """MPS; it has no QR either."""
+    after = []
+    for kind in (torch.Tensor, Mps):
+        mine, other = (make(folder, ("decaf",), name)[0] for name in NAMES[:2])
+        for node, method in enumerate((mine, other)):
+            method.open(VISIT, None)
+            method.gradient(batch(node, 0))
+            method.advance(0)
+        mine.intake("n1")(0, other.state()["x"].clone(), 0.5)
+        mine._active.master = mine._active.master.as_subclass(kind)
+        settled = mine.settle(0)
+        assert settled.disagreement > 0
+        after.append(mine._active.master.as_subclass(torch.Tensor))
+    assert torch.equal(*after)
 
 
 @needs_peft

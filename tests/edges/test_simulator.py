@@ -28,6 +28,7 @@ from deca_node.pb import node_pb2 as pb
 from deca_node.rows import read_rows
 from deca_node.simulator import SimulatedNode, Simulation, Spread, summary
 from tests.answers import Answers
+from tests.mps import Mps
 from tests.tiny import LETTERS, make_model
 
 SEED, ROUNDS, STEPS, RATE = 3, 2, 3, 2e-3
@@ -355,6 +356,10 @@ def test_the_spread_is_the_distance_from_the_mean():
     whole = torch.stack([torch.cat([t.flatten() for t in b.values()]) for b in blocks]).double()
     expected = float((whole - whole.mean(0)).square().sum(1).mean().sqrt())
     assert spread.rms == pytest.approx(expected, rel=1e-4)
+    on_mps = Spread()
+    for block in blocks:
+        on_mps.add({name: tensor.as_subclass(Mps) for name, tensor in block.items()})
+    assert on_mps.rms == spread.rms
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
