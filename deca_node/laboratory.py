@@ -27,7 +27,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deca_node import __version__, config, rehearsal, status, virtual_time
+from deca_node import __version__, config, memory, rehearsal, status, virtual_time
 from deca_node.batches import Example
 from deca_node.config import DataSettings, Settings
 from deca_node.corpus import Corpus
@@ -249,6 +249,7 @@ class Laboratory:
 
         Raises:
             DataError: its data do not do.
+            ModelError: there is not enough memory.
             OutputError: the results cannot be written.
         """
         began = time.monotonic()
@@ -259,10 +260,11 @@ class Laboratory:
             if row["kind"] == "step":
                 progress()
 
-        material, before = self._material(cell)
-        simulation = Simulation(cell, material, tell)
-        virtual_time.run(simulation.run())
-        measures = simulation.measure()
+        with memory.suffices(self._model.device):
+            material, before = self._material(cell)
+            simulation = Simulation(cell, material, tell)
+            virtual_time.run(simulation.run())
+            measures = simulation.measure()
         if self._model.weights_digest() != self._weights:
             raise RuntimeError("a node has written into weights that all nodes share")
         if keep_model and (model := simulation.finished_model()) is not None:

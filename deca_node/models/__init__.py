@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deca_node import sizes
+from deca_node import memory, sizes
 from deca_node.batches import IGNORED, Batch
 from deca_node.config import ModelSettings
 from deca_node.errors import DataError, ModelError, OutputError
@@ -167,7 +167,9 @@ class LanguageModel:
         tokenizer = Tokenizer(read_tokenizer(folder, path), path)
         try:
             module.to(device)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
             raise ModelError(
                 f'{path}: does not fit into the memory of {device}; try model.dtype = "bf16",'
                 ' a smaller model, or node.device = "cpu"'
@@ -419,6 +421,7 @@ class LanguageModel:
         Raises:
             OutputError: something is there already, or the folder cannot be written.
             DiskFullError: the disk has no room; nothing is left behind.
+            ModelError: there is not enough memory for it; likewise.
         """
         if folder.exists():
             raise OutputError(f"{folder}: is there already; move it away or export elsewhere")

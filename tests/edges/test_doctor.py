@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deca_node import cli
+from deca_node import cli, estimate
 from deca_node.checkpoint import sealing
 from deca_node.config import load
 from deca_node.doctor import Verdict, examine, machine, network
@@ -206,6 +206,20 @@ async def test_too_little_memory_and_disk_fail_with_what_to_turn(words, monkeypa
         assert setting in one.remedy
     assert machine._fits("memory", 90, 100, "").verdict == Verdict.WARN
     assert machine._fits("memory", 80, 100, "").verdict == Verdict.OK
+
+
+def test_memory_to_write_a_merged_model_is_counted(words, monkeypatch):
+    """On a CPU, where LoRA's copies of the matrices are beside the weights: for most, the peak."""
+    facts = Facts(load(None, words("run.method=dec-lora")))
+    needs = estimate.Memory(1000, 10, 20, 10, activations=100, snapshots=10, copies=900)
+    monkeypatch.setattr(machine.estimate, "memory", lambda *_: needs)
+    monkeypatch.setattr(machine.estimate, "PROCESS_BYTES", 0)
+    for look in (machine._device, machine._model):
+        list(look(facts))
+    assert facts.work()[1].merged
+    [check] = machine._memory(facts)
+    assert check.found.startswith("about 1.9 KiB needed")
+    assert check.found.endswith("; to write the model, weights and copies 900 B)")
 
 
 async def test_another_runs_output_folder_is_told(words, tmp_path):

@@ -441,6 +441,36 @@ def test_only_adapters_are_trained_in_any_architecture(tmp_path, family):
     assert not any("lora" in name for name in merged.module.state_dict())
 
 
+@needs_peft
+def test_an_export_keeps_copies_off_the_device(folder, tmp_path, monkeypatch):
+    """Matrices are merged where they are, and put back, also where memory ends meanwhile."""
+    method, model = make(folder, ("dec-lora", "lora.rank=4"), dtype="bf16")
+    method.open(VISIT, None)
+    method.gradient(batch(0, 0))
+    method.advance(0)
+    method.settle(0)
+    method.close()
+    frozen = {n: p for n, p in model.module.named_parameters() if "base_layer" in n}
+    before = {name: (p.data_ptr(), p.clone()) for name, p in frozen.items()}
+    with model._addition.exporting(tmp_path):
+        assert all(p.data_ptr() == before[name][0] for name, p in frozen.items())
+        assert not all(torch.equal(p, before[name][1]) for name, p in frozen.items())
+    assert all(torch.equal(p, before[name][1]) for name, p in frozen.items())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    *_, last = model._addition._layers.values()
+    monkeypatch.setattr(last, "merge", full)
+    with pytest.raises(ModelError, match="out: not enough memory to write it; free some"):
+        model.export(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(p, before[name][1]) for name, p in frozen.items())
+    assert model.module.get_submodule(next(iter(frozen)).removesuffix(".base_layer.weight")) in (
+        model._addition._layers.values()
+    )
+
+
 # Adapters
 
 

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from deca_node import experiment, virtual_time
+from deca_node import experiment, trainer, virtual_time
 from deca_node.cli import main
 from deca_node.config import Method, has, load
 from deca_node.errors import OutputError
@@ -413,6 +413,24 @@ def test_a_cells_model_is_kept_where_that_is_wanted(tmp_path):
         changed = {key for key in base if not torch.equal(base[key], model[key])}
         assert changed
         assert all(".layers." in key for key in changed)
+
+
+def test_a_device_without_memory_ends_an_experiment_with_the_remedy(tmp_path, monkeypatch, capsys):
+    """Not as a defect; cells that are done stay."""
+    file, out = tmp_path / "toy.toml", tmp_path / "out"
+    file.write_text(TOY)
+    calls, real = [], trainer.gradient
+
+    def full(*arguments):
+        calls.append(None)
+        if len(calls) > 3 * 2 * 2:  # nodes, blocks, steps: of the second cell
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "gradient", full)
+    assert deca_node("simulate", file, "-o", out) == 5
+    assert "cpu: out of memory (tried to allocate 2.50 GiB); lower" in capsys.readouterr().err
+    assert len(list((out / "cells").iterdir())) == 1
 
 
 def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
