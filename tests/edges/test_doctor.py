@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deca_node import cli, estimate
+from deca_node import cli, discovery, estimate
 from deca_node.checkpoint import sealing
 from deca_node.config import load
 from deca_node.doctor import Verdict, examine, machine, network
@@ -275,6 +275,23 @@ async def test_an_interface_that_does_not_hear_itself(words, monkeypatch):
     checks = await look(words, "run.start_when=2", *on, peers, patience=0.1)
     assert verdicts(checks, "multicast") == [Verdict.WARN]
     assert "127.0.0.1" in by_name(checks)["multicast"][0].found
+
+
+async def test_interfaces_that_cannot_be_listed_are_a_check_that_fails(words, monkeypatch):
+    """As under a seccomp that forbids netlink; it ended the doctor with a traceback."""
+
+    def refused():
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(discovery.ifaddr, "get_adapters", refused)
+    facts = Facts(load(None, words("run.start_when=2", "network.zeroconf=true")))
+    [check] = await network.multicast(facts)
+    assert check.verdict == Verdict.FAIL
+    assert check.found == "this machine's interfaces cannot be listed: Operation not permitted"
+    assert "network.static_peers" in check.remedy
+    facts = Facts(load(None, words("run.start_when=1", "network.zeroconf=true")))
+    [check] = await network.multicast(facts)
+    assert check.verdict == Verdict.WARN
 
 
 async def test_nobody_there_is_a_warning(words):
