@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from deca_node import experiment, trainer, virtual_time
 from deca_node.cli import main
 from deca_node.config import Method, has, load
-from deca_node.errors import OutputError
+from deca_node.errors import DataError, OutputError
 from deca_node.laboratory import Laboratory, read_cell
 from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
@@ -344,6 +344,23 @@ def test_who_waits_for_those_that_will_not_come_is_unfinished(folder, world, fin
     assert {node.name for node in simulation.nodes if node.finished} == finished
     last = summary(simulation, rows, simulation.measure())
     assert (last["nodes"], last["finished"]) == (4, len(finished))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_blank_label_is_named_by_its_row(folder, tmp_path, shards):
+    """Before anything is computed."""
+    rows = [{"text": f"text {number}", "label": "ab "[number % 3]} for number in range(12)]
+    for name in ("node-0.jsonl", "node-1.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = 'partition.shards = "."' if shards else 'data.train = "node-0.jsonl"'
+    (tmp_path / "toy.toml").write_text(
+        f'model.path = "{folder / "model"}"\n{place}\nexperiment.nodes = 2\n'
+    )
+    found = experiment.read(tmp_path / "toy.toml", tmp_path / "out")
+    with pytest.raises(
+        DataError, match=r"node-0\.jsonl, row 3: data\.label_field 'label' is blank"
+    ):
+        Laboratory(found, tmp_path / "out")
 
 
 def test_the_spread_is_the_distance_from_the_mean():
