@@ -23,6 +23,8 @@ from deca_node.errors import PayloadError
 from deca_node.exchange import Exchange, Sink
 from deca_node.membership import Edges
 from deca_node.mixing import mix_measured
+from deca_node.models import wide_device
+from deca_node.moments import slices
 from deca_node.rounds import Worker
 from deca_node.topology import Graph
 from deca_node.wire import Layout, Snapshot, metadata, snapshot
@@ -252,7 +254,11 @@ class Agreeing:
 
 def _norm(values: Tensor) -> float:
     """‖x‖₂ in float64, in which no squares of float32 overflow."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    wide = wide_device(values.device)
+    # What must be moved is so by slices, as a block may be a large part of the memory.
+    parts = [slice(None)] if wide == values.device else slices(values)
+    moved = (values[part].to(wide) for part in parts)
+    return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in moved))
 
 
 class _Intake:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from deca_node import houlsby
+from deca_node import houlsby, memory
 from deca_node.config import ModelSettings
 from deca_node.disk import translated
 from deca_node.errors import DataError, OutputError
@@ -88,7 +88,7 @@ def write(
 
     Raises:
         DataError: the questions cannot be used.
-        ModelError: the model cannot be loaded, or has no chat template.
+        ModelError: the model cannot be loaded, has no chat template, or needs more memory.
         OutputError, DiskFullError: the answers cannot be written, or are another model's.
     """
     asked = read_questions(questions)
@@ -110,7 +110,8 @@ def write(
             file.truncate(end)  # a last line torn by a crash goes
             for number, question in enumerate(left, start=1):
                 try:
-                    turns = _conversation(model, question, max_tokens)
+                    with memory.suffices(model.device, "lower --max-tokens, or give --device cpu"):
+                        turns = _conversation(model, question, max_tokens)
                 except DataError as error:
                     raise DataError(
                         f"{questions}, question_id {question.id!r}: {error} (--max-tokens)"

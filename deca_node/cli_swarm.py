@@ -19,7 +19,7 @@ from deca_node import identity, pairing, status
 from deca_node.addresses import checked_address, joined
 from deca_node.config import RunSettings, default_node_name, default_trust_folder, load
 from deca_node.discovery import inviters, inviting, own_addresses
-from deca_node.errors import ConfigError, PeerError, TrustError, UnreachableError
+from deca_node.errors import ConfigError, ListenError, PeerError, TrustError, UnreachableError
 from deca_node.guard import Visitor
 from deca_node.identity import Authority
 from deca_node.keyring import OPERATOR, Keyring, Pair, lifetime_days
@@ -189,8 +189,16 @@ async def _invite(
     keyring: Keyring, terms: pairing.Terms, host: str, port: int, advertise: str | None
 ) -> str:
     inviter = pairing.Inviter(keyring, terms, lambda text: typer.echo(text, err=True))
+    try:
+        own = await asyncio.to_thread(own_addresses, host)
+    except OSError as error:  # as where seccomp forbids the question
+        if advertise is None:
+            raise ListenError(
+                f"this machine's interfaces cannot be listed: {error.strerror or error}; give "
+                "--advertise HOST:PORT, or the --host that the joiner calls"
+            ) from None
+        own = []
     port = await inviter.listen(host, port)
-    own = await asyncio.to_thread(own_addresses, host)
     where = [joined(ip, port) for ip in own]
     where = ([advertise] if advertise else where)[:MAX_TOKEN_ADDRESSES]
     word = token(inviter.invitation(where))

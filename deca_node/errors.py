@@ -6,7 +6,7 @@
     ├── ConfigError                   2      a setting is unknown, ill-typed or out of range
     ├── UnreachableError              3      no node answers at that address
     ├── DataError                     4      a data file is missing, broken or does not fit the task
-    ├── ModelError                    5      a model is missing, not causal, or has no layer stack
+    ├── ModelError                    5      a model is missing, not causal, or too large for memory
     ├── ListenError                   6      the port or interface cannot be used
     ├── DeviceError                   7      the device asked for is not there
     ├── OutputError                   8      the output folder holds another run, or is damaged
@@ -51,7 +51,7 @@ class DataError(DecaError):
 
 
 class ModelError(DecaError):
-    """A model is missing, is not a causal language model, or shows no stack of decoder layers."""
+    """A model is missing, no causal language model, shows no layer stack, or outgrows memory."""
 
     exit_code = 5
 

@@ -21,7 +21,8 @@ adds this node's own reference, old and new while the new one is made, its messa
 reference a neighbour: with n neighbours and c bytes a value (bf16 2, int8 1) that is
 (8 + c + 4n) Pb. A clipped or trimmed mix keeps the neighbours' blocks, and DeCAF their factors,
 until all have come: 4n Pb. On a GPU machine the weights also pass through the host while they are
-loaded.
+loaded. LoRA's products are merged into the weights while the model is written, and the host keeps
+the layers as they were: when there are no activations and gradients any more.
 """
 
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ class Work:
         added: parameters of adapters, in fp32, that are trained in the blocks' place; None: none.
         state: bytes of optimizer state for a trained parameter.
         kept: neighbours' blocks that are kept until the mix.
+        merged: what is trained is merged into the layers when the model is written.
     """
 
     blocks: Sequence[range]
@@ -99,6 +101,7 @@ class Work:
     added: int | None = None
     state: int = 8
     kept: int = 0
+    merged: bool = False
 
     def trained_at_once(self, shape: Shape) -> int:
         """Parameters that are trained at a time, at most."""
@@ -109,7 +112,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds at its peak, by what they are for."""
+    """Bytes that training holds at its peak, by what they are for.
+
+    ``copies`` are those of the layers while a model is written, when training is over.
+    """
 
     weights: int
     master: int
@@ -119,6 +125,7 @@ class Memory:
     snapshots: int
     references: int = 0
     arrivals: int = 0
+    copies: int = 0
 
     @property
     def computing(self) -> int:
@@ -129,6 +136,11 @@ class Memory:
     def hosting(self) -> int:
         """On the host, whatever the device."""
         return self.snapshots + self.references + self.arrivals + PROCESS_BYTES
+
+    @property
+    def writing(self) -> int:
+        """On the host while the model is written, beside ``hosting``, where the weights are."""
+        return self.weights + self.copies
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ def memory(shape: Shape, work: Work) -> Memory:
         snapshots=(8 if work.stale else 4) * block,
         references=(8 + work.sent + 4 * work.neighbours) * block if work.sent < 4 else 0,
         arrivals=4 * work.kept * block,
+        copies=work.element * sum(shape.layers) if work.merged else 0,
     )
 
 

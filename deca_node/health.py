@@ -18,7 +18,8 @@ CLOCK_SECONDS = 30.0
 TOGETHER_SECONDS = 15.0
 # One late block is a machine that swaps, or a packet lost; so many in a row are a pace.
 LATE_STEPS = 5
-# A refusal is repeated at least every 50 s (5 heartbeats of the wan preset) while its cause lasts.
+# A refusal is repeated at least every 94 s while its cause lasts: 5 heartbeats of 15 s, the largest
+# that network.heartbeat may be, and a quarter more by jitter.
 REFUSAL_SECONDS = 120.0
 # One condition is told of this many peers, the rest are counted: strangers must not fill the log.
 MAX_TOLD = 5

@@ -27,11 +27,11 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deca_node import __version__, config, rehearsal, status, virtual_time
+from deca_node import __version__, config, memory, rehearsal, status, virtual_time
 from deca_node.batches import Example
 from deca_node.config import DataSettings, Settings
 from deca_node.corpus import Corpus
-from deca_node.data import Row, asked, examples, label_token_ids, text_of
+from deca_node.data import Row, asked, examples, label_of, label_token_ids, text_of, words_of
 from deca_node.disk import alone, replace_folder, translated, write_atomically
 from deca_node.errors import ConfigError, DataError, ModelError, OutputError
 from deca_node.evaluation import evaluate
@@ -249,6 +249,7 @@ class Laboratory:
 
         Raises:
             DataError: its data do not do.
+            ModelError: there is not enough memory.
             OutputError: the results cannot be written.
         """
         began = time.monotonic()
@@ -259,10 +260,11 @@ class Laboratory:
             if row["kind"] == "step":
                 progress()
 
-        material, before = self._material(cell)
-        simulation = Simulation(cell, material, tell)
-        virtual_time.run(simulation.run())
-        measures = simulation.measure()
+        with memory.suffices(self._model.device):
+            material, before = self._material(cell)
+            simulation = Simulation(cell, material, tell)
+            virtual_time.run(simulation.run())
+            measures = simulation.measure()
         if self._model.weights_digest() != self._weights:
             raise RuntimeError("a node has written into weights that all nodes share")
         if keep_model and (model := simulation.finished_model()) is not None:
@@ -332,11 +334,11 @@ class Laboratory:
         words: dict[str, str] = {}
         if labelled:
             values = {
-                text_of(row, data.label_field, place(path, index))
+                label_of(row, data.label_field, data.labels, place(path, index))
                 for path, part in zip((*sources, data.test or source), (*parts, test), strict=True)
                 for index, row in enumerate(part)
             }
-            words = _words(data, values)
+            words = words_of(values, data)
         make = partial(examples, settings=data, tokenizer=tokenizer, words=words or None)
         shards: list[list[Example]] = [
             make(part, source=path) for part, path in zip(parts, sources, strict=True)
@@ -360,7 +362,7 @@ class Laboratory:
         """What each row asks; the same in all cells of equal data settings."""
         key = data.model_dump_json()
         if key not in self._questions:
-            tokenizer, words = self._model.tokenizer, _words(data, labels)
+            tokenizer, words = self._model.tokenizer, words_of(labels, data)
             found = asked(self._rows, data, tokenizer, data.train, words)
             self._questions[key] = found
             self._has_twins |= len(set(found)) < len(found)
@@ -369,15 +371,17 @@ class Laboratory:
     def _split(self, cell: Cell) -> tuple[Sequence[Sequence[Row]], Sequence[Row]]:
         """Rows of each node, and those to test on."""
         data, chosen = cell.settings.data, cell.world.partition
-        source, rows = data.train, self._rows
-        needed = data.task == "classification"
-        # Without labels every row is of the same kind.
-        labels = [
-            text_of(row, data.label_field, place(source, index))
-            if needed or data.label_field in row
-            else ""
-            for index, row in enumerate(rows)
-        ]
+        source, rows, field = data.train, self._rows, data.label_field
+        if data.task == "classification":
+            labels = [
+                label_of(row, field, data.labels, place(source, index))
+                for index, row in enumerate(rows)
+            ]
+        else:  # without labels every row is of the same kind
+            labels = [
+                text_of(row, field, place(source, index)) if field in row else ""
+                for index, row in enumerate(rows)
+            ]
         try:
             held = 0 if self._test else chosen.test_per_label
             shards, test = deal(
@@ -392,10 +396,6 @@ class Laboratory:
             raise DataError(f"{source}: {error}") from None
         parts = [[rows[index] for index in shard] for shard in shards]
         return parts, self._test or [rows[index] for index in test]
-
-
-def _words(data: DataSettings, values: Iterable[str]) -> dict[str, str]:
-    return dict(data.labels) or {value: value for value in sorted(set(values))}
 
 
 def read_cell(path: Path) -> list[dict[str, Any]]:

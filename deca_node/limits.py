@@ -85,7 +85,8 @@ MAX_CONNECTIONS = 4 * MAX_MEMBERS
 # What a new connection has for the first exchange of HTTP/2 and TLS: milliseconds of computing and
 # three trips.
 HANDSHAKE_SECONDS = 10
-# One on which nothing was called for so long is closed: members greet at least every minute.
+# One on which nothing was called for so long is closed: members greet at least every
+# 20 s, and who is refused calls every two minutes (network.heartbeat has a bound).
 IDLE_SECONDS = 300
 # Greetings per second of callers that are not known, from one address: 256 nodes of another run on
 # one machine make 52 of them, for as long as they are refused.

@@ -85,18 +85,22 @@ class Lora:
 
     @contextmanager
     def exporting(self, folder: Path) -> Iterator[None]:  # noqa: ARG002
-        """See Addition. Merged by peft; afterwards every bit is as it was."""
-        kept = {name: layer.get_base_layer().weight.data for name, layer in self._layers.items()}
+        """See Addition. Merged by peft; afterwards every bit is as it was.
+
+        Copies of the matrices are kept on the host: a device that the model fills has no room.
+        """
+        kept = {
+            name: layer.get_base_layer().weight.data.to("cpu", copy=True)
+            for name, layer in self._layers.items()
+        }
         try:
             for name, layer in self._layers.items():
-                base = layer.get_base_layer()
-                base.weight.data = kept[name].clone()
                 layer.merge()
-                self._module.set_submodule(name, base)
+                self._module.set_submodule(name, layer.get_base_layer())
             yield
         finally:
             for name, layer in self._layers.items():
-                layer.get_base_layer().weight.data = kept[name]
+                layer.get_base_layer().weight.data.copy_(kept[name])
                 layer.merged_adapters.clear()
                 self._module.set_submodule(name, layer)
 

@@ -57,7 +57,10 @@ def refactored(
 
 
 def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """‖B A − B' A'‖, Frobenius, of two products given as (A, B), without forming either."""
+    """‖B A − B' A'‖, Frobenius, of two products given as (A, B), without forming either.
+
+    On a device that has float64.
+    """
     left = torch.cat([one[1], -other[1]], dim=1).double()
     right = torch.cat([one[0], other[0]], dim=0).T.double()
     core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right, mode="r").R.T

@@ -1,12 +1,21 @@
 """How the process gets memory from the system and shares its interpreter: set once, at start.
 
+And what is said where there is none left.
+
 A block is exchanged in messages of 1 MB, as many as its size, made and dropped again every step.
 glibc's malloc maps each of them anew by default and gives it back when freed, so that every byte of
 every step is a page fault first: a quarter of the time of an exchange (docs/performance.md).
 """
 
 import ctypes
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from deca_node.errors import ModelError
 
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
@@ -24,6 +33,11 @@ ARENAS = 1
 # Python's own 5 ms the threads that carry messages stand still most of the time.
 SWITCH_SECONDS = 5e-4
 
+# How torch's allocators for the CPU and MPS, and NVIDIA's libraries, say in a RuntimeError that
+# there is none left.
+_OUT = re.compile("CPUAllocator: (can't|not enough)|out of memory|STATUS_ALLOC_FAILED")
+LESS_A_STEP = "lower data.batch_size or data.max_tokens, or set model.gradient_checkpointing = true"
+
 
 def tune() -> None:
     """Set both, as far as the platform has them: musl and macOS have no such malloc."""
@@ -40,3 +54,30 @@ def tune() -> None:
         (_ARENA_MAX, ARENAS),
     ):
         mallopt(parameter, value)
+
+
+def is_out(error: BaseException) -> bool:
+    """Whether an error means that no memory is left, of a device or of this machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT.search(str(error)) is not None
+
+
+@contextmanager
+def suffices(device: torch.device, remedy: str = LESS_A_STEP) -> Iterator[None]:
+    """Turn the end of all memory into ModelError.
+
+    Args:
+        device: where is computed.
+        remedy: what takes less.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out(error):
+            raise
+        tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        more = f" ({tried[0][0].lower()}{tried[0][1:]})" if tried else ""
+        host = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+        place = "this machine" if host else str(device)
+        raise ModelError(f"{place}: out of memory{more}; {remedy}") from None

@@ -178,7 +178,7 @@ class Node:
 
     async def _live(self, stack: contextlib.AsyncExitStack) -> bool:
         settings, standing = self.settings, self._standing
-        standing.device = pick_device(settings.node.device)
+        standing.device = self._worker.device = pick_device(settings.node.device)
         if settings.node.threads:
             torch.set_num_threads(settings.node.threads)
         network = settings.network

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deca_node.config import DataSettings
-from deca_node.data import questions, text_of
+from deca_node.data import label_of, questions, text_of
 from deca_node.disk import make_folder, translated
 from deca_node.errors import DataError, OutputError
 from deca_node.rows import place, read_rows
@@ -188,7 +188,14 @@ def write_shards(
         DiskFullError: the disk has no room.
     """
     rows = read_rows(source)
-    labels = [text_of(row, label_field, place(source, index)) for index, row in enumerate(rows)]
+    places = [place(source, index) for index in range(len(rows))]
+    if settings is not None and settings.task == "classification":
+        labels = [
+            label_of(row, label_field, settings.labels, at)
+            for row, at in zip(rows, places, strict=True)
+        ]
+    else:
+        labels = [text_of(row, label_field, at) for row, at in zip(rows, places, strict=True)]
 
     def asked() -> list[str]:
         if settings is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from deca_node import config, sizes
+from deca_node import config, memory, sizes
 from deca_node.batches import IGNORED, Batch
 from deca_node.blocks import Visit
 from deca_node.config import Settings
@@ -137,7 +137,8 @@ def measure(plan: Plan, tell: Callable[[str], None] = lambda _: None) -> list[Co
     costs = []
     for method in plan.methods:
         tell(method)
-        costs.append(_cost(plan, settings[method]))
+        with memory.suffices(plan.device, "lower --batch or --tokens, or give --checkpointing"):
+            costs.append(_cost(plan, settings[method]))
     return costs
 
 

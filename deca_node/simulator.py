@@ -34,7 +34,7 @@ from deca_node.loopback import Call, LoopbackNetwork
 from deca_node.member import REJOIN_SECONDS, Member, Run
 from deca_node.membership import Edges, Phase
 from deca_node.methods import Method, choose
-from deca_node.models import LanguageModel
+from deca_node.models import LanguageModel, wide_device
 from deca_node.record import finite, finite_values
 from deca_node.rounds import Start, StepRecord
 from deca_node.shelf import HeldBlocks
@@ -516,7 +516,8 @@ class Spread:
             mean = self._mean[name]
             off = x - mean
             mean.add_(off, alpha=1 / self.count)
-            self._square += float(torch.sum(off.mul_(x - mean), dtype=torch.float64))
+            square = off.mul_(x - mean).to(wide_device(off.device))
+            self._square += float(torch.sum(square, dtype=torch.float64))
 
     @property
     def rms(self) -> float:

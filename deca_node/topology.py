@@ -13,6 +13,9 @@ TopologyKind = Literal["full", "ring", "erdos_renyi", "bipartite", "explicit"]
 # With p above the connectivity threshold ln(n)/n a draw is connected more often than not; when
 # a thousand draws are not, p is too small for this many members and a ring is laid underneath.
 MAX_DRAWS = 1_000
+# Pairs that all draws together look at, about a tenth of a second's: from 66 members on draws are
+# fewer than a thousand, of 256 they are 64.
+MAX_DRAWN_PAIRS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def _erdos_renyi(names: Sequence[str], spec: TopologySpec) -> list[tuple[str, st
     # A string seed is hashed with SHA-512: the same on every machine and Python.
     source = random.Random(f"deca/erdos-renyi/{spec.seed}/{'/'.join(names)}")  # noqa: S311
     edges: list[tuple[str, str]] = []
-    for _ in range(MAX_DRAWS):
+    pairs = max(1, len(names) * (len(names) - 1) // 2)
+    for _ in range(min(MAX_DRAWS, max(1, MAX_DRAWN_PAIRS // pairs))):
         edges = [pair for pair in combinations(names, 2) if source.random() < spec.p]
         if is_connected(_from_edges(names, edges)):
             return edges

@@ -7,6 +7,9 @@ from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import torch
+
+from deca_node import memory
 from deca_node.waiting import done_before
 
 T = TypeVar("T")
@@ -34,17 +37,23 @@ class TrainingThread:
     An event loop must go on serving neighbours while torch computes.
 
     Attributes:
+        device: where it computes, once that is known.
         is_busy: whether a function is running.
     """
 
     def __init__(self) -> None:
+        self.device = torch.device("cpu")
         self.is_busy = False
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]]] = SimpleQueue()
         threading.Thread(target=self._serve, name="training", daemon=True).start()
 
     def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
-        """See rounds.Worker."""
+        """See rounds.Worker.
+
+        Raises:
+            ModelError: there was not enough memory for it.
+        """
         future: asyncio.Future[T] = self._loop.create_future()
         self._jobs.put((future, work))
         return future
@@ -54,7 +63,8 @@ class TrainingThread:
             future, work = self._jobs.get()
             self.is_busy = True
             try:
-                result, error = work(), None
+                with memory.suffices(self.device):
+                    result, error = work(), None
             except BaseException as raised:  # noqa: BLE001 - handed to whoever awaits it
                 result, error = None, raised
             finally:

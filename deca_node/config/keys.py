@@ -119,6 +119,7 @@ def checked_value(key: str, value: Any, path: Path, keys: Mapping[str, Any] = KE
     if key not in keys:
         raise ConfigError(f"{path}: unknown setting {key!r}; {nearest(key, keys)}")
     check_kind(key, value, f"{path}: ", keys)
-    if Path in kinds_of(keys[key]) and isinstance(value, str) and not value.startswith("~"):
+    is_path = Path in kinds_of(keys[key]) and isinstance(value, str)
+    if is_path and value.strip() and not value.startswith("~"):
         return str(path.parent / value)
     return value

@@ -72,9 +72,15 @@ def _check_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if not variable.upper().startswith(ENV_PREFIX):
             continue
         key = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
-        if key not in KEYS and not any(
-            key.startswith(known + ".") for known in KEYS if is_free_form(known)
-        ):
+        table = next((k for k in KEYS if is_free_form(k) and key.startswith(f"{k}.")), None)
+        if table is not None:  # pydantic-settings would read its keys without their case
+            whole = ENV_PREFIX + table.upper().replace(".", "__")
+            meant = {variable[len(whole) + 2 :]: environ[variable]}
+            raise ConfigError(
+                f"environment variable {variable}: keys of {table} would lose their case; write "
+                f"{whole} as a JSON object, as in {json.dumps(meant)}"
+            )
+        if key not in KEYS:
             close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
             remedy = (
                 f"did you mean {ENV_PREFIX}{close[0].upper().replace('.', '__')}?"

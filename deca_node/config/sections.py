@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from deca_node.addresses import checked_address, is_host
@@ -34,6 +35,13 @@ def _shaped(pattern: str, words: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _named(path: Any) -> Any:
+    """Refuse text that pathlib would take for the working folder."""
+    if isinstance(path, str) and not path.strip():
+        raise ValueError("is empty; name a path or leave it out")
+    return path
+
+
 # A name becomes part of a DNS label (63 bytes, RFC 1035), a folder and a log line.
 Name = Annotated[
     str,
@@ -45,6 +53,7 @@ Name = Annotated[
 Device = Annotated[
     str, _shaped(r"auto|cpu|cuda(:[0-9]+)?|mps", "use auto, cpu, cuda, cuda:N (as cuda:0) or mps")
 ]
+Place = Annotated[Path, BeforeValidator(_named)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -163,7 +172,7 @@ class NodeSettings(Section):
         description="Go on answering status and health when the run is finished, until a signal "
         "ends the node: for Kubernetes and others that start again whatever ends.",
     )
-    output: Path = Field(
+    output: Place = Field(
         Path("out"),
         description="Folder of the trained model, the run's record and the state to resume "
         "from. One run, one node, one folder. Unset: out in the folder in which the node is "
@@ -184,7 +193,7 @@ class NodeSettings(Section):
 class ModelSettings(Section):
     """The base model."""
 
-    path: Path = Field(
+    path: Place = Field(
         description="Base model: a Hugging Face folder of a decoder-only model, or a .gguf "
         "file. The same on all nodes."
     )
@@ -199,7 +208,7 @@ class ModelSettings(Section):
         description="Recompute activations in the backward pass: less memory, about a third "
         "more time.",
     )
-    cache: Path = Field(
+    cache: Place = Field(
         Path("~/.cache/deca-node"),
         description="Folder where converted .gguf files are kept, shared by all nodes of a "
         "machine.",
@@ -209,11 +218,11 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """The private data and how rows become examples."""
 
-    train: Path = Field(
+    train: Place = Field(
         description="Private training data: .jsonl, .csv, .parquet, or a folder written by "
         "Dataset.save_to_disk. It never leaves this machine."
     )
-    test: Path | None = Field(
+    test: Place | None = Field(
         None,
         description="Held-out data of the same form, measured before and after the run. Unset: "
         "no measurement.",
@@ -399,24 +408,30 @@ class TopologySettings(Section):
         examples=[[["alice", "bob"]]],
     )
 
-    @model_validator(mode="after")
-    def _edges_make_one_graph(self) -> "TopologySettings":
-        if self.edges and self.kind != "explicit":
-            raise ValueError('edges are used with kind = "explicit" only')
-        for one, other in self.edges:
+    @field_validator("edges")
+    @classmethod
+    def _make_one_graph(
+        cls, edges: tuple[tuple[str, str], ...], info: ValidationInfo
+    ) -> tuple[tuple[str, str], ...]:
+        if edges and info.data.get("kind", "explicit") != "explicit":
+            raise ValueError(
+                'used with topology.kind = "explicit" only; set topology.kind = "explicit", or '
+                "remove topology.edges"
+            )
+        for one, other in edges:
             if one == other:
-                raise ValueError(f"edges: {one!r} needs no edge to itself")
-        if self.edges:
-            names = {name for edge in self.edges for name in edge}
-            drawn = graph(names, TopologySpec("explicit", edges=self.edges))
-            reached = component(drawn, self.edges[-1][0])
+                raise ValueError(f"{one!r} needs no edge to itself; remove it")
+        if edges:
+            names = {name for edge in edges for name in edge}
+            drawn = graph(names, TopologySpec("explicit", edges=edges))
+            reached = component(drawn, edges[-1][0])
             # Its parts would train as so many runs that never hear of each other.
             if cut := names - reached:
                 raise ValueError(
-                    f"edges: the graph is not connected: no way from {min(cut)} to {min(reached)};"
+                    f"the graph is not connected: no way from {min(cut)} to {min(reached)};"
                     " add an edge, or give none at all to train alone"
                 )
-        return self
+        return edges
 
 
 class AggregationSettings(Section):
@@ -449,7 +464,7 @@ class AggregationSettings(Section):
 class TrustSettings(Section):
     """Who may take part: keys and certificates (docs/securing.md)."""
 
-    folder: Path | None = Field(
+    folder: Place | None = Field(
         None,
         description="Folder of the run's certificates and of this machine's keys, outside of "
         "node.output. Unset: one for each run, ~/.config/deca-node/RUN.",
@@ -560,7 +575,12 @@ class NetworkSettings(Section):
         examples=[300.0],
     )
     heartbeat: Positive | None = Field(
-        None, description="Seconds between greetings. Unset: the preset's.", examples=[2.0]
+        None,
+        # Who is refused is greeted at every fifth, a quarter later by jitter, and what was refused
+        # is told of for two minutes (health.REFUSAL_SECONDS).
+        le=15,
+        description="Seconds between greetings, at most half of gone_after. Unset: the preset's.",
+        examples=[2.0],
     )
     gone_after: Positive | None = Field(
         None,
@@ -626,7 +646,7 @@ class MetricsSettings(Section):
 class TensorboardSettings(Section):
     """Curves for TensorBoard; needs the extra [tensorboard]."""
 
-    folder: Path | None = Field(
+    folder: Place | None = Field(
         None,
         description="Folder of the event files: this node's go to a folder of its name in it, so "
         "that nodes can share one. Unset: none.",

@@ -173,6 +173,8 @@ def _unfit(settings: Settings) -> str:
             f'consensus.tolerance = {settings.consensus.tolerance}: run.method is "decaf", whose '
             "nodes have factors of their own that cannot be averaged; set it to 0"
         )
+    if wrong := _late_greetings(settings.network, settings.timing()):
+        return wrong
     chosen = settings.aggregation
     if chosen.tau and chosen.rule != "clipped":
         return f'aggregation.tau = {chosen.tau}: aggregation.rule is "{chosen.rule}"; remove it'
@@ -182,3 +184,19 @@ def _unfit(settings: Settings) -> str:
             f'which aggregation.rule = "{chosen.rule}" is there to avoid; set it to 0'
         )
     return ""
+
+
+def _late_greetings(given: NetworkSettings, timing: Timing) -> str:
+    """Whether peers would be gone between two greetings, one of which may be late or lost."""
+    beat, gone = timing.heartbeat, timing.gone_after
+    if 2 * beat <= gone:
+        return ""
+    if given.heartbeat is None:
+        return (
+            f"network.gone_after = {gone}: less than twice network.heartbeat = {beat}, so that "
+            "peers would be gone between two greetings; raise it, or lower network.heartbeat"
+        )
+    return (
+        f"network.heartbeat = {beat}: more than half of network.gone_after = {gone}, so that peers "
+        "would be gone between two greetings; lower it, or raise network.gone_after"
+    )

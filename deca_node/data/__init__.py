@@ -15,6 +15,7 @@ from deca_node.data.chats import instruction, messages_of
 from deca_node.data.fields import Row, text_of, value_of
 from deca_node.data.labels import (
     label_counts,
+    label_of,
     label_token_ids,
     label_words,
     warn_of_lookalikes,
@@ -31,11 +32,13 @@ __all__ = [
     "asked",
     "examples",
     "label_counts",
+    "label_of",
     "label_token_ids",
     "label_words",
     "question",
     "questions",
     "text_of",
+    "words_of",
 ]
 
 _log = structlog.get_logger(__name__)
@@ -150,7 +153,7 @@ def _maker(
         if words is None:
             _warn_of_line_breaks(settings)
             values = (
-                text_of(row, settings.label_field, place(source, index))
+                label_of(row, settings.label_field, settings.labels, place(source, index))
                 for index, row in enumerate(rows)
             )
             words = words_of(values, settings)
@@ -170,7 +173,7 @@ def _classification(
     row: Row,
     where: str,
 ) -> list[Example]:
-    label = text_of(row, settings.label_field, where)
+    label = label_of(row, settings.label_field, settings.labels, where)
     if label not in completions:
         raise DataError(
             f"{where}: label {label!r} is not one of: {', '.join(completions)};"

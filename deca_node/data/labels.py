@@ -8,11 +8,33 @@ import structlog
 
 from deca_node.batches import Example
 from deca_node.config import DataSettings
+from deca_node.data.fields import Row, text_of
 from deca_node.data.prompts import end_of, fields_of
 from deca_node.data.tokens import Tokenizer
-from deca_node.errors import ConfigError
+from deca_node.errors import ConfigError, DataError
 
 _log = structlog.get_logger(__name__)
+
+
+def label_of(row: Row, field: str, words: Mapping[str, str], where: str) -> str:
+    """A row's label.
+
+    Args:
+        row: the row.
+        field: where its label is.
+        words: ``data.labels``, which may have a word for a blank label; when empty, each label is
+            its own word.
+        where: begins messages.
+
+    Raises:
+        DataError: there is no text in the field, or it is blank and has no word.
+    """
+    label = text_of(row, field, where)
+    if not words and not label.strip():
+        raise DataError(
+            f"{where}: data.label_field {field!r} is blank; give it a label or take the row out"
+        )
+    return label
 
 
 def label_words(examples: Iterable[Example], settings: DataSettings) -> dict[str, str]:
@@ -25,8 +47,8 @@ def label_words(examples: Iterable[Example], settings: DataSettings) -> dict[str
 
 
 def words_of(values: Iterable[str], settings: DataSettings) -> dict[str, str]:
-    """:func:`label_words` of label values; blank ones have none."""
-    return dict(settings.labels) or {value: value for value in sorted(set(values)) if value.strip()}
+    """:func:`label_words` of label values, as ``label_of`` has them."""
+    return dict(settings.labels) or {value: value for value in sorted(set(values))}
 
 
 def warn_of_lookalikes(labels: Iterable[str], source: Path) -> None:

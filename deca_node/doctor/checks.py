@@ -9,7 +9,7 @@ import torch
 from deca_node import estimate
 from deca_node.blocks import Schedule
 from deca_node.compression import Format
-from deca_node.config import Settings
+from deca_node.config import Settings, has
 from deca_node.errors import ConfigError, DecaError
 from deca_node.fingerprint import fingerprint, schedule_for
 from deca_node.guard import Guard
@@ -94,6 +94,7 @@ class Facts:
             added=self.added,
             state=state_bytes(self.settings),
             kept=kept_arrivals(self.settings, most_neighbours(self.settings)),
+            merged=has(self.settings.run.method, "lora"),
         )
 
     def marks(self) -> dict[str, str]:

@@ -184,9 +184,8 @@ def _memory(facts: Facts) -> Iterable[Check]:
     if facts.running is not None or sizes is None or facts.device is None:
         return
     need = estimate.memory(*sizes)
-    parts = ", ".join(
-        f"{name} {status.size(count)}" for name, count in asdict(need).items() if count
-    )
+    sizes_of = {name: count for name, count in asdict(need).items() if count and name != "copies"}
+    parts = ", ".join(f"{name} {status.size(count)}" for name, count in sizes_of.items())
     host = need.hosting
     if facts.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(facts.device)
@@ -194,7 +193,9 @@ def _memory(facts: Facts) -> Iterable[Check]:
         host += need.weights  # they pass through on their way to the device
         parts = "process, snapshots, references and the weights while they are loaded"
     else:
-        host += need.computing
+        host += max(need.computing, need.writing)
+        if need.writing > need.computing:
+            parts += f"; to write the model, weights and copies {status.size(need.copies)}"
     yield _fits("memory", host, _free_memory(), parts)
 
 

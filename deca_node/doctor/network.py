@@ -19,18 +19,29 @@ async def multicast(facts: Facts) -> list[Check]:
     network = facts.settings.network
     if not network.zeroconf:
         return [Check("multicast", Verdict.OK, "not used: network.zeroconf is off")]
-    places = await asyncio.to_thread(multicast_addresses, network.interfaces)
+    named = network.static_peers or network.dns_peers
+    other_way = named or facts.settings.run.start_when == 1
+    try:
+        places = await asyncio.to_thread(multicast_addresses, network.interfaces)
+    except OSError as error:  # as where seccomp forbids the question
+        return [
+            Check(
+                "multicast",
+                Verdict.WARN if other_way else Verdict.FAIL,
+                f"this machine's interfaces cannot be listed: {error.strerror or error}",
+                "set network.interfaces and node.advertise, or network.zeroconf = false with "
+                "network.static_peers",
+            )
+        ]
     heard = await asyncio.gather(*(asyncio.to_thread(loops_back, at) for at in places))
     deaf = [at for at, hears in zip(places, heard, strict=True) if not hears]
     if not deaf:
         return [Check("multicast", Verdict.OK, f"goes round on {', '.join(places)}")]
     alone = len(deaf) == len(places)
-    named = network.static_peers or network.dns_peers
-    needed = alone and not named and facts.settings.run.start_when > 1
     return [
         Check(
             "multicast",
-            Verdict.FAIL if needed else Verdict.WARN,
+            Verdict.FAIL if alone and not other_way else Verdict.WARN,
             f"does not come back on {', '.join(deaf)}",
             "allow port 5353/udp there, choose other network.interfaces, or set "
             "network.static_peers",

@@ -15,7 +15,7 @@ from deca_node.exchange import Mix
 from deca_node.lowrank import Split, distance, refactored
 from deca_node.methods import Settled
 from deca_node.methods.dec_lora import DecLora
-from deca_node.models import LanguageModel
+from deca_node.models import LanguageModel, wide_device
 from deca_node.moments import Rule, half_step
 from deca_node.wire import Pieces
 
@@ -115,10 +115,11 @@ class Decaf(DecLora):
     def _refactor(self, at_a: slice, at_b: slice, rank: int, came: list[_Arrival]) -> float:
         """Mix one matrix's products; the square of how far its product has moved."""
         master = self._active.master
+        place = wide_device(master.device)
 
         def pair(values: Tensor) -> tuple[Tensor, Tensor]:
             a, b = values[at_a].view(rank, -1), values[at_b].view(-1, rank)
-            return a.to(master.device), b.to(master.device)
+            return a.to(place), b.to(place)
 
         own = pair(master)
         weights = [1 - sum(each.weight for each in came), *(each.weight for each in came)]

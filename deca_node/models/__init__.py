@@ -14,12 +14,12 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deca_node import sizes
+from deca_node import memory, sizes
 from deca_node.batches import IGNORED, Batch
 from deca_node.config import ModelSettings
 from deca_node.errors import DataError, ModelError, OutputError
 from deca_node.models.active import FP16_LOSS_SCALE, ActiveBlock
-from deca_node.models.devices import DTYPES, pick_device, pick_dtype
+from deca_node.models.devices import DTYPES, pick_device, pick_dtype, wide_device
 from deca_node.models.layers import layer_stack
 from deca_node.models.outlines import Outline, outline
 from deca_node.models.reading import (
@@ -45,6 +45,7 @@ __all__ = [
     "outline",
     "pick_device",
     "pick_dtype",
+    "wide_device",
 ]
 
 
@@ -166,7 +167,9 @@ class LanguageModel:
         tokenizer = Tokenizer(read_tokenizer(folder, path), path)
         try:
             module.to(device)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not memory.is_out(error):
+                raise
             raise ModelError(
                 f'{path}: does not fit into the memory of {device}; try model.dtype = "bf16",'
                 ' a smaller model, or node.device = "cpu"'
@@ -418,6 +421,7 @@ class LanguageModel:
         Raises:
             OutputError: something is there already, or the folder cannot be written.
             DiskFullError: the disk has no room; nothing is left behind.
+            ModelError: there is not enough memory for it; likewise.
         """
         if folder.exists():
             raise OutputError(f"{folder}: is there already; move it away or export elsewhere")

@@ -29,6 +29,11 @@ def pick_device(text: str) -> torch.device:
     return device
 
 
+def wide_device(device: torch.device) -> torch.device:
+    """Where float64 can be had of a device's tensors: of MPS, which has none, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def pick_dtype(text: str, device: torch.device) -> str:
     """The name of the dtype for ``bf16|fp16|fp32|auto``: auto is bf16 on CUDA, else fp32."""
     if text != "auto":

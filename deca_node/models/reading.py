@@ -17,6 +17,7 @@ import filelock
 import torch
 import xxhash
 
+from deca_node import memory
 from deca_node.errors import ModelError, first_line
 from deca_node.models.writing import write_error, written_whole
 
@@ -124,6 +125,8 @@ def read_model(folder: Path, path: Path, **options: Any) -> Any:
                 **options,
             )
     except Exception as error:  # noqa: BLE001 - it raises whatever its many readers raise
+        if memory.is_out(error):
+            again = 'take a smaller model, or try model.dtype = "bf16"'
         raise ModelError(f"{path}: cannot be loaded ({first_line(error)}); {again}") from None
     # Transformers fills what is missing or misshapen with random numbers.
     if missing := sorted(info["missing_keys"]):
@@ -164,11 +167,11 @@ def read_architecture(
             module = transformers.AutoModelForCausalLM.from_config(kind, dtype=dtype)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (torch.OutOfMemoryError, MemoryError):
-        raise ModelError(
-            f"{file}: does not fit into the memory of {device}; take fewer layers"
-        ) from None
     except Exception as error:  # noqa: BLE001 - it raises whatever its many readers raise
+        if memory.is_out(error):
+            raise ModelError(
+                f"{file}: does not fit into the memory of {device}; take fewer layers"
+            ) from None
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"{file}: no configuration of a causal model ({reason})") from None
     if layers is not None and not 1 <= layers <= deepest:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from deca_node import template
-from deca_node.config import Settings, load
-from deca_node.data import text_of
+from deca_node.config import DataSettings, Settings, load
+from deca_node.data import label_of, words_of
 from deca_node.disk import translated, write_atomically
 from deca_node.errors import DataError
 from deca_node.partition import write_shards
@@ -137,7 +137,7 @@ def node_settings(plan: Plan, base: Settings, out: Path) -> list[Settings]:
         test = folder / "test.jsonl"
     labels = base.data.labels
     if base.data.task == "classification" and not labels:
-        labels = _all_labels([*trains, *([test] if test else [])], base.data.label_field)
+        labels = _all_labels([*trains, *([test] if test else [])], base.data)
     return [
         updated(
             base,
@@ -154,14 +154,14 @@ def node_settings(plan: Plan, base: Settings, out: Path) -> list[Settings]:
     ]
 
 
-def _all_labels(paths: Sequence[Path], field: str) -> dict[str, str]:
+def _all_labels(paths: Sequence[Path], data: DataSettings) -> dict[str, str]:
     """Every label of the whole data set as its own word: a node alone would not know them all."""
-    found = {
-        text_of(row, field, place(path, index))
+    found = (
+        label_of(row, data.label_field, data.labels, place(path, index))
         for path in paths
         for index, row in enumerate(read_rows(path))
-    }
-    return {label: label for label in sorted(found)}
+    )
+    return words_of(found, data)
 
 
 def write_settings(settings: Settings) -> None:

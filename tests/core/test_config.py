@@ -1,12 +1,14 @@
 """Settings: who wins, what is refused and how it is said."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from deca_node.blocks import Schedule, partition_layers
-from deca_node.config import Timing, load
+from deca_node.config import KEYS, Timing, load
+from deca_node.config.keys import kinds_of
 from deca_node.errors import ConfigError
 from deca_node.fingerprint import agreement_marks, difference, fingerprint
 
@@ -74,7 +76,12 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD, ["data.labels={a=b}"], 'each label with its word, as in {neg = "neg"}'),
         (GOOD, ["data.labels={a=1}"], "data.labels.a = 1: Input should be a valid string"),
         (GOOD, ["optimizer.learning_rate=inf"], "optimizer.learning_rate"),
-        (GOOD, ['topology.edges=[["a","b"]]'], 'kind = "explicit"'),
+        (
+            GOOD,
+            ['topology.edges=[["a","b"]]'],
+            'topology.edges = [["a", "b"]]: used with topology.kind = "explicit" only; set '
+            'topology.kind = "explicit", or remove topology.edges',
+        ),
         (GOOD, ["network.static_peers=['nowhere']"], "HOST:PORT"),
         (GOOD, ["run.seed"], "--set section.key=value"),
         (GOOD + "[schedule]\nsteps = '3'\n", [], 'steps = "3": a number is needed'),
@@ -90,7 +97,23 @@ def test_everything_can_come_from_the_environment(monkeypatch):
             ["topology.kind=explicit", 'topology.edges=[["a","b"],["c","d"],["b","e"]]'],
             "not connected: no way from c to a",
         ),
-        (GOOD, ["topology.kind=explicit", 'topology.edges=[["a","a"]]'], "no edge to itself"),
+        (
+            GOOD,
+            ["topology.kind=explicit", 'topology.edges=[["a","a"]]'],
+            '--set topology.edges = [["a", "a"]]: \'a\' needs no edge to itself',
+        ),
+        (GOOD, ["network.heartbeat=16"], "network.heartbeat = 16: Input should be less than"),
+        (
+            GOOD,
+            ["network.heartbeat=12", "network.gone_after=20"],
+            "--set network.heartbeat = 12.0: more than half of network.gone_after = 20.0, so that "
+            "peers would be gone between two greetings; lower it, or raise network.gone_after",
+        ),
+        (
+            GOOD + "[network]\ngone_after = 19\npreset = 'wan'\n",
+            [],
+            "node.toml: network.gone_after = 19.0: less than twice network.heartbeat = 10.0, so",
+        ),
         (GOOD, ['topology.edges=[["a"]]'], 'topology.edges: write it as a list, as in [["alice"'),
         (GOOD, ["network.static_peers=h:5"], 'write it as a list, as in ["host:7430"]'),
         (GOOD, ["network.static_peers=['h:99999']"], "'h:99999' is not HOST:PORT"),
@@ -137,6 +160,46 @@ def test_home_is_understood_wherever_a_path_is_given(file, monkeypatch):
     assert settings.data.test == Path("/home/alice/test.jsonl")
     assert settings.data.train == file.parent / "train.jsonl"
     assert settings.node.output == Path("/home/alice/out")
+
+
+PATHS = [key for key in KEYS if Path in kinds_of(KEYS[key])]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_an_empty_path_is_none(file, monkeypatch, key):
+    """pathlib takes it for the working folder, and in a file it would be the file's."""
+    assert len(PATHS) == 7
+    words = re.escape(f'{key} = "": is empty; name a path or leave it out')
+    with pytest.raises(ConfigError, match=f"^--set {words}$"):
+        load(file, [f"{key}="])
+    section, _, name = key.partition(".")
+    variable = f"DECA_{section}__{name}".upper()
+    with monkeypatch.context() as patch:
+        patch.setenv(variable, "")
+        with pytest.raises(ConfigError, match=f"^environment variable {variable}: {words}$"):
+            load(file)
+    tables = tomllib.loads(GOOD)
+    tables.setdefault(section, {})[name] = ""
+    lines = [f"{one}.{key} = '{v}'\n" for one, table in tables.items() for key, v in table.items()]
+    file.write_text("".join(lines))
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}: {words}$"):
+        load(file)
+    assert load(file, [f"{key}=."])
+
+
+@pytest.mark.parametrize("variable", ["DECA_DATA__LABELS__Sports", "DECA_DATA__LABELS__sports"])
+def test_a_tables_keys_are_not_taken_from_variables_names(file, monkeypatch, variable):
+    """Their case would be lost, which no label may be; a JSON object has them as they are."""
+    monkeypatch.setenv(variable, "sport")
+    name = variable.rpartition("__")[2]
+    words = f'write DECA_DATA__LABELS as a JSON object, as in {{"{name}": "sport"}}'
+    with pytest.raises(
+        ConfigError, match=f"^environment variable {variable}: .*{re.escape(words)}$"
+    ):
+        load(file)
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("DECA_DATA__LABELS", f'{{"{name}": "sport"}}')
+    assert load(file).data.labels == {name: "sport"}
 
 
 def test_text_may_look_like_a_number(file):

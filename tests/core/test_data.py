@@ -226,6 +226,21 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
         examples(rows, data_settings(**given), TOKENIZER, SOURCE, words)
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_label_is_named_by_its_row(blank: str) -> None:
+    """As it is its own word, there would be nothing to learn; data.labels may have one for it."""
+    rows = [{"text": "t", "label": "a"}, {"text": "t", "label": blank}]
+    told = (
+        r"shard\.jsonl, row 2: data\.label_field 'label' is blank; give it a label or take the row"
+    )
+    with pytest.raises(DataError, match=told):
+        examples(rows, data_settings(), TOKENIZER, SOURCE)
+    with pytest.raises(DataError, match=told):  # a test's
+        examples(rows, data_settings(), TOKENIZER, SOURCE, {"a": "a"})
+    given = data_settings(labels={"a": "a", blank: "none"})
+    assert label_counts(examples(rows, given, TOKENIZER, SOURCE)) == {blank: 1, "a": 1}
+
+
 def test_labels_that_look_the_same_are_told() -> None:
     """They are trained as they are; that they are meant to differ is unlikely."""
     labels = ["north", " north", "south", "North", "east", "1", "1.0"]
@@ -286,7 +301,6 @@ def test_booleans_are_the_same_labels_in_every_form(tmp_path: Path) -> None:
         ),
         ({"text": "t", "label": None}, "row 2: field 'label' is null"),
         ({"text": "t", "label": ["a"]}, "row 2: field 'label' is a list, not text"),
-        ({"text": "t", "label": ""}, "row 2: label '' is not one of: a"),
         ({"text": "t", "label": math.nan}, "row 2: field 'label' is nan, not a finite number"),
         ({"text": -math.inf, "label": "a"}, "row 2: field 'text' is -inf, not a finite number"),
     ],

@@ -37,6 +37,17 @@ def test_a_mix_that_waits_for_all_keeps_what_has_come():
     assert kept.hosting == plain.hosting + kept.arrivals
 
 
+def test_a_merged_model_is_written_with_the_layers_twice():
+    """When there are no activations; copies of what is adapted are on the host."""
+    plain, merged = (
+        estimate.memory(SHAPE, work_of([range(2)], added=10, merged=merged))
+        for merged in (False, True)
+    )
+    assert (plain.writing, merged.writing) == (2000, 2000 + 2 * 300)
+    assert merged.computing == plain.computing
+    assert merged.hosting == plain.hosting
+
+
 def test_disk_counts_what_is_written_and_what_it_replaces():
     """Blocks and the open visit twice, the exported model, a line for every step."""
     needs = estimate.disk(SHAPE, work_of([range(1), range(1, 2)]), steps=10)

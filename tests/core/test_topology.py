@@ -1,13 +1,17 @@
 """Graphs and weights: shapes known by hand, properties on random graphs."""
 
+import itertools
+import random
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deca_node import topology
 from deca_node.mixing import STALE_STEP, metropolis_hastings, mix_arrival
-from deca_node.topology import TopologySpec, graph, is_connected
+from deca_node.topology import MAX_DRAWN_PAIRS, TopologySpec, graph, is_connected
 
 NAMES = [f"n{i:02}" for i in range(16)]
 KINDS = ("full", "ring", "erdos_renyi", "bipartite")
@@ -154,3 +158,32 @@ def test_inconsistent_degrees_are_refused():
         metropolis_hastings(1, {"a": 1, "b": 1})
     with pytest.raises(ValueError, match="at least one edge"):
         metropolis_hastings(1, {"a": 0})
+
+
+def test_a_graph_that_is_never_connected_is_given_up_soon(monkeypatch):
+    """All that is drawn, of 256 members, takes a part of a second; the ring is under it."""
+    drawn = []
+
+    class Counted(random.Random):
+        def random(self):
+            drawn.append(None)
+            return super().random()
+
+    monkeypatch.setattr(topology.random, "Random", Counted)
+    names = [f"n{i:03}" for i in range(256)]
+    found = graph(names, TopologySpec("erdos_renyi", p=0.001))
+    assert is_connected(found)
+    assert len(drawn) <= MAX_DRAWN_PAIRS
+
+
+def test_draws_that_are_connected_are_those_of_before():
+    """Of all versions: a run's nodes may have several, and results are compared."""
+    source = random.Random("deca/erdos-renyi/3/" + "/".join(NAMES))
+    pairs = list(itertools.combinations(NAMES, 2))
+    for draw in range(1000):  # noqa: B007 - how many it took
+        edges = {pair for pair in pairs if source.random() < 0.1}
+        expected = graph(NAMES, TopologySpec("explicit", edges=tuple(edges)))
+        if is_connected(expected):
+            break
+    assert draw > 3
+    assert graph(NAMES, TopologySpec("erdos_renyi", p=0.1, seed=3)) == expected

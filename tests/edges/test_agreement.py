@@ -9,7 +9,7 @@ import pytest
 import structlog
 import torch
 
-from deca_node.agreement import Agreeing, _Intake
+from deca_node.agreement import Agreeing, _Intake, _norm
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.config import ConsensusSettings, ModelSettings, Timing
 from deca_node.errors import PeerUnavailable
@@ -22,6 +22,7 @@ from deca_node.swarm import Identity, Position, Swarm
 from deca_node.topology import TopologySpec, graph
 from deca_node.wire import Layout, TensorSpec, metadata, snapshot
 from tests.answers import Answers
+from tests.mps import Mps
 from tests.tiny import make_model
 from tests.virtual_time import run
 
@@ -533,3 +534,11 @@ def test_a_neighbour_with_huge_values_ends_nobody(value):
         assert all(math.isfinite(result.before) for result in results)
 
     run(scenario())
+
+
+def test_the_norm_of_a_block_needs_no_float64_of_its_device():
+    """MPS; on the CPU it is torch's own to the last bit."""
+    values = 1e30 * torch.randn(5_000_000, generator=torch.Generator().manual_seed(0))
+    exact = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    assert _norm(values) == exact
+    assert _norm(values.as_subclass(Mps)) == pytest.approx(exact, rel=1e-12)

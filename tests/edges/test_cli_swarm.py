@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deca_node import cli, cli_swarm, keyring
+from deca_node import cli, cli_swarm, discovery, keyring, pairing
 from deca_node.errors import PeerUnavailable
 from deca_node.identity import new_key
 from deca_node.keyring import Keyring
@@ -204,6 +204,26 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
     code, said = say("deca-node swarm init --trust 'my keys' --run r --node a")
     assert said.rstrip().endswith("deca-node swarm invite --run r --trust 'my keys'")
     assert say("deca-node swarm show --trust 'my keys'")[0] == 0
+
+
+def test_an_inviter_that_cannot_list_its_interfaces_says_so(say, monkeypatch):
+    """As under a seccomp that forbids netlink. Where the joiner calls can be told instead."""
+
+    def refused():
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    async def joined(_):
+        return "b"
+
+    monkeypatch.setattr(discovery.ifaddr, "get_adapters", refused)
+    monkeypatch.setattr(pairing.Inviter, "joined", joined)
+    assert say("deca-node swarm init --run r --node a")[0] == 0
+    code, said = say("deca-node swarm invite --run r")
+    assert code == 6
+    assert "cannot be listed: Operation not permitted; give --advertise HOST:PORT" in said
+    code, said = say("deca-node swarm invite --run r --advertise 192.0.2.7:7000")
+    assert code == 0, said
+    assert "at 192.0.2.7:7000;" in said
 
 
 @pytest.mark.parametrize(

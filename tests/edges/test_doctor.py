@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from deca_node import cli
+from deca_node import cli, discovery, estimate
 from deca_node.checkpoint import sealing
 from deca_node.config import load
 from deca_node.doctor import Verdict, examine, machine, network
@@ -208,6 +208,20 @@ async def test_too_little_memory_and_disk_fail_with_what_to_turn(words, monkeypa
     assert machine._fits("memory", 80, 100, "").verdict == Verdict.OK
 
 
+def test_memory_to_write_a_merged_model_is_counted(words, monkeypatch):
+    """On a CPU, where LoRA's copies of the matrices are beside the weights: for most, the peak."""
+    facts = Facts(load(None, words("run.method=dec-lora")))
+    needs = estimate.Memory(1000, 10, 20, 10, activations=100, snapshots=10, copies=900)
+    monkeypatch.setattr(machine.estimate, "memory", lambda *_: needs)
+    monkeypatch.setattr(machine.estimate, "PROCESS_BYTES", 0)
+    for look in (machine._device, machine._model):
+        list(look(facts))
+    assert facts.work()[1].merged
+    [check] = machine._memory(facts)
+    assert check.found.startswith("about 1.9 KiB needed")
+    assert check.found.endswith("; to write the model, weights and copies 900 B)")
+
+
 async def test_another_runs_output_folder_is_told(words, tmp_path):
     """Before the node itself would refuse it."""
     folder = tmp_path / "out"
@@ -261,6 +275,23 @@ async def test_an_interface_that_does_not_hear_itself(words, monkeypatch):
     checks = await look(words, "run.start_when=2", *on, peers, patience=0.1)
     assert verdicts(checks, "multicast") == [Verdict.WARN]
     assert "127.0.0.1" in by_name(checks)["multicast"][0].found
+
+
+async def test_interfaces_that_cannot_be_listed_are_a_check_that_fails(words, monkeypatch):
+    """As under a seccomp that forbids netlink; it ended the doctor with a traceback."""
+
+    def refused():
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(discovery.ifaddr, "get_adapters", refused)
+    facts = Facts(load(None, words("run.start_when=2", "network.zeroconf=true")))
+    [check] = await network.multicast(facts)
+    assert check.verdict == Verdict.FAIL
+    assert check.found == "this machine's interfaces cannot be listed: Operation not permitted"
+    assert "network.static_peers" in check.remedy
+    facts = Facts(load(None, words("run.start_when=1", "network.zeroconf=true")))
+    [check] = await network.multicast(facts)
+    assert check.verdict == Verdict.WARN
 
 
 async def test_nobody_there_is_a_warning(words):

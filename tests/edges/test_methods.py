@@ -25,6 +25,7 @@ from deca_node.node import Node
 from deca_node.wire import Receiver
 from tests import oracle_methods
 from tests.edges.test_node import settings as node_settings
+from tests.mps import Mps
 from tests.tiny import make_model
 
 NODES, STEPS, LAYERS, RATE = 3, 4, 3, 2e-3
@@ -371,6 +372,24 @@ def test_factors_of_nothing_are_left_alone(folder):
 
 
 @needs_peft
+def test_factors_on_a_device_without_float64_are_mixed_as_on_the_cpu(folder):
+    """MPS; it has no QR either."""
+    after = []
+    for kind in (torch.Tensor, Mps):
+        mine, other = (make(folder, ("decaf",), name)[0] for name in NAMES[:2])
+        for node, method in enumerate((mine, other)):
+            method.open(VISIT, None)
+            method.gradient(batch(node, 0))
+            method.advance(0)
+        mine.intake("n1")(0, other.state()["x"].clone(), 0.5)
+        mine._active.master = mine._active.master.as_subclass(kind)
+        settled = mine.settle(0)
+        assert settled.disagreement > 0
+        after.append(mine._active.master.as_subclass(torch.Tensor))
+    assert torch.equal(*after)
+
+
+@needs_peft
 @pytest.mark.parametrize("size", [1e20, 3e38])
 def test_factors_whose_product_is_no_number_leave_a_matrix_its_own(folder, size):
     """Each number of theirs is a float32; the matrices that they came well for are mixed."""
@@ -442,6 +461,36 @@ def test_only_adapters_are_trained_in_any_architecture(tmp_path, family):
         merged.predictions(batch(0, 0))[0], model.predictions(batch(0, 0))[0]
     )
     assert not any("lora" in name for name in merged.module.state_dict())
+
+
+@needs_peft
+def test_an_export_keeps_copies_off_the_device(folder, tmp_path, monkeypatch):
+    """Matrices are merged where they are, and put back, also where memory ends meanwhile."""
+    method, model = make(folder, ("dec-lora", "lora.rank=4"), dtype="bf16")
+    method.open(VISIT, None)
+    method.gradient(batch(0, 0))
+    method.advance(0)
+    method.settle(0)
+    method.close()
+    frozen = {n: p for n, p in model.module.named_parameters() if "base_layer" in n}
+    before = {name: (p.data_ptr(), p.clone()) for name, p in frozen.items()}
+    with model._addition.exporting(tmp_path):
+        assert all(p.data_ptr() == before[name][0] for name, p in frozen.items())
+        assert not all(torch.equal(p, before[name][1]) for name, p in frozen.items())
+    assert all(torch.equal(p, before[name][1]) for name, p in frozen.items())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    *_, last = model._addition._layers.values()
+    monkeypatch.setattr(last, "merge", full)
+    with pytest.raises(ModelError, match="out: not enough memory to write it; free some"):
+        model.export(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(p, before[name][1]) for name, p in frozen.items())
+    assert model.module.get_submodule(next(iter(frozen)).removesuffix(".base_layer.weight")) in (
+        model._addition._layers.values()
+    )
 
 
 # Adapters

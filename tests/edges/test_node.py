@@ -12,14 +12,24 @@ import structlog
 import torch
 from safetensors.torch import load_file
 
-from deca_node import checkpoint, doctor, loading, member, registry
+from deca_node import (
+    agreement,
+    checkpoint,
+    doctor,
+    loading,
+    member,
+    memory,
+    registry,
+    trainer,
+)
+from deca_node import node as node_module
 from deca_node.blocks import Schedule, partition_layers
 from deca_node.checkpoint.manifest import Progress
 from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
 from deca_node.curve import Point
 from deca_node.doctor.checks import Facts, Verdict
-from deca_node.errors import ConfigError, DiskFullError, OutputError
+from deca_node.errors import ConfigError, DiskFullError, ModelError, OutputError
 from deca_node.exchange import Gathered
 from deca_node.export import export
 from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
@@ -110,6 +120,71 @@ async def test_what_is_no_number_is_null_in_record_state_and_log(tmp_path):
     record = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=refuse)
     assert record["after"]["loss"] is None
     assert record["before"]["loss"] > 0
+
+
+NO_MEMORY = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.25 GiB"
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "visits"),
+    [
+        (trainer, "gradient", 1),
+        (node_module, "evaluate", 4),
+        (agreement, "_norm", 4),
+    ],
+)
+async def test_a_device_without_memory_is_told_and_nothing_is_lost(
+    tmp_path, monkeypatch, place, name, visits
+):
+    """In a step, the evaluation at the end or the agreement; the same command goes on with less."""
+    chosen = settings(tmp_path, f"data.test={tmp_path}/train.jsonl", "consensus.tolerance=1e-3")
+    calls, real = [], getattr(place, name)
+
+    def full(*arguments):
+        calls.append(None)
+        if len(calls) > {"gradient": 3, "evaluate": 1, "_norm": 0}[name]:
+            raise NO_MEMORY
+        return real(*arguments)
+
+    monkeypatch.setattr(place, name, full)
+    told = r"^cpu: out of memory \(tried to allocate 2.50 GiB\); lower data.batch_size"
+    with pytest.raises(ModelError, match=told):
+        await Node(chosen, structlog.get_logger()).run()
+    manifest = json.loads((tmp_path / "out" / "state" / "manifest.json").read_text())
+    assert len(manifest["blocks"]) == visits
+    monkeypatch.undo()
+    with structlog.testing.capture_logs() as lines:
+        assert await Node(chosen, structlog.get_logger()).run()
+    [line] = [line for line in lines if line["event"] == "resuming"]
+    assert line["visit"] == visits
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate"), "mps"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "mps"),
+        (MemoryError(), "this machine"),
+        (None, "this machine"),
+    ],
+)
+def test_the_end_of_memory_is_known_in_all_its_forms(error, place):
+    """Not all of torch's allocators have an exception of their own for it."""
+
+    def work():
+        if error is not None:
+            raise error
+        torch.empty(10**15)
+
+    with pytest.raises(ModelError, match=f"^{place}: out of memory"):  # noqa: SIM117
+        with memory.suffices(torch.device("mps")):
+            work()
+    with pytest.raises(RuntimeError, match="shapes"):  # noqa: SIM117
+        with memory.suffices(torch.device("mps")):
+            raise RuntimeError("shapes do not fit")
 
 
 def test_a_node_that_is_in_no_edge_is_refused(tmp_path):

@@ -16,10 +16,10 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from deca_node import experiment, virtual_time
+from deca_node import experiment, trainer, virtual_time
 from deca_node.cli import main
 from deca_node.config import Method, has, load
-from deca_node.errors import OutputError
+from deca_node.errors import DataError, OutputError
 from deca_node.laboratory import Laboratory, read_cell
 from deca_node.loopback import LoopbackNetwork
 from deca_node.models import LanguageModel
@@ -29,6 +29,7 @@ from deca_node.recovery import Records
 from deca_node.rows import read_rows
 from deca_node.simulator import SimulatedNode, Simulation, Spread, summary
 from tests.answers import Answers
+from tests.mps import Mps
 from tests.tiny import LETTERS, make_model
 
 SEED, ROUNDS, STEPS, RATE = 3, 2, 3, 2e-3
@@ -357,6 +358,23 @@ def test_who_waits_for_those_that_will_not_come_is_unfinished(folder, world, fin
     assert (last["nodes"], last["finished"]) == (4, len(finished))
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_blank_label_is_named_by_its_row(folder, tmp_path, shards):
+    """Before anything is computed."""
+    rows = [{"text": f"text {number}", "label": "ab "[number % 3]} for number in range(12)]
+    for name in ("node-0.jsonl", "node-1.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = 'partition.shards = "."' if shards else 'data.train = "node-0.jsonl"'
+    (tmp_path / "toy.toml").write_text(
+        f'model.path = "{folder / "model"}"\n{place}\nexperiment.nodes = 2\n'
+    )
+    found = experiment.read(tmp_path / "toy.toml", tmp_path / "out")
+    with pytest.raises(
+        DataError, match=r"node-0\.jsonl, row 3: data\.label_field 'label' is blank"
+    ):
+        Laboratory(found, tmp_path / "out")
+
+
 def test_the_spread_is_the_distance_from_the_mean():
     """Root mean square over the nodes, also far from zero."""
     torch.manual_seed(0)
@@ -367,6 +385,10 @@ def test_the_spread_is_the_distance_from_the_mean():
     whole = torch.stack([torch.cat([t.flatten() for t in b.values()]) for b in blocks]).double()
     expected = float((whole - whole.mean(0)).square().sum(1).mean().sqrt())
     assert spread.rms == pytest.approx(expected, rel=1e-4)
+    on_mps = Spread()
+    for block in blocks:
+        on_mps.add({name: tensor.as_subclass(Mps) for name, tensor in block.items()})
+    assert on_mps.rms == spread.rms
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -420,6 +442,24 @@ def test_a_cells_model_is_kept_where_that_is_wanted(tmp_path):
         changed = {key for key in base if not torch.equal(base[key], model[key])}
         assert changed
         assert all(".layers." in key for key in changed)
+
+
+def test_a_device_without_memory_ends_an_experiment_with_the_remedy(tmp_path, monkeypatch, capsys):
+    """Not as a defect; cells that are done stay."""
+    file, out = tmp_path / "toy.toml", tmp_path / "out"
+    file.write_text(TOY)
+    calls, real = [], trainer.gradient
+
+    def full(*arguments):
+        calls.append(None)
+        if len(calls) > 3 * 2 * 2:  # nodes, blocks, steps: of the second cell
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "gradient", full)
+    assert deca_node("simulate", file, "-o", out) == 5
+    assert "cpu: out of memory (tried to allocate 2.50 GiB); lower" in capsys.readouterr().err
+    assert len(list((out / "cells").iterdir())) == 1
 
 
 def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

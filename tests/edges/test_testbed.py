@@ -49,6 +49,22 @@ def _nodes(plan: layout.Plan) -> list[config.Settings]:
     return layout.node_settings(plan, base, plan.out)
 
 
+def test_a_blank_label_is_named_by_its_row(folder: Path) -> None:
+    """In what was given, before anything of it is written; of ready shards in the shard."""
+    rows = [{"text": str(number), "label": "abc "[number % 4]} for number in range(60)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "data.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=r"/data\.jsonl, row 4: data\.label_field 'label' is blank"):
+        _nodes(_plan(folder))
+    assert not (folder / "out").exists()
+    for number in range(2):
+        (folder / f"node-{number}.jsonl").write_text(lines)
+    with pytest.raises(
+        DataError, match=r"node-0\.jsonl, row 4: data\.label_field 'label' is blank"
+    ):
+        _nodes(_plan(folder, train=None, shards=folder))
+
+
 def test_each_node_has_its_own_name_data_and_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
