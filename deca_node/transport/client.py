@@ -68,7 +68,7 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return PeerRefused("too_long", f"{address}: {details}")
     if code is not grpc.StatusCode.FAILED_PRECONDITION:
-        return PeerRefused(code.name.lower(), f"{address}: {details}")
+        return PeerRefused(known_reason(code.name.lower()), f"{address}: {details}")
     reason, _, text = details.partition(": ")  # as _refuse wrote it
     return PeerRefused(known_reason(reason), f"{address}: {text}")
 
