@@ -6,6 +6,7 @@ Pure: findings are a function of what the node knows; time is an argument, in se
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deca_node.events import printable
 from deca_node.membership import Peer, Phase, State
 
 # A node that starts needs this long to be found: mDNS answers in 2 s, a greeting is repeated for
@@ -426,8 +427,7 @@ def _listed(words: Iterable[str]) -> str:
 
 def _line(text: str) -> str:
     """What a peer said, as a part of one line."""
-    cut = text if len(text) <= _TEXT_CHARACTERS else f"{text[: _TEXT_CHARACTERS - 1]}…"
-    return "".join(letter if letter.isprintable() else "?" for letter in cut)
+    return printable(text, _TEXT_CHARACTERS)
 
 
 def _far(seconds: float) -> str:

@@ -27,13 +27,13 @@ from deca_node import identity
 from deca_node.addresses import split
 from deca_node.admission import Places, Turns, network
 from deca_node.errors import DecaError, ListenError, TrustError
+from deca_node.events import printable
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import (
     MAX_JOIN_ATTEMPTS,
     MAX_JOIN_BYTES,
     MAX_JOINERS,
     MAX_JOINERS_PER_ADDRESS,
-    MAX_REASON_BYTES,
     MAX_REVOKED,
     MAX_TOKEN_ADDRESSES,
     REFUSAL_LINES,
@@ -380,8 +380,7 @@ async def _ask(
         except OSError:
             raise TrustError(f"{address}: has hung up; ask for a new invitation") from None
     if "refusal" in answer:
-        text = "".join(c for c in str(answer["refusal"]) if c.isprintable())
-        raise TrustError(f"not let in: {text[:MAX_REASON_BYTES]}")
+        raise TrustError(f"not let in: {printable(str(answer['refusal']))}")
     return answer
 
 
