@@ -177,7 +177,7 @@ export function grouped(events) {
 
 export function events(all, run, only, selected) {
   const name = selected ? selected.slice(selected.indexOf("/") + 1) : null;
-  const own = all.filter((event) => event.key.startsWith(`${run.run}/`) && (!only || event.trouble || event.kind === "mended" || event.kind === "answers") && (!selected || event.key === selected || event.peer === name));
+  const own = all.filter((event) => event.key.startsWith(`${run.run}/`) && (!only || event.trouble || event.kind === "resolved" || event.kind === "answers") && (!selected || event.key === selected || event.peer === name));
   const list = $("event-list");
   sync(list, grouped(own), (event) => event.id,
     () => make("li", {}, make("time"), make("i", { "aria-hidden": "true" }), make("p", {}, make("b"), make("span"), make("small"))),
