@@ -43,7 +43,7 @@ _OTHERS = (
 # The same of a handshake that failed.
 _HANDSHAKES = (
     ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate has expired or was issued by another authority"),
     ("Hostname Verification Check failed", "its certificate names another node or another run"),
 )
 

@@ -842,7 +842,7 @@ async def test_guessing_ends_an_invitation(run, tmp_path):
         for _ in range(MAX_JOIN_ATTEMPTS):
             with pytest.raises(TrustError):
                 await join(wrong, "eve", opener(tmp_path / "e"), invitation.addresses)
-        with pytest.raises(TrustError, match="somebody guesses"):
+        with pytest.raises(TrustError, match="somebody is guessing"):
             await waiting
         with pytest.raises(TrustError):
             await join(invitation, "bob", opener(tmp_path / "b"), invitation.addresses)

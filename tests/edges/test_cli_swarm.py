@@ -209,7 +209,7 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("swarm init --run r", 12, "has an authority already"),
+        ("swarm init --run r", 12, "already has an authority"),
         ("swarm init --run R", 2, "48 characters"),
         ("swarm show --run other", 12, "swarm init"),
         ("swarm issue b --to c --run r", 12, "revoked for good"),
@@ -221,8 +221,8 @@ def test_names_come_from_a_nodes_settings(say, tmp_path):
         ("swarm join nonsense", 12, "no invitation"),
         ("swarm revoke c --run r --tell host", 2, "HOST:PORT"),
         ("swarm revoke b --run r --tell 127.0.0.1:9", 3, "revoked, but not told"),
-        ("swarm revoke operator --run r", 12, "cannot be taken back"),
-        ("swarm renew --run r --node typo", 12, "has a; for another machine's: deca-node swarm"),
+        ("swarm revoke operator --run r", 12, "cannot be revoked"),
+        ("swarm renew --run r --node typo", 12, "has a; for one on another machine: deca-node swarm"),
         ("swarm renew --run r --node typo", 12, "invite --node typo --run r"),
         ("status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
         ("swarm status 127.0.0.1:9 --trust nowhere", 12, "no such file"),
