@@ -184,7 +184,7 @@ def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
         names += [f"{key}.{kind}" for key in _DRAWN for kind in ("png", "svg")]
         if there := [name for name in names if (to / name).exists()]:
             raise OutputError(
-                f"{to}: nobody knows of which experiment {there[0]} is; choose another --to or"
+                f"{to}: which experiment {there[0]} belongs to is unknown; choose another --to or"
                 " move it away"
             ) from None
         tree = {"identity": identity}

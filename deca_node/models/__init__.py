@@ -420,7 +420,7 @@ class LanguageModel:
             DiskFullError: the disk has no room; nothing is left behind.
         """
         if folder.exists():
-            raise OutputError(f"{folder}: is there already; move it away or export elsewhere")
+            raise OutputError(f"{folder}: already exists; move it away or export elsewhere")
         with written_whole(folder) as place:
             with nullcontext() if self._addition is None else self._addition.exporting(place):
                 self.module.save_pretrained(place)

@@ -97,7 +97,7 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD, ["node.advertise=h:5"], "a host name or an IP address without a port"),
         (GOOD, ["node.advertise_port=0"], "node.advertise_port"),
         (GOOD, ["node.advertise=[::1]"], "a host name or an IP address without a port"),
-        (GOOD, ["model.cache=~no-such-user/x"], "nobody knows whose home ~ is"),
+        (GOOD, ["model.cache=~no-such-user/x"], "cannot expand ~: no home directory"),
         ("", [], "'model.path' is missing"),
         ("[model]\npath = 'm'\n", [], "'data.train' is missing"),
     ],

@@ -413,7 +413,7 @@ def test_template_writes_dates_as_they_are() -> None:
 def test_template_names_no_attributes() -> None:
     """They are Python's, not the row's."""
     for template in ("{text.__class__}", "{text[0].real}", "{meta.text}", "{text:{text.real}}"):
-        with pytest.raises(ConfigError, match=r"data\.template = .*: no dots"):
+        with pytest.raises(ConfigError, match=r"data\.template = .*may not contain dots"):
             examples(
                 [{"text": "t", "label": "a"}], data_settings(template=template), TOKENIZER, SOURCE
             )
@@ -653,7 +653,7 @@ def test_rows_without_an_example_are_an_empty_shard(
 ) -> None:
     """A node with nothing to learn says so before the run, with a remedy for each reason."""
     settings = data_settings(task=task, max_tokens=8)
-    message = f"shard.jsonl: empty shard: none of {len(rows)} rows gives an example: {why}"
+    message = f"shard.jsonl: empty shard: none of {len(rows)} rows yields an example: {why}"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         examples(rows, settings, AnyRole((), None), SOURCE)
 
@@ -669,7 +669,7 @@ def test_rows_without_an_example_are_an_empty_shard(
 def test_what_is_trained_on_is_no_test(
     tmp_path: Path, task: str, rows: list[dict[str, Any]], held: dict[str, Any]
 ) -> None:
-    """Test rows that ask what a row to train on asks are counted and told, with the remedy."""
+    """Test rows that ask the same as a row to train on are counted and told, with the remedy."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     module = SimpleNamespace(
         config=SimpleNamespace(get_text_config=SimpleNamespace),

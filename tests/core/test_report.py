@@ -370,7 +370,7 @@ def test_no_report_is_written_over_another_experiments(tmp_path):
     assert (to / "report.md").read_bytes() == text
     old.mkdir()
     (old / "table.csv").write_text("mine")
-    with pytest.raises(OutputError, match="nobody knows"):
+    with pytest.raises(OutputError, match="belongs to is unknown"):
         write(one, old)
     assert [p.name for p in old.iterdir()] == ["table.csv"]
     with pytest.raises(OutputError, match="another experiment"):

@@ -158,7 +158,7 @@ def test_an_interface_that_is_not_there_is_named_before_the_model_is_read(start,
     network = ["network.zeroconf=true", f'network.interfaces=["127.0.0.1", "{interface}"]']
     code, error = start("model.path=/absent", *network)
     assert code == 6
-    assert error.startswith(f"network.interfaces: {interface} is no IP address of this machine; ")
+    assert error.startswith(f"network.interfaces: {interface} is not an IP address of this machine; ")
 
 
 def test_a_model_that_is_not_causal_is_named(start, model, tmp_path):

@@ -225,7 +225,7 @@ async def test_another_runs_output_folder_is_told(words, tmp_path):
     [
         ("run.json", '{"format": 1}', "format"),
         ("run.json", "{", "damaged"),
-        ("history.jsonl", "", "no run's output"),
+        ("history.jsonl", "", "not a run's output"),
     ],
 )
 async def test_a_folder_that_start_refuses_is_told(words, tmp_path, name, content, said):
