@@ -86,7 +86,7 @@ def _place(config: Path | None, run: str | None, node: str | None, folder: Path 
     for name in (run, node):
         if not is_name(name):
             raise ConfigError(
-                f"{name!r}: a name has 1 to 48 characters a-z, 0-9 and -, beginning with a "
+                f"{name!r}: a name has 1 to 48 characters of a-z, 0-9 and -, beginning with a "
                 "letter or digit"
             )
     if folder is None and settings is not None and settings.run.name == run:
@@ -104,7 +104,7 @@ def init(
 ) -> None:
     """Make a run's authority here, an operator's certificate, and one for this machine's node.
 
-    Once for a run, on one machine. Whoever has the file authority.key can let others in.
+    Once per run, on one machine. Whoever has the file authority.key can let others in.
     """
     place = _place(config, run or (DEFAULT_RUN if config is None else None), node, trust)
     if (place.folder / "authority.pem").exists():

@@ -245,7 +245,7 @@ class Inviter:
             return wanted
         if not is_name(asked):
             raise TrustError(
-                "a node's name has 1 to 48 characters a-z, 0-9 and -, beginning with a letter "
+                "a node's name has 1 to 48 characters of a-z, 0-9 and -, beginning with a letter "
                 "or digit"
             )
         if asked in self._keyring.revoked():

@@ -39,7 +39,7 @@ Name = Annotated[
     str,
     _shaped(
         r"[a-z0-9][a-z0-9-]{0,47}",
-        "use 1 to 48 characters a-z, 0-9 and -, beginning with a letter or digit",
+        "use 1 to 48 characters of a-z, 0-9 and -, beginning with a letter or digit",
     ),
 ]
 Device = Annotated[

@@ -509,7 +509,7 @@ def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
     with capture_logs() as logs:
         [example] = examples(rows, data_settings(task="instruction"), TOKENIZER, SOURCE)
     assert completion_of(example) == "b"
-    assert [entry["why"] for entry in logs] == ["in 1 the answer is empty; give it one"]
+    assert [entry["why"] for entry in logs] == ["in 1 the answer is empty; fill it in"]
 
 
 @pytest.mark.parametrize(
@@ -524,7 +524,7 @@ def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
             {"messages": [{"role": "elf", "content": "c"}]},
             "the model's chat template refuses it: unknown role elf",
         ),
-        ({"messages": []}, "field 'messages' has no messages; take the row out"),
+        ({"messages": []}, "field 'messages' has no messages; remove the row"),
     ],
 )
 def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
@@ -633,18 +633,18 @@ ASKED = {"messages": [{"role": "user", "content": "a"}]}
         (
             "instruction",
             [ASKED, LOST, ASKED],
-            "in 2 no message has the role 'assistant' (found: user); give them answers;"
+            "in 2 no message has the role 'assistant' (found: user); add answers;"
             " in 1 nothing is learned within data.max_tokens = 8; raise it",
         ),
         (
             "instruction",
             [{"messages": [{"role": "assistant", "content": ""}]}],
-            "in 1 the answer is empty; give it one",
+            "in 1 the answer is empty; fill it in",
         ),
         (
             "instruction",
             [{"messages": [{"role": "assistant", "content": "a"}]}],
-            "in 1 nothing stands before the answer; begin with what the user says",
+            "in 1 nothing comes before the answer; begin with a message of the user",
         ),
     ],
 )

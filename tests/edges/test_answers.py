@@ -135,7 +135,7 @@ def test_bottlenecks_beside_a_model_are_put_to_use(model, tmp_path):
         ([{"turns": ["a"]}], "question 1: question_id must be a number or a string"),
         ([{"question_id": 1, "turns": []}], "question 1: turns must be a list"),
         ([{"question_id": 1, "turns": "a"}], "question 1: turns must be a list"),
-        ([{"question_id": 1, "turns": ["a"]}] * 2, "question 2: question_id 1 is there twice"),
+        ([{"question_id": 1, "turns": ["a"]}] * 2, "question 2: question_id 1 occurs twice"),
     ],
 )
 def test_a_question_that_is_none_is_named(model, tmp_path, capsys, rows, words):

@@ -111,7 +111,7 @@ async def test_a_renewal_that_nobody_gives_is_said(tmp_path):
     """With the date, and what to do."""
     guard = Guard(Run(tmp_path).keyring("bob", begins=DUE), "bob")
     _, (said,) = await look(guard, {"a": no_authority})
-    assert "ends on 20" in said
+    assert "expires on 20" in said
     assert "swarm invite" in said
 
 
