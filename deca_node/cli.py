@@ -543,13 +543,13 @@ def run_chaos(
 ) -> None:
     """Kill, freeze, cut off, restart and join nodes of a testbed, and see whether it survives.
 
-    Runs the nodes in peace first, for about as many minutes, then under a fault every few
+    Runs the nodes undisturbed first, for about as many minutes, then under a fault every few
     seconds. Exit code 10 when no step is made anywhere for 60 s, a state is lost, a node ends by
     itself, or the mean accuracy is more than 2 points lower. OUT/chaos.json has the details.
 
-    Without --train it makes a small random model and data for it. Settings are set as by
-    testbed; besides, schedule.rounds is what the minutes take, and network.preset is lan
-    unless given.
+    Without --train it makes a small random model and data for it. It sets what
+    testbed sets, and schedule.rounds to what fits the minutes; network.preset is lan unless
+    given.
     """
     if train is None and (config is not None or test is not None or test_per_label):
         raise ConfigError("--config, --test and --test-per-label need --train FILE")

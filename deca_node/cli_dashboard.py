@@ -66,7 +66,7 @@ def dashboard(
     """Serve a web page that shows a swarm live: graph, curves, schedule, events.
 
     It asks the nodes over gRPC and shows what they tell; without --operate it changes nothing.
-    Nodes need not run yet. Ctrl-C ends it.
+    Nodes need not be running yet. Ctrl-C ends it.
     """
     given = _checked(addresses or ())
     try:

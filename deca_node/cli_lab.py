@@ -125,7 +125,7 @@ def answer(
 ) -> None:
     """Let a model answer questions, for judges that read MT-Bench's files.
 
-    The same command goes on with what was interrupted.
+    The same command continues what was interrupted.
     """
     from deca_node import answers  # noqa: PLC0415 - imports torch
 

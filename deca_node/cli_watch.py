@@ -72,7 +72,7 @@ def _tell(given: str | None, trust: Path | None, order: Order) -> None:
 
 
 def pause(node: NodeArgument = None, trust: TrustOption = None) -> None:
-    """Let a node take no part after the step under way; it goes on serving the others.
+    """Pause a node after the step under way; it keeps serving the others.
 
     It saves its state first. The others do not wait for it, and count it as paused.
     """
@@ -80,7 +80,7 @@ def pause(node: NodeArgument = None, trust: TrustOption = None) -> None:
 
 
 def resume(node: NodeArgument = None, trust: TrustOption = None) -> None:
-    """Let a paused node take part again; it fetches first what the others have changed."""
+    """Resume a paused node; it first fetches what the others have changed."""
     _tell(node, trust, ORDERS["resume"])
 
 
