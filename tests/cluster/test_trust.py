@@ -377,7 +377,7 @@ async def test_a_members_watchers_keep_nobody_else_out(run):
     async with watched(run, None) as (_, watch):
         for _ in range(MAX_WATCHERS_PER_CALLER):
             await watch()
-        with pytest.raises(PeerRefused, match="no place"):
+        with pytest.raises(PeerRefused, match="too many watch it"):
             await watch()
         await watch(local=True)
 
