@@ -16,7 +16,7 @@ from deca_node.transport.client import GrpcLink
 from deca_node.transport.connection import Credentials
 
 PROBE_SECONDS = 3.0
-ASKED_IN_PLAIN_TEXT = "asked in PLAIN TEXT: whoever stands between can answer for the node"
+ASKED_IN_PLAIN_TEXT = "asked in PLAIN TEXT: anyone on the network path can answer for the node"
 
 
 def targets(given: str | None) -> list[str]:
@@ -30,7 +30,7 @@ def targets(given: str | None) -> list[str]:
         return [named(given)]
     found = [entry.target for entry in registry.local_nodes()]
     if not found:
-        raise UnreachableError("no node runs on this machine; give HOST:PORT for another machine's")
+        raise UnreachableError("no node runs on this machine; give HOST:PORT of one elsewhere")
     return found
 
 
@@ -46,14 +46,14 @@ def named(given: str) -> str:
     if len(found) > 1:
         names = ", ".join(f"{entry.run}/{entry.node} at {entry.address}" for entry in found)
         raise ConfigError(
-            f"{given}: several nodes are called so: {names}; name the run, too, or give the address"
+            f"{given}: several nodes have this name: {names}; give RUN/NODE or the address"
         )
     if found:
         return found[0].target
     if ":" not in given:
         raise UnreachableError(
-            f"{given}: no node of that name runs on this machine; `deca-node status` lists them, "
-            "and HOST:PORT reaches another machine's"
+            f"{given}: no node of that name runs on this machine; `deca-node status` lists "
+            "those that do; give HOST:PORT for one on another machine"
         )
     try:
         return checked_address(given)

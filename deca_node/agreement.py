@@ -110,7 +110,7 @@ class Agreeing:
         model: whose blocks are agreed on.
         exchange: the neighbours.
         graph: the topology over the present members, asked for every block.
-        run: the run's name, for the headers of what is sent.
+        run_name: the run's, for the headers of what is sent.
         node: this node's name, likewise.
         observer: told of blocks and rounds.
         worker: runs torch work on the training thread.

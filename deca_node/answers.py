@@ -53,7 +53,7 @@ def read_questions(path: Path) -> list[Question]:
         if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
             raise DataError(f"{where}: turns must be a list of strings, at least one")
         if name in found:
-            raise DataError(f"{where}: question_id {name!r} is there twice")
+            raise DataError(f"{where}: question_id {name!r} occurs twice")
         found[name] = Question(name, turns)
     return list(found.values())
 
@@ -160,11 +160,9 @@ def _answered(to: Path, who: str) -> tuple[dict[int | str, object], int]:
         others = {row["model_id"] for row in rows} - {who}
         done = {row["question_id"]: row["answer_id"] for row in rows}
     except (ValueError, LookupError, TypeError) as error:
-        raise OutputError(
-            f"{to}: holds something else than answers ({error}); move it away"
-        ) from None
+        raise OutputError(f"{to}: does not hold answers ({error}); move it away") from None
     if not _BEGIN.startswith(torn[: len(_BEGIN)]):
-        raise OutputError(f"{to}: holds something else than answers (its last line); move it away")
+        raise OutputError(f"{to}: does not hold answers (see its last line); move it away")
     if others:
         raise OutputError(
             f"{to}: holds answers of {min(others)}, not of {who}; choose another file"

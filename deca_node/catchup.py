@@ -433,7 +433,7 @@ class CatchUp:
     def _give_up_front(self, others: Mapping[str, Holdings], visit: int, since: float) -> None:
         """Those that say that they are at a visit make no step of it: they rest."""
         stuck = sorted(name for name, each in others.items() if each.visit == visit)
-        self._log.warning("stuck and ahead: left alone for a while", peers=stuck, visit=visit)
+        self._log.warning("ahead, but stuck: not asked for a while", peers=stuck, visit=visit)
         for name in stuck:
             self._records.stuck(name, since, self._now())
 
@@ -505,7 +505,7 @@ class CatchUp:
     def _listed(self, giver: str, begin: float, *, useful: bool) -> None:
         """Whoever says that it is ahead, and shows nothing for it, is left alone for a while."""
         if self._records.listed(giver, begin, self._now(), useful=useful):
-            self._log.warning("lists no block: left alone for a while", peer=giver)
+            self._log.warning("lists no blocks: not asked for a while", peer=giver)
 
     def _fault(self, peer: str, error: PeerError) -> None:
         self._peers.trouble(peer, error)
@@ -581,7 +581,7 @@ class CatchUp:
             self.gain.fetched = max(0, self.gain.fetched - flight.size)
         if isinstance(error, DiskFullError | OutputError):
             self._disk_failures += 1
-            self._log.warning("cannot keep what is fetched", reason=str(error))
+            self._log.warning("cannot store what was fetched", reason=str(error))
             await self._pause(RETRY_SECONDS)
             return False
         if error is None:
@@ -606,7 +606,7 @@ class CatchUp:
             excused=excused,
             size=flight.kept.bytes,
         ):
-            self._log.warning("gives no block: left alone for a while", peer=giver)
+            self._log.warning("gives no blocks: not asked for a while", peer=giver)
 
     async def _fetch(
         self,

@@ -72,21 +72,21 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting; may be given many times."),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting; may be repeated."),
 ]
 AddressArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[NODE or HOST:PORT]",
-        help="A node of this machine by its name, or any by its address; else all of this machine.",
+        help="A node of this machine by name, or any by address; default: all on this machine.",
     ),
 ]
 JsonOption = Annotated[
     bool,
     typer.Option(
         "--json",
-        help="JSON for scripts: of a node that is named what it says of itself, an object (peers: a"
-        " list); else a list of one object per node.",
+        help="JSON for scripts: for a named node one object, its own status (peers: a list);"
+        " otherwise a list with one object per node.",
     ),
 ]
 
@@ -114,7 +114,7 @@ TestPerLabelOption = Annotated[
     typer.Option("--test-per-label", min=0, help="Rows of each label to hold out of --train."),
 ]
 LabelFieldOption = Annotated[
-    str | None, typer.Option("--label-field", help="Field of the label; else data.label_field.")
+    str | None, typer.Option("--label-field", help="Field of the label; default: data.label_field.")
 ]
 
 
@@ -198,11 +198,11 @@ def init(
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(template.commented())
     except FileExistsError:
-        raise OutputError(f"{path}: is there already; --force overwrites it") from None
+        raise OutputError(f"{path}: already exists; --force overwrites it") from None
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written: {error.strerror or error}; name a file in a folder that "
-            "is there and can be written"
+            "exists and can be written"
         ) from None
     typer.echo(f"wrote {path}; fill in model.path and data.train, then: deca-node start -c {path}")
 
@@ -383,7 +383,8 @@ def _unreachable(error: PeerError) -> UnreachableError:
 def export_model(
     node: cli_watch.NodeArgument = None,
     to: Annotated[
-        Path | None, typer.Option("--to", help="A new folder for the model; read from the disk.")
+        Path | None,
+        typer.Option("--to", help="A new folder for the model, made from what is on disk."),
     ] = None,
     name: Annotated[
         str | None,
@@ -393,7 +394,7 @@ def export_model(
     settings: SetOption = None,
     consensus: Annotated[
         bool,
-        typer.Option("--consensus", help="Only a model that the nodes have agreed on at the end."),
+        typer.Option("--consensus", help="Only a model that the nodes agreed on at the end."),
     ] = False,
     trust: cli_watch.TrustOption = None,
 ) -> None:
@@ -407,7 +408,10 @@ def export_model(
         raise ConfigError("give either --to DIR, or --name NAME for a running node")
     if name is not None:
         if config is not None or settings:
-            raise ConfigError("--name asks a running node, which has its settings")
+            raise ConfigError(
+                "--name asks a running node, which has its own settings; leave out --config "
+                "and --set"
+            )
         cli_watch.export_of_node(node, name, trust, consensus=consensus)
         return
     if node is not None:
@@ -471,9 +475,9 @@ def run_testbed(
     test: TestOption = None,
     test_per_label: TestPerLabelOption = 0,
     concentration: ConcentrationOption = 0.25,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split.")] = 0,
     label_field: LabelFieldOption = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for all output.")] = Path(
         "out/testbed"
     ),
     isolated: Annotated[
@@ -521,11 +525,13 @@ def run_chaos(
     config: ConfigOption = None,
     settings: SetOption = None,
     minutes: Annotated[
-        float, typer.Option("--minutes", "-m", callback=_above_zero, help="Of faults.")
+        float, typer.Option("--minutes", "-m", callback=_above_zero, help="Minutes of faults.")
     ] = 5.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the faults and of the split.")] = 0,
-    nodes: Annotated[int, typer.Option("--nodes", "-n", min=2, help="That begin.")] = 4,
-    joiners: Annotated[int, typer.Option("--joiners", "-j", min=0, help="That come later.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of faults and split.")] = 0,
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=2, help="Nodes at the start.")] = 4,
+    joiners: Annotated[
+        int, typer.Option("--joiners", "-j", min=0, help="Nodes that join later.")
+    ] = 1,
     train: Annotated[
         Path | None, typer.Option("--train", help="Labelled data to split among all of them.")
     ] = None,
@@ -535,15 +541,15 @@ def run_chaos(
     label_field: LabelFieldOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="An empty folder.")] = Path("out/chaos"),
 ) -> None:
-    """Kill, freeze, cut off, restart and join nodes of a testbed, and see whether it lives.
+    """Kill, freeze, cut off, restart and join nodes of a testbed, and see whether it survives.
 
-    Runs the nodes in peace first, for about as many minutes, then under a fault every few
+    Runs the nodes undisturbed first, for about as many minutes, then under a fault every few
     seconds. Exit code 10 when no step is made anywhere for 60 s, a state is lost, a node ends by
     itself, or the mean accuracy is more than 2 points lower. OUT/chaos.json has the details.
 
-    Without --train it makes a small random model and data for it. Settings are set as by
-    testbed; besides, schedule.rounds is what the minutes take, and network.preset is lan
-    unless given.
+    Without --train it makes a small random model and data for it. It sets what
+    testbed sets, and schedule.rounds to what fits the minutes; network.preset is lan unless
+    given.
     """
     if train is None and (config is not None or test is not None or test_per_label):
         raise ConfigError("--config, --test and --test-per-label need --train FILE")
@@ -620,7 +626,7 @@ def check_up(
 def simulate(
     experiment: Annotated[Path, typer.Argument(help="TOML file; examples/experiments has some.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the results; else out/NAME.")
+        Path | None, typer.Option("--out", "-o", help="Folder of the results; default: out/NAME.")
     ] = None,
     keep_models: Annotated[
         bool,
@@ -641,15 +647,16 @@ def simulate(
 def write_report(
     folder: Annotated[Path, typer.Argument(help="Results of `deca-node simulate`.")],
     to: Annotated[
-        Path | None, typer.Option("--to", help="Folder for the report; else that of the results.")
+        Path | None,
+        typer.Option("--to", help="Folder for the report; default: that of the results."),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
             "--against",
             metavar="SETTING=VALUE",
-            help="The row that others are compared with, seed by seed; may be given many times."
-            " Else the one nearest to the defaults.",
+            help="The row that others are compared with, seed by seed; may be repeated."
+            " Default: the one nearest to the defaults.",
         ),
     ] = None,
 ) -> None:

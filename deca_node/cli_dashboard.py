@@ -24,13 +24,16 @@ PORT = 7480
 def dashboard(
     addresses: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[HOST:PORT]...", help="Nodes; else those of this machine."),
+        typer.Argument(metavar="[HOST:PORT]...", help="Nodes; default: those of this machine."),
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to serve on; others than loopback: --public.")
+        str, typer.Option("--host", help="Address to serve on; beyond loopback with --public.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes a free one.")
+        int,
+        typer.Option(
+            "--port", "-p", min=0, max=65535, help="Port to serve on; 0 takes a free one."
+        ),
     ] = PORT,
     public: Annotated[
         bool,
@@ -38,28 +41,32 @@ def dashboard(
     ] = False,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="A name that browsers call it by."),
+        typer.Option(
+            "--allow-host", metavar="NAME", help="A host name that browsers may use for it."
+        ),
     ] = None,
     operate: Annotated[
         bool,
-        typer.Option("--operate", help="Let who opens the printed address pause or stop nodes."),
+        typer.Option(
+            "--operate", help="Let whoever opens the printed address pause or stop nodes."
+        ),
     ] = False,
     walk: Annotated[
         bool, typer.Option("--walk/--no-walk", help="Also ask the peers of the nodes.")
     ] = True,
     trust: Annotated[
         Path | None,
-        typer.Option("--trust", help="Trust folder to ask with; else that of the nodes' run."),
+        typer.Option("--trust", help="Trust folder to ask with; default: that of the nodes' run."),
     ] = None,
     interval: Annotated[
         float,
-        typer.Option("--interval", min=0.2, max=60, help="Seconds between two questions."),
+        typer.Option("--interval", min=0.2, max=60, help="Seconds between two updates."),
     ] = 1.0,
 ) -> None:
     """Serve a web page that shows a swarm live: graph, curves, schedule, events.
 
     It asks the nodes over gRPC and shows what they tell; without --operate it changes nothing.
-    Nodes need not run yet. Ctrl-C ends it.
+    Nodes need not be running yet. Ctrl-C ends it.
     """
     given = _checked(addresses or ())
     try:

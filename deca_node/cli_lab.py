@@ -27,22 +27,24 @@ def profile(
         ),
     ],
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="May be given many times; else all.")
+        list[str] | None,
+        typer.Option("--method", "-m", help="A method; may be repeated; default: all."),
     ] = None,
     device: Annotated[
         str,
         typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps; meta counts memory alone."),
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the weights: auto, bf16, fp16, fp32.")
+        str, typer.Option("--dtype", help="Precision of the weights: auto, bf16, fp16, fp32.")
     ] = "auto",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples a step.")] = 1,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each example.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples per step.")] = 1,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each example.")] = 512,
     learned: Annotated[
-        int | None, typer.Option("--learned", min=1, help="Tokens that the loss is of; else all.")
+        int | None,
+        typer.Option("--learned", min=1, help="Tokens of each example in the loss; default: all."),
     ] = None,
     neighbours: Annotated[
-        int, typer.Option("--neighbours", min=0, help="Whose blocks are mixed in.")
+        int, typer.Option("--neighbours", min=0, help="Neighbours whose blocks are mixed in.")
     ] = 2,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of each block.")] = 5,
     layers: Annotated[
@@ -50,16 +52,18 @@ def profile(
         typer.Option(
             "--layers",
             min=_LEAST_LAYERS,
-            help="So many layers and half as many; costs of all layers are extrapolated.",
+            help="Measure this many layers and half as many; costs of all are extrapolated.",
         ),
     ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations again in backward.")
+        bool, typer.Option("--checkpointing", help="Recompute activations in the backward pass.")
     ] = False,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Of the CPU; 0: all.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")] = 0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="For the methods that have it."),
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="A setting, for the methods that have it."
+        ),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Folder for profile.json and profile.md.")
@@ -105,23 +109,23 @@ def answer(
     questions: Annotated[
         Path, typer.Option("--questions", help="JSON Lines of question_id and turns.")
     ],
-    to: Annotated[Path, typer.Option("--to", help="File of answers, made or gone on with.")],
+    to: Annotated[Path, typer.Option("--to", help="File of answers, created or continued.")],
     name: Annotated[
         str | None,
         typer.Option(
             "--name",
-            help="model_id of the answers; else the folder's name, or where that is model, the"
-            " name of the folder above.",
+            help="model_id of the answers; default: the folder's name or, if that is model, its"
+            " parent's.",
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Of an answer, at most.")
+        int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")
     ] = 512,
 ) -> None:
     """Let a model answer questions, for judges that read MT-Bench's files.
 
-    The same command goes on with what was interrupted.
+    The same command continues what was interrupted.
     """
     from deca_node import answers  # noqa: PLC0415 - imports torch
 

@@ -18,7 +18,7 @@ from deca_node.errors import (
     TrustError,
 )
 
-# Starting again would end in the same way until somebody mends it.
+# Starting again would end in the same way until somebody corrects it.
 _HOPELESS: tuple[type[DecaError], ...] = (
     ConfigError,
     DataError,
@@ -47,7 +47,7 @@ StateDirectoryMode=0700
 {writable}UMask=0077
 
 # A crash resumes from the kept state. A finished run (0) is not started again, nor is one whose
-# settings, data, model or output folder must be mended first.
+# settings, data, model or output folder must be corrected first.
 Restart=on-failure
 RestartSec=30s
 RestartPreventExitStatus={hopeless}
@@ -111,7 +111,7 @@ def unit(settings: Settings, config: Path, program: Path, user: str, name: str) 
     for option, word in (("--user", user), ("--name", name)):
         if not _PLAIN.fullmatch(word):
             raise ConfigError(
-                f"{option} {word!r} cannot stand in a unit; use letters, digits, '_', '.' and '-'"
+                f"{option} {word!r} cannot be used in a unit; use letters, digits, '_', '.' and '-'"
             )
     own = []
     if "cache" not in settings.model.model_fields_set:
@@ -159,21 +159,22 @@ def _quoted(word: str) -> str:
         ConfigError: it would be more than one line.
     """
     if not word.isprintable():
-        raise ConfigError(f"{word!r} cannot stand in a unit; give it a name without line breaks")
+        raise ConfigError(f"{word!r} cannot be used in a unit; give it a name without line breaks")
     plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{plain}"' if set(plain) & set(" \t'\"\\;") else plain
 
 
 def install_service(
     config: Annotated[
-        Path, typer.Option("--config", "-c", help="The node's settings, where they will stay.")
+        Path, typer.Option("--config", "-c", help="The node's settings file, in its final place.")
     ] = Path("/etc/deca-node/node.toml"),
     user: Annotated[
-        str, typer.Option("--user", help="Whom it runs as; must be able to read model and data.")
+        str,
+        typer.Option("--user", help="User that it runs as; must be able to read model and data."),
     ] = "deca-node",
     name: Annotated[
         str,
-        typer.Option("--name", help="Of the unit; several nodes of a machine need one each."),
+        typer.Option("--name", help="Name of the unit; each node of a machine needs its own."),
     ] = "deca-node",
 ) -> None:
     """Print a systemd unit that runs this machine's node, hardened and kept alive.

@@ -41,19 +41,21 @@ TELL_SECONDS = 5.0
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="A node's settings, for run, name and trust.folder."),
+    typer.Option(
+        "--config", "-c", help="A node's settings, which name run, node and trust.folder."
+    ),
 ]
-RunOption = Annotated[str | None, typer.Option("--run", help="The run; else that of --config.")]
+RunOption = Annotated[str | None, typer.Option("--run", help="The run; default: that of --config.")]
 TrustOption = Annotated[
     Path | None,
-    typer.Option("--trust", help="The trust folder; else trust.folder, or the run's default."),
+    typer.Option("--trust", help="The trust folder; default: trust.folder, or the run's."),
 ]
 NodeOption = Annotated[
     str | None,
-    typer.Option("--node", help="The node's name; else that of --config, or this machine's."),
+    typer.Option("--node", help="The node's name; default: that of --config, or this machine's."),
 ]
 DaysOption = Annotated[
-    float, typer.Option("--days", min=0.001, max=3650, help="That certificates are good for.")
+    float, typer.Option("--days", min=0.001, max=3650, help="Days that certificates are valid.")
 ]
 
 
@@ -77,13 +79,16 @@ def _place(config: Path | None, run: str | None, node: str | None, folder: Path 
         elif not (usual := default_trust_folder(DEFAULT_RUN)).exists():
             # Not that authority.pem is missing there: who makes one has parted the run in two.
             raise TrustError(
-                f"{usual}: no such folder; name the run, by --config FILE or --run NAME"
+                f"{usual}: no such folder; name the run with --config FILE or --run NAME"
             )
     run = run or (settings.run.name if settings else DEFAULT_RUN)
     node = node or (settings.node.name if settings else default_node_name())
     for name in (run, node):
         if not is_name(name):
-            raise ConfigError(f"{name!r}: a name has 1 to 48 characters of a-z, 0-9 and -")
+            raise ConfigError(
+                f"{name!r}: a name has 1 to 48 characters of a-z, 0-9 and -, beginning with a "
+                "letter or digit"
+            )
     if folder is None and settings is not None and settings.run.name == run:
         folder = settings.trust_folder()
     return _Place(run, node, folder or default_trust_folder(run))
@@ -99,12 +104,12 @@ def init(
 ) -> None:
     """Make a run's authority here, an operator's certificate, and one for this machine's node.
 
-    Once for a run, on one machine. Whoever has the file authority.key can let others in.
+    Once per run, on one machine. Whoever has the file authority.key can let others in.
     """
     place = _place(config, run or (DEFAULT_RUN if config is None else None), node, trust)
     if (place.folder / "authority.pem").exists():
         raise TrustError(
-            f"{place.folder} has an authority already; see it with `deca-node swarm show`, let "
+            f"{place.folder} already has an authority; see it with `deca-node swarm show`, let "
             "others in with `deca-node swarm invite`"
         )
     now = time.time()
@@ -154,27 +159,27 @@ def invite(
         str | None,
         typer.Option(
             "--node",
-            help="Whom it is for, also one that was in the run before; else the joiner's choice.",
+            help="Node that it is for, new or in the run before; default: the joiner's choice.",
         ),
     ] = None,
-    ttl: Annotated[str, typer.Option("--ttl", help="How long it is good for: 90s, 10m, 2h.")] = (
+    ttl: Annotated[str, typer.Option("--ttl", help="How long it is valid: 90s, 10m, 2h.")] = (
         "10m"
     ),
     days: DaysOption = DAYS,
-    host: Annotated[str, typer.Option("--host", help="Address to wait at.")] = "0.0.0.0",  # noqa: S104
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "0.0.0.0",  # noqa: S104
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to wait at; 0: a free one.")
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")
     ] = 0,
     advertise: Annotated[
         str | None,
         typer.Option(
-            "--advertise", metavar="HOST:PORT", help="Where the joiner calls, behind NAT."
+            "--advertise", metavar="HOST:PORT", help="Address that the joiner calls, behind NAT."
         ),
     ] = None,
 ) -> None:
     """Print what another machine must run to join, and wait for it.
 
-    What is printed is good once and for a short time. Whoever has it can join: send it over a
+    What is printed is valid once and for a short time. Whoever has it can join: send it over a
     channel that others do not read.
     """
     place = _place(config, run, node, trust)
@@ -205,7 +210,7 @@ async def _invite(
     typer.echo(f"deca-node swarm join {word}")
     typer.echo(
         f"waiting for {terms.node or 'a machine'} for {status.duration(terms.ttl)}, at "
-        f"{', '.join(where)}; Ctrl-C takes the invitation back",
+        f"{', '.join(where)}; Ctrl-C withdraws the invitation",
         err=True,
     )
     async with inviting(keyring.run, port, own):
@@ -214,13 +219,19 @@ async def _invite(
 
 @app.command()
 def join(
-    invitation: Annotated[str, typer.Argument(metavar="TOKEN", help="From `swarm invite`.")],
+    invitation: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="What `swarm invite` printed.")
+    ],
     config: ConfigOption = None,
     node: NodeOption = None,
     trust: TrustOption = None,
     at: Annotated[
         str | None,
-        typer.Option("--at", metavar="HOST:PORT", help="Where the inviter waits, if not as told."),
+        typer.Option(
+            "--at",
+            metavar="HOST:PORT",
+            help="Where the inviter listens, if not where the token says.",
+        ),
     ] = None,
 ) -> None:
     """Make this machine a node of a run, by an invitation."""
@@ -228,7 +239,8 @@ def join(
     place = _place(config, None if config else said.run, node, None)
     if place.run != said.run:
         raise TrustError(
-            f"the invitation is to run {said.run!r}, the settings are of {place.run!r}"
+            f"the invitation is for run {said.run!r}, the settings are for {place.run!r}; correct "
+            "run.name, or give --config of another file"
         )
     folder = trust or place.folder
     joined = asyncio.run(_join(said, place.node, folder, at))
@@ -264,7 +276,7 @@ def _checked(address: str) -> str:
 
 @app.command()
 def issue(
-    node: Annotated[str, typer.Argument(help="Whom it is for.")],
+    node: Annotated[str, typer.Argument(help="Node that it is for.")],
     to: Annotated[Path, typer.Option("--to", help="A new trust folder, to carry to the machine.")],
     config: ConfigOption = None,
     run: RunOption = None,
@@ -310,8 +322,9 @@ def renew(
     here = keyring.nodes()
     if node is not None and node not in here:
         raise TrustError(
-            f"node {node!r} is not of {place.folder}, which has {', '.join(here) or 'none'}; for "
-            f"another machine's: deca-node swarm invite --node {node}{_again(config, run, trust)}"
+            f"node {node!r} is not in {place.folder}, which has {', '.join(here) or 'none'}; for "
+            "one on another machine: deca-node swarm invite --node "
+            f"{node}{_again(config, run, trust)}"
         )
     names = [node] if node else here
     for name in names:
@@ -321,12 +334,12 @@ def renew(
     if node is None:
         keyring.issue_operator(time.time(), days)
         names = [*names, "operator"]
-    typer.echo(f"renewed for {days:g} days: {', '.join(names)}; running nodes take it up")
+    typer.echo(f"renewed for {days:g} days: {', '.join(names)}; running nodes pick it up")
 
 
 @app.command()
 def revoke(
-    node: Annotated[str, typer.Argument(help="Whom to put out, for good.")],
+    node: Annotated[str, typer.Argument(help="Node to put out of the run, for good.")],
     config: ConfigOption = None,
     run: RunOption = None,
     trust: TrustOption = None,
@@ -337,7 +350,7 @@ def revoke(
 ) -> None:
     """Put a node out of the run for good.
 
-    A node that runs with this trust folder takes it up within a second, and the others from
+    A node that runs with this trust folder picks it up within a second, and the others from
     it. The name is never given again; the machine may be invited under another.
     """
     place = _place(config, run, node, trust)
@@ -347,8 +360,8 @@ def revoke(
     known = {*keyring.issued(), *revoked}
     if node == OPERATOR and node not in known:  # a node may be called so
         raise TrustError(
-            "an operator's certificate cannot be taken back, only nodes' can: it ends with its "
-            "time (deca-node swarm show); make a new run's authority if its key was stolen"
+            "an operator's certificate cannot be revoked, only a node's; it expires by itself "
+            "(deca-node swarm show); if its key was stolen, make a new authority for the run"
         )
     if node not in revoked:
         if len(revoked) >= MAX_REVOKED:

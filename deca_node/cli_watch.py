@@ -22,18 +22,18 @@ NodeArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[NODE or HOST:PORT]",
-        help="A node of this machine by its name, or any by its address; else the only one here.",
+        help="A node of this machine by name, or any by address; default: the only one here.",
     ),
 ]
 AddressArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[NODE or HOST:PORT]", help="Where to begin; else at this machine's nodes."
+        metavar="[NODE or HOST:PORT]", help="Where to begin; default: this machine's nodes."
     ),
 ]
 TrustOption = Annotated[
     Path | None,
-    typer.Option("--trust", help="Trust folder to ask with; else that of the node's run."),
+    typer.Option("--trust", help="Trust folder to ask with; default: that of the node's run."),
 ]
 
 
@@ -63,7 +63,7 @@ def target(given: str | None) -> str:
         return here[0].target
     names = ", ".join(f"{entry.run}/{entry.node}" for entry in here)
     if not here:
-        raise UnreachableError("no node runs on this machine; give HOST:PORT for another one")
+        raise UnreachableError("no node runs on this machine; give HOST:PORT of one elsewhere")
     raise ConfigError(f"several nodes run on this machine: {names}; name one")
 
 
@@ -72,7 +72,7 @@ def _tell(given: str | None, trust: Path | None, order: Order) -> None:
 
 
 def pause(node: NodeArgument = None, trust: TrustOption = None) -> None:
-    """Let a node take no part after the step under way; it goes on serving the others.
+    """Pause a node after the step under way; it keeps serving the others.
 
     It saves its state first. The others do not wait for it, and count it as paused.
     """
@@ -80,7 +80,7 @@ def pause(node: NodeArgument = None, trust: TrustOption = None) -> None:
 
 
 def resume(node: NodeArgument = None, trust: TrustOption = None) -> None:
-    """Let a paused node take part again; it fetches first what the others have changed."""
+    """Resume a paused node; it first fetches what the others have changed."""
     _tell(node, trust, ORDERS["resume"])
 
 
@@ -142,7 +142,7 @@ def watch_swarm(
     address: AddressArgument = None,
     trust: TrustOption = None,
     every: Annotated[
-        float, typer.Option("--every", min=0.2, max=60, help="Seconds between two looks.")
+        float, typer.Option("--every", min=0.2, max=60, help="Seconds between two updates.")
     ] = LOOK_SECONDS,
 ) -> None:
     """Watch the whole swarm in the terminal until Ctrl-C: curves, blocks, edges, events."""

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from deca_node.limits import MAX_LOST_EDGES, MAX_MEMBERS, MAX_NAME_BYTES
 from deca_node.mixing import metropolis_hastings
-from deca_node.topology import Graph
+from deca_node.topology import Graph, component
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["plain", "exact", "chebyshev"]
@@ -131,7 +131,7 @@ def reached(graph: Graph, start: str, broken: Iterable[Edge] = ()) -> frozenset[
         name: frozenset(peer for peer in peers if frozenset((name, peer)) not in gone)
         for name, peers in graph.items()
     }
-    return frozenset().union(*_waves(whole, start))
+    return component(whole, start)
 
 
 def digest(graph: Graph, chosen: Plan) -> int:

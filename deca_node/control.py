@@ -111,7 +111,7 @@ class Control:
             raise PeerRefused("bad_name", "a name is 1 to 64 characters of a-z, 0-9, . _ and -")
         target = (self._settings.node.output / "exports" / request.name).absolute()
         if target.exists():
-            raise PeerRefused("exists", f"{target}: is there already; choose another name")
+            raise PeerRefused("exists", f"{target}: already exists; choose another name")
         if self._exporting:
             raise PeerRefused("busy", "another export is under way")
         self._exporting = True
@@ -143,7 +143,9 @@ class Control:
                     process.send_signal(signal.SIGINT)
                     await process.wait()
         if process.returncode:
-            lines = errors.decode(errors="replace").strip().splitlines() or ["no memory, perhaps"]
+            lines = errors.decode(errors="replace").strip().splitlines() or [
+                "out of memory, perhaps"
+            ]
             raise PeerRefused("failed", lines[-1].removeprefix("deca-node: error: "))
         said = out.decode(errors="replace").strip().splitlines()
         return said[-1].removeprefix(f"wrote {target}: ") if said else ""

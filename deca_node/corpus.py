@@ -55,8 +55,9 @@ class Corpus:
             ConfigError: an example is longer than the model can take.
         """
         twins = (
-            f"{self.twins:,} rows of data.test ask what a row of data.train asks: what the model "
-            "knows of them says nothing about others; take them out of one of the two"
+            f"{self.twins:,} rows of data.test ask the same as a row of data.train, so for "
+            "them the "
+            "test shows only what was memorized; remove them from one of the two"
             if self.twins
             else ""
         )
@@ -84,7 +85,7 @@ class Corpus:
             return ""
         found = f"the longest example has {max(longest, tried)} tokens"
         if tried > longest:
-            found += " with the longest label, which evaluation tries on all"
+            found += " with the longest label, since evaluation tries every label"
         # A row is cut to fit with its own label.
         fitting = made - (most - least)
         if capacity.bound:
@@ -92,7 +93,7 @@ class Corpus:
                 f"data.max_tokens: {found}, and {path} can take {made}; lower it to {fitting}"
             )
         return (
-            f"{found}, and {path} was made for {made}: beyond, it may learn little; "
+            f"{found}, and {path} was made for {made}: beyond that it may learn little; "
             f"set data.max_tokens = {fitting}"
         )
 

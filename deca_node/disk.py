@@ -68,7 +68,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # as /proc says it, where nothing can be made
-        raise PermissionError(errno.EACCES, "no folder can be made there", str(folder)) from None
+        raise PermissionError(errno.EACCES, "no folder can be created there", str(folder)) from None
 
 
 @contextmanager
@@ -84,7 +84,9 @@ def alone(folder: Path, verb: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise OutputError(f"{folder}: another `deca-node {verb}` works there now") from None
+            raise OutputError(
+                f"{folder}: another `deca-node {verb}` is working there now"
+            ) from None
     try:
         yield
     finally:

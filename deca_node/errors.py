@@ -129,7 +129,9 @@ REASONS = frozenset(
         ),
         *("bad_request", "not_due", "no_authority"),
         # Of what an operator asks for, and of a node that takes no part because it was asked to.
-        *("paused", "not_now", "not_saved", "exists", "failed", "permission_denied"),
+        *("paused", "not_now", "not_saved", "exists", "failed"),
+        # gRPC's own: of another version's calls, of what is not ours, of a proxy between.
+        *("unimplemented", "invalid_argument", "permission_denied", "unauthenticated"),
     }
 )
 

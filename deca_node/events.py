@@ -39,7 +39,7 @@ _TOLD: Mapping[str, tuple[str, str]] = {
     "members are here": ("ready", "{members}"),
     "catching up": ("catching up", "catching up from visit {visit}"),
     "caught up": ("caught up", "caught up, {megabytes} MB fetched, goes on at visit {visit}"),
-    "mended": ("mended", "mended: {finding}"),
+    "resolved": ("resolved", "resolved: {finding}"),
     "agreeing": ("agreeing", "agreeing on one model"),
     "agreed": ("agreed", "agreed on one model in {rounds} rounds"),
     "not agreed": ("warning", "the nodes did not agree on one model"),

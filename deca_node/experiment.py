@@ -33,7 +33,9 @@ class ExperimentSection(Section):
     name: Name = Field("experiment", description="The experiment; its folder is out/NAME.")
     nodes: int = Field(8, ge=1, le=10_000, description="How many nodes.")
     seeds: tuple[int, ...] = Field(
-        (0,), min_length=1, description="Of the run and of the split of the data; each a cell."
+        (0,),
+        min_length=1,
+        description="Seeds of the run and of the split of the data; each a cell.",
     )
     greetings: Literal["auto", "everybody", "neighbours"] = Field(
         "auto",
@@ -48,7 +50,7 @@ class ExperimentSection(Section):
     @classmethod
     def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(value)) < len(value) or min(value) < 0:
-            raise ValueError("write whole numbers from 0 on, each once")
+            raise ValueError("write whole numbers of at least 0, each only once")
         return value
 
 
@@ -56,8 +58,8 @@ class RehearsalSection(Section):
     """A small random model and made-up data in place of model.path and data.train."""
 
     rows: int = Field(0, ge=0, description="Rows of data; 0: model and data are given.")
-    seed: int = Field(0, ge=0, description="Of the model and the data.")
-    layers: int = Field(rehearsal.LAYERS, ge=1, le=1000, description="Of the model.")
+    seed: int = Field(0, ge=0, description="Seed of the model and the data.")
+    layers: int = Field(rehearsal.LAYERS, ge=1, le=1000, description="Layers of the model.")
     hidden: int = Field(
         rehearsal.HIDDEN, ge=8, le=8192, multiple_of=8, description="Width of the model."
     )
@@ -80,13 +82,13 @@ class PartitionSection(Section):
 class ComputeSection(Section):
     """What computing takes on the virtual clock."""
 
-    seconds: float = Field(1.0, ge=0, allow_inf_nan=False, description="Of one step.")
+    seconds: float = Field(1.0, ge=0, allow_inf_nan=False, description="Seconds of one step.")
     spread: float = Field(
         0.0,
         ge=0,
         le=3,
-        description="Of the nodes' speeds: a node's seconds are drawn once, log-normal with this "
-        "standard deviation of the logarithm.",
+        description="How far the nodes' speeds differ: a node's seconds are drawn once, log-normal "
+        "with this standard deviation of the logarithm.",
     )
     nodes: dict[str, Positive] = Field(
         default_factory=dict, description="Seconds of single nodes, by name."
@@ -98,13 +100,13 @@ class LinksSection(Section):
 
     delay: float = Field(0.001, ge=0, allow_inf_nan=False, description="Seconds of a message.")
     jitter: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="Most seconds that chance adds to it."
+        0.0, ge=0, allow_inf_nan=False, description="Most seconds that are added to it at random."
     )
     loss: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Probability that a message of a block is lost, and what follows with it.",
+        description="Probability that a message of a block is lost, and with it the rest.",
     )
     bandwidth: Positive | None = Field(None, description="MB per second. Unset: unlimited.")
 
@@ -119,8 +121,9 @@ class FaultsSection(Section):
     )
     attacks: dict[str, float] = Field(
         default_factory=dict,
-        description="By node, what it multiplies every block by that it sends: -1 flips all signs, "
-        "1e6 is huge. In itself it trains as the others do; what is measured leaves it out.",
+        description="By node, the factor by which it multiplies every block that it sends: -1 "
+        "flips all signs, "
+        "1e6 is huge. Its own training is as the others'; what is measured leaves it out.",
     )
 
     @field_validator("attacks")

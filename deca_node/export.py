@@ -46,7 +46,7 @@ def export(settings: Settings, to: Path, *, consensus: bool) -> str:
     """
     folder = settings.node.output
     if to.exists():
-        raise OutputError(f"{to}: is there already; give --to a new folder")
+        raise OutputError(f"{to}: already exists; give --to a new folder")
     mark = read_mark(folder / "run.json")
     dtype = mark.get("model.dtype")
     base = settings.model

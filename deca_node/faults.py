@@ -34,7 +34,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Roster:
     """Who is in which state.
 
     Attributes:
@@ -97,7 +97,7 @@ def most_down(present: int) -> int:
 
 
 def next_fault(
-    draw: random.Random, standing: Standing, now: float, end: float
+    draw: random.Random, roster: Roster, now: float, end: float
 ) -> tuple[Fault | None, str]:
     """What to do now, and why; None when nothing may be done.
 
@@ -106,7 +106,7 @@ def next_fault(
 
     Args:
         draw: the random state.
-        standing: who is in which state.
+        roster: who is in which state.
         now: seconds since faults began.
         end: seconds after which there are none.
     """
@@ -115,20 +115,20 @@ def next_fault(
         return None, "the end is near"
     # Drawn in any case, so that a seed's later decisions depend less on what was possible before.
     join, choice, length = draw.random(), draw.random(), draw.random()
-    if standing.absent and (now > JOIN_BY * end or join < JOIN_CHANCE):
-        return Fault(Kind.JOIN, standing.absent[0], 0.0), "somebody is still to join"
-    victims = list(standing.recovering) if standing.steady else []
-    if not standing.full and len(standing.steady) > 1:
-        victims += standing.steady
+    if roster.absent and (now > JOIN_BY * end or join < JOIN_CHANCE):
+        return Fault(Kind.JOIN, roster.absent[0], 0.0), "somebody is still to join"
+    victims = list(roster.recovering) if roster.steady else []
+    if not roster.full and len(roster.steady) > 1:
+        victims += roster.steady
     if not victims:
-        return None, f"no more than {len(standing.steady)} are steady"
+        return None, f"no more than {len(roster.steady)} are steady"
     victim = victims[int(choice * len(victims))]
     kind = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     if kind not in SECONDS:
         return Fault(kind, victim, 0.0), "drawn"
     shortest, longest = SECONDS[kind]
     seconds = min(shortest * (longest / shortest) ** length, left)
-    others = [node for node in standing.present if node != victim]
+    others = [node for node in roster.present if node != victim]
     pairs = _pairs(draw, victim, others) if kind == Kind.CUT else ()
     return Fault(kind, victim, seconds, pairs), "drawn"
 

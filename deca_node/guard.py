@@ -56,12 +56,14 @@ class Guard:
         if wrong := objection(self._pair.says, keyring.run, self._revoked, (), clock()):
             reason, _, text = wrong.partition(": ")
             raise TrustError(
-                f"{keyring.folder}: the certificate of node {node!r} is no good: "
+                f"{keyring.folder}: node {node!r} cannot take part: "
                 + (text if reason != "revoked" else f"{text}; join under another name")
             )
         holder = self._pair.says.holder
         if holder is None or holder.node != node:
-            raise TrustError(f"{keyring.folder}: the certificate of node {node!r} names another")
+            raise TrustError(
+                f"{keyring.folder}: the certificate of node {node!r} names another node"
+            )
 
     # --- transport.Guard
 

@@ -6,6 +6,7 @@ Pure: findings are a function of what the node knows; time is an argument, in se
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deca_node.events import printable
 from deca_node.membership import Peer, Phase, State
 
 # A node that starts needs this long to be found: mDNS answers in 2 s, a greeting is repeated for
@@ -190,7 +191,7 @@ def _alone(view: View) -> Iterable[Finding]:
 
 
 _LOOK = (
-    "nobody answers any more; look whether the others run and whether the network between is up "
+    "nobody answers any more; check that the others run and the network between is up "
     "(they are met again by themselves), or name one in network.static_peers"
 )
 
@@ -216,18 +217,18 @@ def _parted(view: View) -> Iterable[Finding]:
     if len(lost) > 1 and lost[-1].last_seen - lost[0].last_seen <= TOGETHER_SECONDS:
         text = (
             f"{names} vanished together: the swarm seems cut in two parts, and both train on; "
-            f"look at the network between here and {_line(lost[0].address)} (they merge by "
+            f"check the network between here and {_line(lost[0].address)} (they merge by "
             "themselves once it is up)"
         )
     elif lost:
         text = (
             f"{names} vanished, {here} of {expected} members are here; start them again with the "
-            "same command, or look at the network between (they are met again by themselves)"
+            "same command, or check the network between (they are met again by themselves)"
         )
     else:
         text = (
             f"{here} of {expected} members are here while we train: the swarm may be in two parts; "
-            "start the missing, or name one of them in network.static_peers"
+            "start the missing ones, or name one of them in network.static_peers"
         )
     yield Finding("parted", text)
 
@@ -266,7 +267,7 @@ def _refused(view: View) -> Iterable[Finding]:
     for address, refusal in _refusals(view).items():
         if refusal.reason == "other_run" and address not in view.static:
             continue  # other runs on the same network are normal
-        remedy = _REMEDIES.get(refusal.reason, "look at both nodes' logs")
+        remedy = _REMEDIES.get(refusal.reason, "see both nodes' logs")
         found.append(
             Finding(
                 f"refused:{_line(address)}",
@@ -280,10 +281,10 @@ def _refused(view: View) -> Iterable[Finding]:
 _REMEDIES = {
     "other_run": "correct network.static_peers, or run.name",
     "protocol": "install the same version of deca-node on both",
-    "name_taken": "give each node a name of its own (node.name)",
+    "name_taken": "give each node its own name (node.name)",
     "bad_address": "set node.advertise there to a host that can be called",
     "handshake": "both need certificates of one authority, or neither (docs/securing.md)",
-    "revoked": "who was put out can be invited under another name",
+    "revoked": "a revoked node can be invited under another name",
     "expired": "invite it anew where the authority's key is (docs/securing.md)",
     "not_allowed": "name it in trust.allow there, or clear that list",
     "full": "see docs/protocol.md on the size of a run",
@@ -324,7 +325,7 @@ def _late(view: View) -> Iterable[Finding]:
         Finding(
             f"late:{_line(peer.name)}",
             f"{_line(peer.name)}'s blocks come too late, {steps} steps in a row: we mix without "
-            "it; lower data.batch_size there if it computes slowly, look at the link if that is "
+            "it; lower data.batch_size there if it computes slowly, check the link if that is "
             "slow, or raise network.step_deadline and network.wait_budget here",
         )
         for peer in view.peers
@@ -351,7 +352,8 @@ def _unresolved(view: View) -> Iterable[Finding]:
     for name, reason in sorted(view.unresolved.items()):
         yield Finding(
             f"unresolved:{name}",
-            f"{name} has no address ({_line(reason)}); correct network.dns_peers, or mend the name "
+            f"{name} has no address ({_line(reason)}); correct network.dns_peers, or repair "
+            "the name "
             "server or the service of that name",
         )
 
@@ -427,8 +429,7 @@ def _listed(words: Iterable[str]) -> str:
 
 def _line(text: str) -> str:
     """What a peer said, as a part of one line."""
-    cut = text if len(text) <= _TEXT_CHARACTERS else f"{text[: _TEXT_CHARACTERS - 1]}…"
-    return "".join(letter if letter.isprintable() else "?" for letter in cut)
+    return printable(text, _TEXT_CHARACTERS)
 
 
 def _far(seconds: float) -> str:

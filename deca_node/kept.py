@@ -114,7 +114,7 @@ class KeptBlocks:
             if self._unsaved.get(block) == saved.visit:
                 del self._unsaved[block]
 
-    # --- for others (catchup.Shelf)
+    # --- for others (giving.Shelf)
 
     def kept(self) -> Mapping[int, Kept]:
         """See Shelf."""
@@ -148,11 +148,7 @@ class KeptBlocks:
 
     def most_bytes(self) -> Mapping[int, int]:
         """See Store."""
-        return {
-            block: MAX_HEADER_BYTES
-            + sum(t.numel() * t.element_size() for t in self._model.block_tensors(layers).values())
-            for block, layers in enumerate(self.schedule.blocks)
-        }
+        return most_bytes(self._model, self.schedule)
 
     def begun(self) -> Collection[str]:
         """See Store."""
@@ -193,6 +189,15 @@ async def read_piece(file: BinaryIO, offset: int, size: int) -> bytes | memoryvi
             if got := os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT):
                 return buffer[:got]
     return await asyncio.to_thread(os.pread, file.fileno(), size, offset)
+
+
+def most_bytes(model: LanguageModel, schedule: Schedule) -> dict[int, int]:
+    """By block, the largest size that a file of it can have."""
+    return {
+        block: MAX_HEADER_BYTES
+        + sum(t.numel() * t.element_size() for t in model.block_tensors(layers).values())
+        for block, layers in enumerate(schedule.blocks)
+    }
 
 
 def fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,7 @@ _LOCK, _LOCK_SECONDS = ".lock", 10.0
 
 _FROM_INIT = "copy operator.pem and operator.key from where `deca-node swarm init` ran"
 # What helps where a file is damaged.
-_ANEW = "restore it, or join the run anew"
+_ANEW = "restore it, or join the run again"
 _ISSUED_ANEW = "copy it from its node, or leave it: the node's next renewal replaces it"
 _OPERATOR_ANEW = f"restore it, or {_FROM_INIT}"
 
@@ -78,8 +78,8 @@ class Keyring:
         self.folder = folder
         self.authority = authority or _read(
             folder / AUTHORITY,
-            "make the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN); on "
-            "a network whose every machine is trusted, trust.insecure = true does without",
+            "create the run here (deca-node swarm init) or join it (deca-node swarm join TOKEN); "
+            "on a network where every machine is trusted, trust.insecure = true needs none",
         )
         with _at(folder / AUTHORITY):
             self.run = identity.run_of(self.authority)
@@ -94,7 +94,8 @@ class Keyring:
         keyring = cls(folder)
         if keyring.run != run:
             raise TrustError(
-                f"{folder} is of run {keyring.run!r}, not {run!r}; set trust.folder or run.name"
+                f"{folder} belongs to run {keyring.run!r}, not {run!r}; set trust.folder or "
+                "run.name"
             )
         return keyring
 
@@ -111,7 +112,7 @@ class Keyring:
             if identity.fingerprint(keyring.authority) != identity.fingerprint(authority):
                 raise TrustError(
                     f"{folder} belongs to another authority, of run {keyring.run!r}; give another "
-                    "folder (--trust), or move this one away if that run is over"
+                    "folder (--trust), or move this one away if that run has ended"
                 )
             return keyring
         with _written(folder):
@@ -339,7 +340,7 @@ class Keyring:
             is_name(node) and identity.revokes(self.authority, node, mark)
             for node, mark in found.items()
         ):
-            raise TrustError(f"{path}: damaged; copy it from another member, they all have it")
+            raise TrustError(f"{path}: damaged; copy it from another member, all have it")
         return found
 
     def keep_revoked(self, revoked: Mapping[str, bytes], *, wait: bool = True) -> dict[str, bytes]:
@@ -401,8 +402,9 @@ class Keyring:
         with _written(self.folder), self._alone():
             if fresh and node in self.issued():
                 raise TrustError(
-                    f"there is a node {node!r} already; join with --node and another name, or have "
-                    f"it invited anew: deca-node swarm invite --node {node}"
+                    f"there already is a node {node!r}; join under another name (--node), or "
+                    "have it "
+                    f"invited anew: deca-node swarm invite --node {node}"
                 )
             certificate = authority.issue(request, node, now, days)
             self.note_issued(node, certificate)

@@ -111,7 +111,7 @@ def claim_checked(folder: Path) -> None:
                 names -= {_MARK, "model", "data.jsonl"}
             if strange := sorted(names):
                 raise OutputError(
-                    f"{folder}: holds something else ({strange[0]}); choose another --out"
+                    f"{folder}: holds other files ({strange[0]}); choose another --out"
                 )
 
 

@@ -112,8 +112,8 @@ class Logbook:
         )
         if not math.isfinite(record.local.gradient_norm):
             standing.warn(
-                f"gradient not finite at step {record.step}: counted as zero; if that goes on, "
-                "begin anew with a lower optimizer.learning_rate, on all nodes alike",
+                f"gradient not finite at step {record.step}: counted as zero; if it keeps "
+                "happening, start over with a lower optimizer.learning_rate, on all nodes alike",
                 "gradient",
             )
         traffic = {peer: self._traffic(peer) for peer in record.gathered.edges}

@@ -30,11 +30,6 @@ def bind(**values: Any) -> None:
     _bound.update(values)
 
 
-def unbind() -> None:
-    """Forget everything bound."""
-    _bound.clear()
-
-
 def configure(*, human: bool, verbose: bool = False) -> None:
     """Set up the logging of this process; calling it again replaces the earlier set-up.
 

@@ -39,7 +39,7 @@ class Lookout:
         neighbours: frozenset[str] | None,
         late: Mapping[str, int],
     ) -> None:
-        """Say once what is wrong, and once when it is mended.
+        """Say once what is wrong, and once when it is resolved.
 
         Args:
             member: of the run.
@@ -81,6 +81,6 @@ class Lookout:
         for finding in found:
             if finding.key not in before:
                 self._log.warning(finding.text, finding=finding.key)
-        for mended in before - {finding.key for finding in found}:
-            self._log.info("mended", finding=mended)
+        for resolved in before - {finding.key for finding in found}:
+            self._log.info("resolved", finding=resolved)
         self.findings = found

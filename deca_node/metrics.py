@@ -1,4 +1,4 @@
-"""How good predictions are: pure functions of true and predicted labels; and a curve of it."""
+"""How good predictions are: pure functions of true and predicted labels; a line and its band."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -40,7 +40,7 @@ def _check(truth: Sequence[str], predicted: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Band:
     """A line and the band around it: its mean and standard deviation at each of ``steps``.
 
     A value that is none is NaN, as is one that is not finite; the steps of those are ``broken``.

@@ -420,14 +420,15 @@ class Node:
         among = ", ".join(had.members)
         away = ", ".join(sorted({*had.members, *had.missing} - here)) or "nobody"
         self._standing.warn(
-            f"kept the agreement of {among}, not here: {away}; start all together to agree anew"
+            f"kept the agreement of {among}, not here: {away}; start all of them together to "
+            "agree again"
         )
         return False
 
     async def _end_as_before(self, member: Member, kept: KeptBlocks) -> None:
         """A finished run is started again, and nothing came of it."""
         self._enter(Phase.SERVING)
-        self._standing.waiting_for = "nodes that catch up to have their blocks"
+        self._standing.waiting_for = "nodes catching up to fetch their blocks"
         await unless_stopped(member.hand_out(), self._stopping)
         self._standing.waiting_for = ""
         self._standing.progress = replace(self._standing.progress, finished=True)
@@ -537,7 +538,7 @@ class Node:
         if late := await unserved:
             standing.warn(f"did not fetch our last block: {', '.join(sorted(late))}")
         exchange.release()
-        standing.waiting_for = "nodes that catch up to have their blocks"
+        standing.waiting_for = "nodes catching up to fetch their blocks"
         await unless_stopped(member.hand_out(), self._stopping)
         # Neighbours fetch the last block after our last step.
         sent = standing.progress.bytes_sent + exchange.bytes_sent - sent_before

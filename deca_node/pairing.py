@@ -27,13 +27,13 @@ from deca_node import identity
 from deca_node.addresses import split
 from deca_node.admission import Places, Turns, network
 from deca_node.errors import DecaError, ListenError, TrustError
+from deca_node.events import printable
 from deca_node.keyring import Keyring, Pair
 from deca_node.limits import (
     MAX_JOIN_ATTEMPTS,
     MAX_JOIN_BYTES,
     MAX_JOINERS,
     MAX_JOINERS_PER_ADDRESS,
-    MAX_REASON_BYTES,
     MAX_REVOKED,
     MAX_TOKEN_ADDRESSES,
     REFUSAL_LINES,
@@ -149,7 +149,7 @@ class Inviter:
             async with asyncio.timeout(max(0.0, self._expires - self._clock())):
                 return await self._done
         except TimeoutError:
-            raise TrustError("nobody has joined in time; invite again") from None
+            raise TrustError("nobody joined in time; invite again") from None
         finally:
             self._secret = None
             if self._server is not None:
@@ -231,11 +231,11 @@ class Inviter:
             self._secret = None
             self._done.set_exception(
                 TrustError(
-                    f"{self._wrong} callers had a wrong secret: somebody guesses; invite again "
-                    "when you know who"
+                    f"{self._wrong} callers had a wrong secret: somebody is guessing; invite "
+                    "again when you know who"
                 )
             )
-        raise TrustError("this invitation is over, or was never made here; ask for a new one")
+        raise TrustError("this invitation has ended, or was never made here; ask for a new one")
 
     def _name(self, asked: str) -> str:
         wanted = self._terms.node
@@ -244,7 +244,10 @@ class Inviter:
                 raise TrustError(f"the invitation is for node {wanted!r}, not for {asked!r}")
             return wanted
         if not is_name(asked):
-            raise TrustError("a node's name has 1 to 48 characters of a-z, 0-9 and -")
+            raise TrustError(
+                "a node's name has 1 to 48 characters of a-z, 0-9 and -, beginning with a letter "
+                "or digit"
+            )
         if asked in self._keyring.revoked():
             raise TrustError(f"node {asked!r} was revoked for good; join with --node and another")
         return asked
@@ -302,7 +305,8 @@ async def join(
     """
     if clock() >= invitation.expires:
         raise TrustError(
-            "the invitation is over by this machine's clock; ask for a new one, or set the clock "
+            "the invitation has expired by this machine's clock; ask for a new one, or set "
+            "the clock "
             "(NTP)"
         )
     others: list[str] = []
@@ -318,8 +322,8 @@ async def join(
         return _take(keyring, invitation, key, answer)
     why = "; ".join(others[:MAX_TOKEN_ADDRESSES]) or "nobody answers"
     raise NobodyError(
-        f"no inviter for run {invitation.run!r} was found ({why}); see that `deca-node swarm "
-        "invite` still waits there, and give its address with --at HOST:PORT"
+        f"no inviter for run {invitation.run!r} was found ({why}); check that `deca-node swarm "
+        "invite` is still waiting there, and give its address with --at HOST:PORT"
     )
 
 
@@ -380,8 +384,7 @@ async def _ask(
         except OSError:
             raise TrustError(f"{address}: has hung up; ask for a new invitation") from None
     if "refusal" in answer:
-        text = "".join(c for c in str(answer["refusal"]) if c.isprintable())
-        raise TrustError(f"not let in: {text[:MAX_REASON_BYTES]}")
+        raise TrustError(f"not let in: {printable(str(answer['refusal']))}")
     return answer
 
 

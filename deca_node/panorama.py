@@ -6,6 +6,7 @@ Who is asked beside the given addresses is what answering nodes say of their pee
 """
 
 import math
+import re
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -562,20 +563,10 @@ def _pair(a: str, b: str) -> tuple[str, str]:
     return (a, b) if a < b else (b, a)
 
 
-def _natural(key: str) -> list[tuple[int, int | str]]:
+def _natural(key: str) -> list[int | str]:
     """node-2 comes before node-10."""
-    parts: list[tuple[int, int | str]] = []
-    number = ""
-    for letter in [*key, ""]:
-        if letter.isascii() and letter.isdigit():
-            number += letter
-            continue
-        if number:
-            parts.append((0, int(number)))
-            number = ""
-        if letter:
-            parts.append((1, letter))
-    return parts
+    parts = re.split(r"([0-9]+)", key)  # every second one is a number
+    return [int(part) if at % 2 else part for at, part in enumerate(parts)]
 
 
 def _is_local(address: str) -> bool:

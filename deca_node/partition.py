@@ -235,7 +235,7 @@ def _write_all(files: Mapping[Path, str]) -> None:
     for path in files:
         with translated(path):
             if path.exists():
-                raise OutputError(f"{path} is there already; choose another folder or move it away")
+                raise OutputError(f"{path} already exists; choose another folder or move it away")
     with ExitStack() as undo:  # so that no interrupted split passes for a whole one
         for path, content in files.items():
             with translated(path):

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from deca_node.metrics import Curve
+from deca_node.metrics import Band
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -75,7 +75,7 @@ def _lines(
 
 
 def draw_curves(
-    panels: Mapping[str, Mapping[str, Curve]], label: str, paths: Sequence[Path], *, log: bool
+    panels: Mapping[str, Mapping[str, Band]], label: str, paths: Sequence[Path], *, log: bool
 ) -> None:
     """Write a picture of curves side by side.
 

@@ -199,7 +199,10 @@ def _edges(now: pb.NodeStatus) -> Iterator[Metric]:
     peers = [p for p in now.peers if p.neighbour or p.bytes_sent or p.bytes_received]
     gauges = {
         "deca_edge_weight": ("Weight in the mix; 0 without an edge now.", "weight"),
-        "deca_edge_silence_seconds": ("Since the peer was last heard.", "last_seen_seconds"),
+        "deca_edge_silence_seconds": (
+            "Seconds since the peer was last heard.",
+            "last_seen_seconds",
+        ),
     }
     counters = {
         "deca_edge_sent_bytes": ("Bytes of blocks sent to the peer.", "bytes_sent"),

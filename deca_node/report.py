@@ -24,7 +24,7 @@ from deca_node.disk import translated, write_atomically
 from deca_node.errors import ConfigError, OutputError
 from deca_node.experiment import World
 from deca_node.laboratory import difference, read_cell
-from deca_node.metrics import Curve
+from deca_node.metrics import Band
 
 # Points of a curve: more than a picture shows.
 POINTS = 200
@@ -184,7 +184,7 @@ def _claim(to: Path, folder: Path, identity: Mapping[str, Any]) -> None:
         names += [f"{key}.{kind}" for key in _DRAWN for kind in ("png", "svg")]
         if there := [name for name in names if (to / name).exists()]:
             raise OutputError(
-                f"{to}: nobody knows of which experiment {there[0]} is; choose another --to or"
+                f"{to}: which experiment {there[0]} belongs to is unknown; choose another --to or"
                 " move it away"
             ) from None
         tree = {"identity": identity}
@@ -483,7 +483,7 @@ def _table_csv(groups: Sequence[Group]) -> str:
 # The curves
 
 
-def points(group: Group, key: str) -> Curve:
+def points(group: Group, key: str) -> Band:
     """The curve of a value of the steps: at most POINTS of it, of as many steps each.
 
     Mean over nodes, then over cells; by steps of the run, counted from 1. The same steps for each
@@ -504,7 +504,7 @@ def points(group: Group, key: str) -> Curve:
             broken.add(steps[-1])
         means.append(statistics.fmean(values) if whole else math.nan)
         spreads.append(_deviation(values) if whole else math.nan)
-    return Curve(steps, means, spreads, broken)
+    return Band(steps, means, spreads, broken)
 
 
 def _of_cell(cell: Sequence[Mapping[str, Any]], key: str) -> list[float | None]:

@@ -72,7 +72,7 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: a JSON {_json_type(row)}; each line must be one JSON object")
         if "\\u" in line and not _encodable(row):
-            raise DataError(f"{where}: holds half of a surrogate pair, which no text can hold")
+            raise DataError(f"{where}: holds half of a surrogate pair, which is not valid text")
         rows.append(row)
     return rows
 

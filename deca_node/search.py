@@ -23,8 +23,8 @@ def check_interfaces(network: NetworkSettings) -> None:
     for address in network.interfaces if network.zeroconf else ():
         if not _is_own(address):
             raise ListenError(
-                f"network.interfaces: {address} is no IP address of this machine; give some that "
-                "it has, or none for all, or set network.zeroconf = false with "
+                f"network.interfaces: {address} is not an IP address of this machine; give some "
+                "that are, or none for all, or set network.zeroconf = false with "
                 "network.static_peers"
             )
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from deca_node.blocks import Schedule, Visit
 from deca_node.errors import PayloadError
-from deca_node.kept import fits
-from deca_node.limits import MAX_HEADER_BYTES
+from deca_node.kept import fits, most_bytes
 from deca_node.models import LanguageModel
 from deca_node.recovery import Kept
 
@@ -77,7 +76,7 @@ class HeldBlocks:
         """See Store: memory is not damaged."""
         return frozenset()
 
-    # --- for others (catchup.Shelf)
+    # --- for others (giving.Shelf)
 
     def kept(self) -> Mapping[int, Kept]:
         """See Shelf."""
@@ -109,11 +108,7 @@ class HeldBlocks:
 
     def most_bytes(self) -> Mapping[int, int]:
         """See Store."""
-        return {
-            block: MAX_HEADER_BYTES
-            + sum(t.numel() * t.element_size() for t in self.model.block_tensors(layers).values())
-            for block, layers in enumerate(self._schedule.blocks)
-        }
+        return most_bytes(self.model, self._schedule)
 
     def begun(self) -> Collection[str]:
         """See Store."""

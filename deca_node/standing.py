@@ -46,6 +46,7 @@ class Standing:
         last: the last step.
         visit: the open visit, or the last one.
         edges: of that visit, or of the agreement under way.
+        late: neighbours whose blocks came too late, and how many steps in a row.
         address: where others call.
         schedule: None until the model is read.
         device: where tensors are.
@@ -73,7 +74,7 @@ class Standing:
         self.last: StepRecord | None = None
         self.visit: Visit | None = None
         self.edges = Edges(-1)
-        self.late: Mapping[str, int] = {}  # steps in a row, by neighbour
+        self.late: Mapping[str, int] = {}
         self.address = ""
         self.schedule: Schedule | None = None
         self.device = torch.device("cpu")

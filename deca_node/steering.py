@@ -38,12 +38,12 @@ ORDERS = {
     "pause": Order(
         "Pause",
         pb.PauseRequest(),
-        lambda r: "it was to pause already" if r.already else "pauses after the step under way",
+        lambda r: "already pausing" if r.already else "pauses after the step under way",
     ),
     "resume": Order(
         "Resume",
         pb.ResumeRequest(),
-        lambda r: "it was not to pause" if r.already else "takes part again",
+        lambda r: "was not paused" if r.already else "takes part again",
     ),
     "checkpoint": Order(
         "Checkpoint",
@@ -81,7 +81,8 @@ async def tell(address: str, trust: Path | None, order: Order) -> str:
         if access.is_plain(address, shown):
             await link.get_status(TELL_SECONDS)  # that nobody is there is another error
             raise ControlError(
-                f"{verb} refused: {address} answers in plain text, where whoever stands between "
+                f"{verb} refused: {address} answers in plain text, where anyone on the "
+                "network path "
                 "could answer for it; type it on the node's machine, which has its socket file, "
                 "or give the trust folder with the operator's certificate (--trust)"
             )

@@ -5,6 +5,7 @@ Pure: certificates are read in identity.py; here are the decisions about what th
 
 import base64
 import binascii
+import datetime as dt
 import re
 import zlib
 from collections.abc import Collection, Iterable
@@ -26,6 +27,11 @@ CLOCK_SECONDS = 300.0
 def is_name(text: str) -> bool:
     """Whether a run or a node can be called so, as in the settings."""
     return re.fullmatch(r"[a-z0-9][a-z0-9-]{0,47}", text) is not None
+
+
+def date(seconds: float) -> str:
+    """A time of a certificate, seconds since 1970, as people write it."""
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def common_name(run: str) -> str:
@@ -114,7 +120,7 @@ def objection(
         now: seconds since 1970.
     """
     if shown.holder is None or shown.holder.run != run:
-        return f"no_certificate: it names nobody of run {run!r}"
+        return f"no_certificate: its certificate names no member of run {run!r}"
     node = shown.holder.node
     if now >= shown.ends:
         anew = (
@@ -122,9 +128,14 @@ def objection(
             if node is not None
             else "`deca-node swarm renew`, and copy operator.pem and operator.key from there"
         )
-        return f"expired: its time is over; on the authority's machine {anew}"
+        ended = date(shown.ends)
+        return f"expired: its certificate expired on {ended}; on the authority's machine {anew}"
     if now < shown.begins - CLOCK_SECONDS:
-        return "expired: its time has not begun; set the clock of the machine that is wrong (NTP)"
+        return (
+            f"expired: its certificate is not valid before {date(shown.begins)}; set the "
+            "clock of the "
+            "machine that is wrong (NTP)"
+        )
     return "" if node is None else barred(node, revoked, allow)
 
 

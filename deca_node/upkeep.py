@@ -1,7 +1,6 @@
 """Keeps a running node's trust up to date: who is out, when to renew its certificate."""
 
 import asyncio
-import datetime as dt
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from deca_node.errors import DecaError, PeerError
 from deca_node.guard import Guard
 from deca_node.member import Member
 from deca_node.membership import State
+from deca_node.trust import date
 
 # Between two tries to renew: a third of a certificate's time is left for them.
 RENEW_EVERY_SECONDS = 3600.0
@@ -40,10 +40,15 @@ class Upkeep:
         guard = self._guard
         with self._told_once("what was known before stays in force"):
             if guard.refresh():
-                self._log.info("certificates read anew", ends=_date(guard.ends))
-        with self._told_once("revoked, but only until this node ends"):
+                self._log.info("certificates reloaded", ends=date(guard.ends))
+        with self._told_once(
+            "a revocation is in force but could not be saved, and is lost when this node stops"
+        ):
             guard.keep_list()
-        with self._told_once("renewed, but only until this node ends"):
+        with self._told_once(
+            "a renewed certificate is in use but could not be saved, and is lost when this "
+            "node stops"
+        ):
             guard.keep_pair()
         for name in sorted(guard.revoked - self._known):
             self._log.warning("revoked", peer=name)
@@ -62,7 +67,7 @@ class Upkeep:
                 if guard.renew_operator_here():
                     self._log.info("operator's certificate renewed")
             except DecaError as error:
-                self._warn(f"the operator's certificate is not renewed: {error}")
+                self._warn(f"the operator's certificate could not be renewed: {error}")
         late = guard.is_renewal_due and now - self._tried >= RENEW_EVERY_SECONDS
         if late and (guard.has_authority or (member is not None and _anybody(member))):
             self._tried = now
@@ -80,15 +85,19 @@ class Upkeep:
             self._troubles[means] = str(error)
 
     async def _renew(self, member: Member | None) -> None:
-        why = "no node that runs has the authority's key; run one there"
+        why = "no running node has the authority's key; start one where it is"
         try:
             if self._guard.renew_here() or (member and await self._ask(member)):
-                self._log.info("certificate renewed", ends=_date(self._guard.ends))
+                self._log.info("certificate renewed", ends=date(self._guard.ends))
                 return
         except DecaError as error:
-            why = f"is not renewed: {error}; mend that"
+            why = (
+                f"it could not be renewed: {error}; repair the authority's files in the trust "
+                "folder"
+            )
         self._warn(
-            f"this node's certificate ends on {_date(self._guard.ends)}, and {why}, or invite this "
+            f"this node's certificate expires on {date(self._guard.ends)}, and {why}, or "
+            "invite this "
             "node anew (deca-node swarm invite --node)"
         )
 
@@ -120,7 +129,3 @@ class Upkeep:
 
 def _anybody(member: Member) -> bool:
     return any(peer.state == State.ALIVE for peer in member.swarm.peers.values())
-
-
-def _date(seconds: float) -> str:
-    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")

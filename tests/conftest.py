@@ -39,4 +39,4 @@ def _logging_as_before() -> Iterator[None]:
     own.setLevel(levels[1])
     logging.captureWarnings(capture=False)
     structlog.reset_defaults()
-    logs.unbind()
+    logs._bound.clear()

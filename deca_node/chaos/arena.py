@@ -19,7 +19,7 @@ from deca_node import faults, status
 from deca_node.chaos.nodes import Node, Restart
 from deca_node.config import Settings
 from deca_node.errors import SwarmError
-from deca_node.faults import Fault, Kind, Standing
+from deca_node.faults import Fault, Kind, Roster
 from deca_node.pb import node_pb2 as pb
 from deca_node.relay import Cables, Relay
 from deca_node.testbed import layout, processes
@@ -260,15 +260,15 @@ class Arena:
                 if node.fault is not None and node.fault.kind != Kind.RESTART:
                     node.heal_at = now
         elif now >= self._next_fault:
-            fault, _ = faults.next_fault(self._draw, self._standing(), since, end)
+            fault, _ = faults.next_fault(self._draw, self._roster(), since, end)
             if fault is not None:
                 self._hurt(fault, now)
                 self._next_fault = now + faults.pause(self._draw)
 
-    def _standing(self) -> Standing:
+    def _roster(self) -> Roster:
         present = [n for n in self.nodes.values() if not n.finished and n.name not in self._absent]
         well = [node for node in present if node.fault is None]
-        return Standing(
+        return Roster(
             steady=tuple(n.name for n in well if n.quiet_since is not None),
             recovering=tuple(n.name for n in well if n.quiet_since is None and not n.spared),
             spared=tuple(n.name for n in well if n.quiet_since is None and n.spared),

@@ -168,7 +168,7 @@ class Checkpoint:
             for _ in range(MAX_LOOKS):
                 content, _ = _readable(manifest)
                 if not self._find_state():
-                    raise OutputError(f"{self.folder}: nothing is trained yet")
+                    raise OutputError(f"{self.folder}: nothing has been trained yet")
                 # What is missing may have been replaced while it was looked at.
                 if not self.warnings or _readable(manifest)[0] == content:
                     return self.state
@@ -233,8 +233,8 @@ class Checkpoint:
     def _lost_before(self, candidate: _Candidate) -> tuple[str, ...]:
         """A line for each block that a manifest names as lost."""
         return tuple(
-            f"{self._state_folder / f'block-{block:04}'}-*.safetensors: damaged at an earlier "
-            f"start, so block {block} is lost"
+            f"{self._state_folder / f'block-{block:04}'}-*.safetensors: found damaged at an "
+            f"earlier start, so block {block} is lost"
             for block in candidate.named.lost
         )
 

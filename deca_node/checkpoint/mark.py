@@ -29,7 +29,7 @@ def check_mark(folder: Path, identity: Mapping[str, str]) -> bool:
     for name in ("history.jsonl", "summary.json", "model", "state"):
         if (folder / name).exists():
             raise OutputError(
-                f"{folder / name}: exists but the folder is no run's output (no {MARK}); set "
+                f"{folder / name}: exists, but the folder is not a run's output (no {MARK}); set "
                 "node.output to a new folder"
             )
     return False

@@ -40,16 +40,16 @@ def unsealed(path: Path, content: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(tree, dict):
-        raise ValueError("no JSON object")  # noqa: TRY004 - damage, whatever its kind
+        raise ValueError("not a JSON object")  # noqa: TRY004 - damage, whatever its kind
     found, written = tree.pop("xxh3", None), tree.get("format")
     good = found == seal(tree)
     # Format 1 had no digest.
     if isinstance(written, int) and written != FORMAT and (good or found is None):
         raise OutputError(
-            f"{path}: written in format {written}, this deca-node reads format {FORMAT}; go on "
+            f"{path}: written in format {written}, this deca-node reads format {FORMAT}; continue "
             "with the version that wrote it, or set node.output to a new folder"
         )
     if not good:
-        raise ValueError("its digest is another")
+        raise ValueError("its digest does not match")
     del tree["format"]
     return tree

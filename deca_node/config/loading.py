@@ -60,7 +60,7 @@ def _override(key: str, text: str) -> Any:
     if kinds_of(KEYS[key]) & {str, Path} and not isinstance(value, str):
         return text  # a name may be a number
     if len(tree) > 1:
-        raise ConfigError(f"--set {key}: one setting each; give --set once more for the next")
+        raise ConfigError(f"--set {key}: more than one setting; give each a --set of its own")
     check_kind(key, value, "--set ")
     return value
 

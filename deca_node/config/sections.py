@@ -47,7 +47,7 @@ Name = Annotated[
     str,
     _shaped(
         r"[a-z0-9][a-z0-9-]{0,47}",
-        "use 1 to 48 characters of a-z, 0-9 and -, the first of them no -",
+        "use 1 to 48 characters of a-z, 0-9 and -, beginning with a letter or digit",
     ),
 ]
 Device = Annotated[
@@ -77,7 +77,7 @@ class Section(BaseModel):
         try:
             return value.expanduser() if isinstance(value, Path) else value
         except RuntimeError:
-            raise ValueError("nobody knows whose home ~ is here; write the whole path") from None
+            raise ValueError("cannot expand ~: no home directory; write the full path") from None
 
 
 class RunSettings(Section):
@@ -145,7 +145,7 @@ class NodeSettings(Section):
         None,
         ge=1,
         le=65535,
-        description="TCP port where the gRPC health service answers besides, in plain text and "
+        description="TCP port where the gRPC health service also answers, in plain text and "
         "to anybody: for orchestrators, which have no certificate. Unset: none.",
         examples=[7431],
     )
@@ -170,7 +170,7 @@ class NodeSettings(Section):
     stay: bool = Field(
         False,
         description="Go on answering status and health when the run is finished, until a signal "
-        "ends the node: for Kubernetes and others that start again whatever ends.",
+        "ends the node: for Kubernetes and others that restart whatever ends.",
     )
     output: Place = Field(
         Path("out"),
@@ -240,23 +240,23 @@ class DataSettings(Section):
     )
     labels: dict[str, str] = Field(
         default_factory=dict,
-        description="classification: label = word that the model says for it; best one token "
+        description="classification: label = word that the model says for it; preferably one token "
         "each. Empty: the labels found in train, as they are. Give all of them "
-        "where nodes do not hold all.",
+        "when not every node has every label.",
     )
     label_field: str = Field("label", description="classification: the field of the label.")
     prompt_field: str = Field("prompt", description="instruction: the field of the prompt.")
     response_field: str = Field("response", description="instruction: the field of the response.")
     messages_field: str = Field(
         "messages",
-        description="instruction: the field of a chat, a list of {role, content}; it wins over "
-        "prompt and response.",
+        description="instruction: the field of a chat, a list of {role, content}; it takes "
+        "precedence over prompt and response.",
     )
     text_field: str = Field("text", description="text: the field of the text.")
     share_label_counts: bool = Field(
         False,
         description="classification: tell in the status how many examples of each label there are, "
-        "for a dashboard to show the skew. Whoever can ask for the status then knows.",
+        "for a dashboard to show the skew. Whoever can ask for the status then sees them.",
     )
     max_tokens: int = Field(
         512,
@@ -305,7 +305,7 @@ class ScheduleSettings(Section):
         description="1: a step's blocks travel during the next step's gradient and are mixed in "
         "after it, by half. Hides the exchange behind the computation of every block; neighbours "
         "agree more slowly, and it costs the memory of one more block. A node that is stopped "
-        "within a visit and resumed does not come to the same bits as one that was not.",
+        "within a visit and resumed does not arrive at the same bits as one that was not.",
     )
     order: Literal["ascending", "descending", "random"] = Field(
         "ascending",
@@ -350,7 +350,7 @@ class LoraSettings(Section):
         description="Rows of A and columns of B. Memory for the optimizer and bytes per exchange "
         "grow with it.",
     )
-    alpha: Positive = Field(16.0, description="The product counts alpha / rank times.")
+    alpha: Positive = Field(16.0, description="The product is scaled by alpha / rank.")
     targets: tuple[str, ...] = Field(
         (),
         description="Matrices of each layer by the end of their names. Empty: all linear ones.",
@@ -388,8 +388,8 @@ class QuasiGlobalSettings(Section):
 
     first_moment: Literal["quasi-global", "local"] = Field(
         "quasi-global",
-        description="From what the whole move was (quasi-global, as the second moment), or from "
-        "this node's gradients alone (local, what the authors' code does).",
+        description="Updated from the whole move (quasi-global, as the second moment is), or from "
+        "this node's gradients alone (local, as in the authors' code).",
     )
 
 
@@ -449,8 +449,9 @@ class AggregationSettings(Section):
         ge=1,
         le=255,  # limits.MAX_MEMBERS - 1
         description="clipped, trimmed: how many of a node's neighbours may be hostile. A clipped "
-        "node mixes nothing with no more neighbours than that (unless tau is set), a trimmed one "
-        "with fewer than twice that; with just twice that it takes the median.",
+        "node mixes nothing when it has no more neighbours than that (unless tau is set), a "
+        "trimmed "
+        "one when it has fewer than twice as many; with exactly twice as many it takes the median.",
     )
     tau: float = Field(
         0.0,
@@ -489,7 +490,7 @@ def default_trust_folder(run: str) -> Path:
     try:
         base = home if home.is_absolute() else Path("~/.config").expanduser()
     except RuntimeError:
-        raise ConfigError("nobody knows whose home ~ is here; set trust.folder") from None
+        raise ConfigError("cannot expand ~: no home directory; set trust.folder") from None
     return base / "deca-node" / run
 
 
@@ -520,8 +521,9 @@ class ConsensusSettings(Section):
         500,
         ge=8,
         le=100_000,
-        description="Most rounds on one block. A few dozen are enough on a graph that holds; "
-        "where nodes are lost meanwhile the rest may take hundreds.",
+        description="Most rounds on one block. A few dozen are enough while the graph stays "
+        "as it is; "
+        "where nodes are lost meanwhile, the others may need hundreds.",
     )
 
 
@@ -539,8 +541,8 @@ class NetworkSettings(Section):
     )
     static_peers: tuple[str, ...] = Field(
         (),
-        description="HOST:PORT of peers to call, beside or in place of zeroconf. One that is up "
-        "is enough: it names the others.",
+        description="HOST:PORT of peers to call, beside or in place of zeroconf. One that is "
+        "running is enough: it names the others.",
         examples=[["host:7430"]],
     )
     dns_peers: tuple[str, ...] = Field(
@@ -591,12 +593,13 @@ class NetworkSettings(Section):
     send_rate: Positive | None = Field(
         None,
         description="MB per second that this node sends to all peers together, catching up "
-        "included. Unset: what the link takes. A step takes longer where it is less.",
+        "included. Unset: as much as the link takes. With less, a step takes longer.",
         examples=[100.0],
     )
     send_rate_per_peer: Positive | None = Field(
         None,
-        description="MB per second that this node sends to each peer. Unset: what the link takes.",
+        description="MB per second that this node sends to each peer. Unset: as much "
+        "as the link takes.",
         examples=[50.0],
     )
     catch_up_rate: Positive = Field(
@@ -606,16 +609,17 @@ class NetworkSettings(Section):
     )
     catch_up_share: Positive = Field(
         0.04,
-        description="What handing out blocks to nodes that catch up may take of the CPU cores that "
-        "the training uses (node.threads; one with a GPU) while it does; by itself it slows to "
-        "that. Lower spares the training, higher brings them back sooner.",
+        description="Share of the CPU cores in use by the training (node.threads; one with a GPU) "
+        "that handing out blocks to nodes that catch up may take meanwhile; it slows down to that "
+        "by itself. Lower spares the training, higher brings them back sooner.",
     )
     wire_format: Literal["fp32", "bf16", "int8"] = Field(
         "fp32",
         description="How blocks travel. bf16 and int8 send the difference from the step before, "
         "rounded, in a half or a quarter of fp32's bytes, but for a visit's first one, which is "
         "whole; what rounding leaves out is sent later. "
-        "They cost computing and, on the host, memory: two blocks in fp32, and one more for each "
+        "They cost computing time and, on the host, memory: two blocks in fp32, and one more "
+        "for each "
         "neighbour. An edge takes the smaller of its two ends' formats.",
     )
 
@@ -638,8 +642,8 @@ class MetricsSettings(Section):
     )
     host: str = Field(
         "127.0.0.1",
-        description="Address to serve them on. Whoever reaches it can read them, so other "
-        "addresses than the loopback are for networks that you trust.",
+        description="Address to serve them on. Whoever reaches it can read them, so use "
+        "an address beyond the loopback only on networks that you trust.",
     )
 
 

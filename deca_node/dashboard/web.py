@@ -173,7 +173,7 @@ def make_app(
     async def file(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in page:
-            return PlainTextResponse("there is no such page here\n", 404)
+            return PlainTextResponse("no such page\n", 404)
         return Response(page[name], media_type=_TYPES[name.rpartition(".")[2]])
 
     async def state(_: Request) -> Response:
@@ -186,7 +186,9 @@ def make_app(
 
     async def stream(_: Request) -> Response:
         if feed.viewers >= MAX_BROWSERS:
-            return PlainTextResponse(f"{MAX_BROWSERS} browsers are watching already\n", 503)
+            return PlainTextResponse(
+                f"{MAX_BROWSERS} browsers are watching already; close one\n", 503
+            )
 
         async def messages() -> AsyncGenerator[str]:
             feed.viewers += 1
@@ -218,7 +220,7 @@ def make_app(
         except (ValueError, TypeError, KeyError, RecursionError):
             return JSONResponse({"error": "send an object with key and verb"}, 400)
         if verb not in operator.verbs:
-            return JSONResponse({"error": f"{verb[:20]!r} is no verb"}, 400)
+            return JSONResponse({"error": f"{verb[:20]!r} is not a verb"}, 400)
         try:
             return JSONResponse({"said": await operator.tell(key, verb)})
         except DecaError as error:

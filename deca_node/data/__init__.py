@@ -105,7 +105,7 @@ def examples(
             found += made
     why = "; ".join(f"in {count} {reason}" for reason, count in reasons.most_common())
     if not found:
-        raise DataError(f"{source}: empty shard: none of {len(rows)} rows gives an example: {why}")
+        raise DataError(f"{source}: empty shard: none of {len(rows)} rows yields an example: {why}")
     if reasons:
         _log.warning(
             "rows without an example",
@@ -209,8 +209,8 @@ def _warn_of_blanks(rows: Sequence[Row], settings: DataSettings, source: Path) -
     blank = sum(all(not str(part(name, (), row)[0]).strip() for name in parts) for row in rows)
     if blank:
         _log.warning(
-            "rows of which all is empty that data.template names: their labels are learned as what"
-            " follows no text; take them out, or see data.template",
+            "rows in which every field named by data.template is empty: the model would learn their"
+            " labels with no text; remove them, or correct data.template",
             source=str(source),
             rows=len(rows),
             empty=blank,

@@ -28,14 +28,14 @@ def instruction(
         return unheard
     # A template's mark of a turn's end would be all that such a chat teaches.
     if not any(each["content"].strip() for each in messages if each["role"] == "assistant"):
-        return "the answer is empty; give it one"
+        return "the answer is empty; fill it in"
     ids = [token for segment, _ in segments for token in segment]
     trained = [flag for segment, flag in segments for _ in segment]
     # Nothing predicts the first token, so it alone teaches nothing.
     if not any(trained[1:size]):
         if len(ids) > size:
             return f"nothing is learned within data.max_tokens = {size}; raise it"
-        return "nothing stands before the answer; begin with what the user says"
+        return "nothing comes before the answer; begin with a message of the user"
     return [Example(ids[:size], trained[:size])]
 
 
@@ -60,14 +60,14 @@ def messages_of(row: Row, settings: DataSettings, where: str) -> list[dict[str, 
     if not isinstance(messages, list) or not all(isinstance(entry, Mapping) for entry in messages):
         raise DataError(f"{where}: field {field!r} is not a list of {{role, content}} objects")
     if not messages:
-        raise DataError(f"{where}: field {field!r} has no messages; take the row out")
+        raise DataError(f"{where}: field {field!r} has no messages; remove the row")
     found = []
     for number, entry in enumerate(messages, start=1):
         place_in_row = f"{where}: message {number} of {field!r}"
         if entry.get("tool_calls"):  # each template writes them in its way; here they would be lost
             raise DataError(
                 f"{place_in_row} has tool_calls, which are not trained; write the call into its"
-                " content as the model is to say it, or take the row out"
+                " content as the model is to say it, or remove the row"
             )
         found.append({key: text_of(entry, key, place_in_row) for key in ("role", "content")})
     return found
@@ -78,7 +78,7 @@ def _unheard(messages: list[dict[str, str]], settings: DataSettings, where: str)
     found = {message["role"] for message in messages}
     said = f"no message has the role 'assistant' (found: {', '.join(sorted(found))})"
     if found <= set(ROLES):
-        return "" if "assistant" in found else f"{said}; give them answers"
+        return "" if "assistant" in found else f"{said}; add answers"
     if "assistant" not in found:
         raise DataError(f"{where}: {said}; rename them to user and assistant")
     number, role = next(

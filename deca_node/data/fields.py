@@ -17,7 +17,7 @@ TEXT = (str, bool, int, float)
 IN_TEMPLATE = (*TEXT, dt.date, dt.time, dt.timedelta, decimal.Decimal)
 
 
-_NULL = "give it a value or take the row out"
+_NULL = "give it a value or remove the row"
 
 
 def names_of(row: Row) -> str:
@@ -65,4 +65,6 @@ def check(value: Any, field: str, where: str, kinds: tuple[type, ...], remedy: s
 def _check_finite(value: Any, field: str, where: str) -> None:
     # pandas writes NaN where there is no number; it would be a label of its own.
     if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"{where}: field {field!r} is {value}, not a finite number; mend the row")
+        raise DataError(
+            f"{where}: field {field!r} is {value}, not a finite number; correct the row"
+        )

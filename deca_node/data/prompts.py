@@ -126,8 +126,8 @@ def fields_of(template: str) -> list[str]:
     names = [name.partition("[")[0] for name in parsed]
     if any("." in re.sub(r"\[[^]]*\]", "", name) for name in parsed):
         raise ConfigError(
-            f"data.template = {template!r}: no dots in the name of a field; rename the field,"
-            " or take a part of it as in {text[part]}"
+            f"data.template = {template!r}: the name of a field may not contain dots; rename"
+            " it, or take a part of it as in {text[part]}"
         )
     if not names or any(not name or name.isdecimal() for name in names):
         raise ConfigError(f"data.template = {template!r}: name the fields of a row, as in {{text}}")

@@ -48,7 +48,7 @@ async def examine(
     if facts.running is not None:
         return [*checks, *network.running(facts.running)]
     if settings.needs_trust() and facts.guard is None:
-        return [*checks, Check("peers", Verdict.WARN, "not looked for without a certificate")]
+        return [*checks, Check("peers", Verdict.WARN, "not searched for without a certificate")]
     tell("port and peers")
     return [*checks, *await peers.meet(facts, patience)]
 

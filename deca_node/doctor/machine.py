@@ -68,7 +68,7 @@ def settings(facts: Facts) -> Iterable[Check]:
         yield Check(
             "settings",
             Verdict.WARN,
-            f"{found}; it knows no way to find others",
+            f"{found}; it has no way to find others",
             "set network.zeroconf = true, network.static_peers or network.dns_peers, unless others "
             "name this node",
         )
@@ -105,7 +105,7 @@ def _data(facts: Facts) -> Iterable[Check]:
     data = facts.settings.data
     if facts.model is None:
         rows = len(read_rows(data.train))
-        found = f"{rows:,} rows; whether they fit the task is not known without the model"
+        found = f"{rows:,} rows; whether they fit the task cannot be told without the model"
         yield Check("data", Verdict.WARN, found)
         return
     corpus = read_corpus(data, facts.model.tokenizer)

@@ -36,13 +36,13 @@ async def multicast(facts: Facts) -> list[Check]:
     heard = await asyncio.gather(*(asyncio.to_thread(loops_back, at) for at in places))
     deaf = [at for at, hears in zip(places, heard, strict=True) if not hears]
     if not deaf:
-        return [Check("multicast", Verdict.OK, f"goes round on {', '.join(places)}")]
+        return [Check("multicast", Verdict.OK, f"works on {', '.join(places)}")]
     alone = len(deaf) == len(places)
     return [
         Check(
             "multicast",
             Verdict.FAIL if alone and not other_way else Verdict.WARN,
-            f"does not come back on {', '.join(deaf)}",
+            f"packets sent on {', '.join(deaf)} are not received back",
             "allow port 5353/udp there, choose other network.interfaces, or set "
             "network.static_peers",
         )

@@ -134,7 +134,7 @@ async def meet(facts: Facts, patience: float | None) -> list[Check]:
                 "peers",
                 Verdict.WARN,
                 f"{name} has no address: {reason}",
-                "correct network.dns_peers, or mend the name server or the service of that name",
+                "correct network.dns_peers, or repair the name server or the service of that name",
             )
             for name, reason in sorted(search.named.failing.items())
         ]
@@ -226,7 +226,7 @@ def _judge(
                 Verdict.FAIL,
                 f"a node called {settings.node.name} is running already, says {refusal.node} at "
                 f"{address}",
-                "give this one another node.name, unless it is that one",
+                "give this one another node.name, unless it is this very node",
             )
         elif refusal.reason != "other_run" or address in settings.network.static_peers:
             yield Check("peer", Verdict.FAIL, f"{refusal.node} at {address}: {refusal.detail}")
@@ -267,7 +267,7 @@ def _judge(
 def _peer(peer: Peer, called: bool, facts: Facts, port: int, waited: float) -> Check:
     found = f"{peer.name} at {peer.address}: "
     if peer.state == State.REFUSED:
-        return Check("peer", Verdict.FAIL, found + peer.detail, "make the two equal, here or there")
+        return Check("peer", Verdict.FAIL, found + peer.detail, "make them equal, here or there")
     if not peer.reached:
         return Check(
             "peer",

@@ -280,7 +280,7 @@ class Gathering:
         mixed = 0
         started = loop.time()
         edge = report.edges[peer] = EdgeUse()
-        problem: PeerError | None = PeerTimeout("not there in time")  # when cancelled
+        problem: PeerError | None = PeerTimeout("did not arrive in time")  # when cancelled
         request = pb.PullRequest(
             sender=self._peers.sender(),
             serial=step.serial,

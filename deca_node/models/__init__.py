@@ -424,7 +424,7 @@ class LanguageModel:
             ModelError: there is not enough memory for it; likewise.
         """
         if folder.exists():
-            raise OutputError(f"{folder}: is there already; move it away or export elsewhere")
+            raise OutputError(f"{folder}: already exists; move it away or export elsewhere")
         with written_whole(folder) as place:
             with nullcontext() if self._addition is None else self._addition.exporting(place):
                 self.module.save_pretrained(place)

@@ -192,11 +192,11 @@ class Contacts:
         replaced = self._replaced(table)
         if self._lines.take("", _now()):
             self._log.warning(
-                f"{MAX_CONTACTS} addresses are greeted already, "
+                f"{MAX_CONTACTS} addresses are in use: "
                 + (
-                    "a new one is not"
+                    "ignoring a new one"
                     if replaced is None
-                    else "one where no peer was met is not now"
+                    else "dropped one at which no peer ever answered"
                 ),
                 address=address,
                 by=by,

@@ -43,7 +43,7 @@ _OTHERS = (
 # The same of a handshake that failed.
 _HANDSHAKES = (
     ("WRONG_VERSION_NUMBER", "answers, but not under TLS: a node without it, or another program"),
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is over, or another authority's than our run's"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate has expired or was issued by another authority"),
     ("Hostname Verification Check failed", "its certificate names another node or another run"),
 )
 
@@ -68,7 +68,7 @@ def _translate(error: grpc.aio.AioRpcError, address: str) -> PeerError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return PeerRefused("too_long", f"{address}: {details}")
     if code is not grpc.StatusCode.FAILED_PRECONDITION:
-        return PeerRefused(code.name.lower(), f"{address}: {details}")
+        return PeerRefused(known_reason(code.name.lower()), f"{address}: {details}")
     reason, _, text = details.partition(": ")  # as _refuse wrote it
     return PeerRefused(known_reason(reason), f"{address}: {text}")
 

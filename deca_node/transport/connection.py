@@ -33,7 +33,7 @@ _COMMON: list[tuple[str, int]] = [
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     # Else that is where gRPC begins to refuse some of them, and all only from twice as much.
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    # Bandwidth probing and small frames halve the rate of long streams (docs/protocol.md).
+    # Bandwidth probing and small frames halve the rate of long streams.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.max_frame_size", 16_777_215),
     # A peer that goes silent without closing is noticed within 15 s.

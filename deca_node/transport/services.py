@@ -51,7 +51,7 @@ def admitted(context: grpc.aio.ServicerContext, guard: Guard | None) -> Caller:
     """Who makes a call, and has a say in the run.
 
     Raises:
-        PeerRefused: its certificate is over, was taken back, or is not on the list.
+        PeerRefused: its certificate has expired, was revoked, or is not on the list.
     """
     caller = caller_of(context)
     if guard is None or caller.local:
@@ -194,7 +194,10 @@ def status_handlers(
             places = kept if caller.local or caller.operator else others
             name = caller.node or network(host_of(context.peer()))
             if not places.enter(name):
-                raise PeerRefused("too_many_watchers", "no place for another; ask now and then")
+                raise PeerRefused(
+                    "too_many_watchers",
+                    "too many watch it already; ask for the status now and then",
+                )
             try:
                 async with aclosing(status.watch_status(request.interval_seconds)) as states:
                     async for now in states:

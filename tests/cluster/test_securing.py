@@ -72,7 +72,7 @@ def test_from_an_authority_to_a_revocation(machines, model, tmp_path):
     assert "swarm join TOKEN" in said
 
     one.run("swarm", "init", "--run", run, "--node", "alice")
-    assert "has an authority already" in one.run("swarm", "init", "--run", run, code=12)
+    assert "already has an authority" in one.run("swarm", "init", "--run", run, code=12)
     inviter = one.begin("swarm", "invite", "--run", run, "--ttl", "5m")
     command = inviter.stdout.readline().split()
     assert command[:3] == ["deca-node", "swarm", "join"]

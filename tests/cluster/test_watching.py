@@ -82,7 +82,7 @@ def test_an_operators_day(pair):
 
     assert "exports/friday" in typed("export", name, "--name", "friday")
     AutoModelForCausalLM.from_pretrained(alice.output / "exports" / "friday")
-    assert "is there already" in typed("export", name, "--name", "friday", code=8)
+    assert "already exists" in typed("export", name, "--name", "friday", code=8)
     assert "a name is" in typed("export", name, "--name", "../../tmp/x", code=13)
     assert sorted(p.name for p in (alice.output / "exports").iterdir()) == ["friday"]
 

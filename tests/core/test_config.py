@@ -89,7 +89,7 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD + "[network]\nzeroconf = 'no'\n", [], "true or false is needed"),
         (GOOD + "[run]\nname = 7\n", [], "node.toml: run.name = 7"),
         (GOOD, ["schedule.steps=true"], "--set schedule.steps = true: a number is needed"),
-        (GOOD, ["schedule.steps=1\nschedule.rounds=9"], "--set schedule.steps: one setting each"),
+        (GOOD, ["schedule.steps=1\nschedule.rounds=9"], "--set schedule.steps: more than one"),
         (GOOD, ["run.name=Big_Name"], 'run.name = "Big_Name": use 1 to 48 characters of a-z'),
         (GOOD, ["node.device=gpu"], "use auto, cpu, cuda, cuda:N (as cuda:0) or mps"),
         (
@@ -120,7 +120,7 @@ def test_everything_can_come_from_the_environment(monkeypatch):
         (GOOD, ["node.advertise=h:5"], "a host name or an IP address without a port"),
         (GOOD, ["node.advertise_port=0"], "node.advertise_port"),
         (GOOD, ["node.advertise=[::1]"], "a host name or an IP address without a port"),
-        (GOOD, ["model.cache=~no-such-user/x"], "nobody knows whose home ~ is"),
+        (GOOD, ["model.cache=~no-such-user/x"], "cannot expand ~: no home directory"),
         ("", [], "'model.path' is missing"),
         ("[model]\npath = 'm'\n", [], "'data.train' is missing"),
     ],

@@ -427,7 +427,7 @@ def test_template_writes_dates_as_they_are() -> None:
 def test_template_names_no_attributes() -> None:
     """They are Python's, not the row's."""
     for template in ("{text.__class__}", "{text[0].real}", "{meta.text}", "{text:{text.real}}"):
-        with pytest.raises(ConfigError, match=r"data\.template = .*: no dots"):
+        with pytest.raises(ConfigError, match=r"data\.template = .*may not contain dots"):
             examples(
                 [{"text": "t", "label": "a"}], data_settings(template=template), TOKENIZER, SOURCE
             )
@@ -523,7 +523,7 @@ def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
     with capture_logs() as logs:
         [example] = examples(rows, data_settings(task="instruction"), TOKENIZER, SOURCE)
     assert completion_of(example) == "b"
-    assert [entry["why"] for entry in logs] == ["in 1 the answer is empty; give it one"]
+    assert [entry["why"] for entry in logs] == ["in 1 the answer is empty; fill it in"]
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_a_chat_whose_only_answer_is_blank_is_dropped(blank: str) -> None:
             {"messages": [{"role": "elf", "content": "c"}]},
             "the model's chat template refuses it: unknown role elf",
         ),
-        ({"messages": []}, "field 'messages' has no messages; take the row out"),
+        ({"messages": []}, "field 'messages' has no messages; remove the row"),
     ],
 )
 def test_unfit_conversation_is_named(row: dict[str, Any], message: str) -> None:
@@ -647,18 +647,18 @@ ASKED = {"messages": [{"role": "user", "content": "a"}]}
         (
             "instruction",
             [ASKED, LOST, ASKED],
-            "in 2 no message has the role 'assistant' (found: user); give them answers;"
+            "in 2 no message has the role 'assistant' (found: user); add answers;"
             " in 1 nothing is learned within data.max_tokens = 8; raise it",
         ),
         (
             "instruction",
             [{"messages": [{"role": "assistant", "content": ""}]}],
-            "in 1 the answer is empty; give it one",
+            "in 1 the answer is empty; fill it in",
         ),
         (
             "instruction",
             [{"messages": [{"role": "assistant", "content": "a"}]}],
-            "in 1 nothing stands before the answer; begin with what the user says",
+            "in 1 nothing comes before the answer; begin with a message of the user",
         ),
     ],
 )
@@ -667,7 +667,7 @@ def test_rows_without_an_example_are_an_empty_shard(
 ) -> None:
     """A node with nothing to learn says so before the run, with a remedy for each reason."""
     settings = data_settings(task=task, max_tokens=8)
-    message = f"shard.jsonl: empty shard: none of {len(rows)} rows gives an example: {why}"
+    message = f"shard.jsonl: empty shard: none of {len(rows)} rows yields an example: {why}"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         examples(rows, settings, AnyRole((), None), SOURCE)
 
@@ -683,7 +683,7 @@ def test_rows_without_an_example_are_an_empty_shard(
 def test_what_is_trained_on_is_no_test(
     tmp_path: Path, task: str, rows: list[dict[str, Any]], held: dict[str, Any]
 ) -> None:
-    """Test rows that ask what a row to train on asks are counted and told, with the remedy."""
+    """Test rows that ask the same as a row to train on are counted and told, with the remedy."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     module = SimpleNamespace(
         config=SimpleNamespace(get_text_config=SimpleNamespace),

@@ -22,7 +22,7 @@ class _Log:
         (False, "peer alive", {"peer": "bob"}, ("joined", "joined", "bob")),
         (True, "peer gone", {"peer": "bob", "detail": ""}, ("gone", "gone", "bob")),
         (True, "disk is slow", {}, ("warning", "disk is slow", "")),
-        (False, "mended", {"finding": "alone"}, ("mended", "mended: alone", "")),
+        (False, "resolved", {"finding": "alone"}, ("resolved", "resolved: alone", "")),
         (False, "visit", {"visit": 3}, None),
         (False, "step", {"loss": 1.0}, None),
     ],

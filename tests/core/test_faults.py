@@ -10,7 +10,7 @@ from deca_node.faults import (
     LAST_SECONDS,
     SECONDS,
     Kind,
-    Standing,
+    Roster,
     most_down,
     next_fault,
     pause,
@@ -19,8 +19,8 @@ from deca_node.faults import (
 END = 600.0
 
 
-def decide(seed, standing, now=1.0, end=END):
-    return next_fault(random.Random(seed), standing, now, end)[0]
+def decide(seed, roster, now=1.0, end=END):
+    return next_fault(random.Random(seed), roster, now, end)[0]
 
 
 def play(seed, nodes=5, joiners=2, end=END, recover=6.0):
@@ -43,17 +43,17 @@ def play(seed, nodes=5, joiners=2, end=END, recover=6.0):
             continue
         well = [name for name in steady_from if name not in healed_at]
         back = [name for name in well if steady_from[name] > now]
-        standing = Standing(
+        roster = Roster(
             steady=tuple(name for name in well if name not in back),
             recovering=tuple(name for name in back if name not in spared),
             spared=tuple(name for name in back if name in spared),
             faulty=tuple(healed_at),
             absent=tuple(absent),
         )
-        fault, _ = next_fault(draw, standing, now, end)
+        fault, _ = next_fault(draw, roster, now, end)
         if fault is None:
             continue
-        yield now, fault, standing
+        yield now, fault, roster
         due = now + pause(draw)
         if fault.kind == Kind.JOIN:
             absent.remove(fault.node)
@@ -69,14 +69,14 @@ def play(seed, nodes=5, joiners=2, end=END, recover=6.0):
 @pytest.mark.parametrize("seed", range(50))
 def test_somebody_is_always_left_alone(seed):
     """A steady node remains beside the victim, and no more than half are brought down."""
-    for _, fault, standing in play(seed, nodes=2 + seed % 5):
+    for _, fault, roster in play(seed, nodes=2 + seed % 5):
         if fault.kind == Kind.JOIN:
             continue
-        assert fault.node in (*standing.steady, *standing.recovering)
-        steady = set(standing.steady) - {fault.node}
+        assert fault.node in (*roster.steady, *roster.recovering)
+        steady = set(roster.steady) - {fault.node}
         assert steady
-        if fault.node in standing.steady:
-            present = len(standing.present)
+        if fault.node in roster.steady:
+            present = len(roster.present)
             assert present - len(steady) <= most_down(present)
 
 
@@ -84,8 +84,8 @@ def test_somebody_is_always_left_alone(seed):
 def test_a_node_on_its_way_back_is_hurt_once(seed):
     """Then it is left to come back, however many faults there are."""
     hurt = Counter()
-    for _, fault, standing in play(seed, recover=40.0):
-        for name in standing.steady:
+    for _, fault, roster in play(seed, recover=40.0):
+        for name in roster.steady:
             hurt[name] = 0
         hurt[fault.node] += 1
         assert hurt[fault.node] <= 2  # what sent it there, and once on the way
@@ -126,12 +126,12 @@ def test_a_seed_gives_the_same_faults():
 def test_the_last_one_standing_is_not_touched():
     """Whether the others are down or on their way back; those on their way may be hurt again."""
     for seed in range(50):
-        assert decide(seed, Standing(("a",))) is None
-        assert decide(seed, Standing(("a",), faulty=("b",))) is None
-        fault = decide(seed, Standing(("a",), recovering=("b",)))
+        assert decide(seed, Roster(("a",))) is None
+        assert decide(seed, Roster(("a",), faulty=("b",))) is None
+        fault = decide(seed, Roster(("a",), recovering=("b",)))
         assert fault is not None
         assert fault.node == "b"
-        assert decide(seed, Standing((), recovering=("a", "b", "c"))) is None
+        assert decide(seed, Roster((), recovering=("a", "b", "c"))) is None
 
 
 def test_a_cut_is_between_the_victim_and_others():
@@ -139,7 +139,7 @@ def test_a_cut_is_between_the_victim_and_others():
     cuts = [
         fault
         for seed in range(400)
-        if (fault := decide(seed, Standing(("a", "b", "c", "d")))) and fault.kind == Kind.CUT
+        if (fault := decide(seed, Roster(("a", "b", "c", "d")))) and fault.kind == Kind.CUT
     ]
     ways = Counter()
     for fault in cuts:

@@ -215,7 +215,7 @@ def test_no_test_file_unless_asked(source: Path, tmp_path: Path) -> None:
 def test_existing_files_are_never_touched(source: Path, tmp_path: Path, name: str) -> None:
     """One file in the way stops the split before anything is written."""
     (tmp_path / name).write_text("precious")
-    with pytest.raises(OutputError, match=f"{name} is there already"):
+    with pytest.raises(OutputError, match=f"{name} already exists"):
         write_shards(source, tmp_path, 2, 1.0, 0, label_field="label", test_per_label=1)
     assert (tmp_path / name).read_text() == "precious"
     assert not (tmp_path / "node-0.jsonl").exists()

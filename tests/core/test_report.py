@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from deca_node.errors import ConfigError, OutputError
-from deca_node.metrics import Curve
+from deca_node.metrics import Band
 from deca_node.report import Group, baseline, markdown, paired, panels, points, table, write
 
 
@@ -140,7 +140,7 @@ def test_a_gap_is_drawn_as_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", seen)
     nan = math.nan
-    curve = Curve([1, 2, 3, 4], [2.0, nan, nan, 1.0], [0.0, nan, nan, 0.0], {3})
+    curve = Band([1, 2, 3, 4], [2.0, nan, nan, 1.0], [0.0, nan, nan, 0.0], {3})
     for log in (True, False):
         draw_curves({"": {"all": curve}}, "loss", [tmp_path / "loss.svg"], log=log)
     assert drawn == [([1, 3, 4], ["2.0", "nan", "1.0"])] * 2
@@ -150,7 +150,7 @@ def test_steps_are_counted_in_whole_numbers(tmp_path):
     """A short run's axis is not marked at step 2.5."""
     from deca_node.plots import draw_curves
 
-    curve = Curve(list(range(1, 21)), [1.0] * 20, [0.0] * 20)
+    curve = Band(list(range(1, 21)), [1.0] * 20, [0.0] * 20)
     picture = tmp_path / "loss.svg"
     draw_curves({"": {"all": curve}}, "loss", [picture], log=True)
     assert "<!-- 5 -->" in picture.read_text()
@@ -370,7 +370,7 @@ def test_no_report_is_written_over_another_experiments(tmp_path):
     assert (to / "report.md").read_bytes() == text
     old.mkdir()
     (old / "table.csv").write_text("mine")
-    with pytest.raises(OutputError, match="nobody knows"):
+    with pytest.raises(OutputError, match="belongs to is unknown"):
         write(one, old)
     assert [p.name for p in old.iterdir()] == ["table.csv"]
     with pytest.raises(OutputError, match="another experiment"):

@@ -135,7 +135,7 @@ def test_bottlenecks_beside_a_model_are_put_to_use(model, tmp_path):
         ([{"turns": ["a"]}], "question 1: question_id must be a number or a string"),
         ([{"question_id": 1, "turns": []}], "question 1: turns must be a list"),
         ([{"question_id": 1, "turns": "a"}], "question 1: turns must be a list"),
-        ([{"question_id": 1, "turns": ["a"]}] * 2, "question 2: question_id 1 is there twice"),
+        ([{"question_id": 1, "turns": ["a"]}] * 2, "question 2: question_id 1 occurs twice"),
     ],
 )
 def test_a_question_that_is_none_is_named(model, tmp_path, capsys, rows, words):
@@ -151,7 +151,7 @@ def test_a_file_of_something_else_is_left_alone(model, tmp_path, capsys):
     questions = write_lines(tmp_path / "questions.jsonl", QUESTIONS)
     to = write_lines(tmp_path / "notes.jsonl", [{"text": "a"}])
     assert ask(model, questions, to) == 8
-    assert "holds something else than answers" in capsys.readouterr().err
+    assert "does not hold answers" in capsys.readouterr().err
     assert lines(to) == [{"text": "a"}]
     to.write_text("dear")
     assert ask(model, questions, to) == 8

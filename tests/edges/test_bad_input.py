@@ -96,7 +96,7 @@ def test_broken_data_names_file_and_line(start, tmp_path, content, words):
         ("schedule.rounds=0", 2, "schedule.rounds"),
         (f"node.output={__file__}", 8, f"{__file__}: File exists; {WRITABLE}"),
         (f"node.output={__file__}/out", 8, f"Not a directory; {WRITABLE}"),
-        ("node.output=/proc/out", 8, f"/proc/out: no folder can be made there; {WRITABLE}"),
+        ("node.output=/proc/out", 8, f"/proc/out: no folder can be created there; {WRITABLE}"),
     ],
 )
 def test_each_culprit_is_named(start, change, code, words):
@@ -158,7 +158,8 @@ def test_an_interface_that_is_not_there_is_named_before_the_model_is_read(start,
     network = ["network.zeroconf=true", f'network.interfaces=["127.0.0.1", "{interface}"]']
     code, error = start("model.path=/absent", *network)
     assert code == 6
-    assert error.startswith(f"network.interfaces: {interface} is no IP address of this machine; ")
+    where = "is not an IP address of this machine; "
+    assert error.startswith(f"network.interfaces: {interface} {where}")
 
 
 def test_a_model_that_is_not_causal_is_named(start, model, tmp_path):

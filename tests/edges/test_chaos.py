@@ -200,7 +200,7 @@ def test_a_frozen_node_is_thawed_and_a_restarted_one_started_once_it_has_ended(a
     arena._hurt(Fault(Kind.FREEZE, "node-0", 3.0), 1.0)
     arena._tick(3.9)
     assert process.signals == [19]
-    assert arena._standing().faulty == ("node-0",)
+    assert arena._roster().faulty == ("node-0",)
     arena._tick(4.1)
     assert process.signals == [19, 18]
     arena._hurt(Fault(Kind.RESTART, "node-0", 0.0), 5.0)
@@ -209,9 +209,9 @@ def test_a_frozen_node_is_thawed_and_a_restarted_one_started_once_it_has_ended(a
     process.code = 0
     arena._tick(6.2)
     assert node.process is not process
-    assert arena._standing().recovering == ("node-0",)
-    assert arena._standing().steady == ("node-1",)
-    assert arena._standing().absent == ("node-2",)
+    assert arena._roster().recovering == ("node-0",)
+    assert arena._roster().steady == ("node-1",)
+    assert arena._roster().absent == ("node-2",)
 
 
 def test_a_node_that_was_still_starting_dies_of_sigterm(arena):

@@ -208,7 +208,7 @@ def test_a_block_without_a_good_copy_is_lost_and_stays_so(kept):
     with opened(kept) as store:
         assert store.lost == (2,)
         (warning,) = store.warnings
-        assert "state/block-0002-*.safetensors: damaged at an earlier start" in warning
+        assert "state/block-0002-*.safetensors: found damaged at an earlier start" in warning
         store.save({2: changed(6)}, Progress(visit=7))
         assert store.lost == ()
     with opened(kept) as store:

@@ -109,7 +109,7 @@ def test_init_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert _run("init", str(path)) == errors.OutputError.exit_code
     assert path.read_text() == "precious"
     assert capsys.readouterr().err == (
-        f"deca-node: error: {path}: is there already; --force overwrites it\n"
+        f"deca-node: error: {path}: already exists; --force overwrites it\n"
     )
     assert _run("init", str(path), "--force") == 0
     assert tomllib.loads(path.read_text())["run"]
@@ -148,7 +148,7 @@ def test_a_document_gives_the_same_settings_again(tmp_path: Path) -> None:
         (["status"], 3, "no node runs on this machine"),
         (["peers", "127.0.0.1:9"], 3, "no deca-node answers at 127.0.0.1:9"),
         (["partition", "absent.jsonl", "out", "-n", "2"], 4, "absent.jsonl: no such file"),
-        (["init", "absent/node.toml"], 8, "in a folder that is there and can be written"),
+        (["init", "absent/node.toml"], 8, "in a folder that exists and can be written"),
         (["testbed"], 2, "give either --train FILE or --shards DIR"),
     ],
 )

@@ -266,7 +266,7 @@ def test_in_a_full_table_a_caller_takes_the_place_of_one_where_no_peer_was_met()
         assert not log.lines
         contacts.add("caller:1", origin=Origin.CALLER, by="a")
         assert "caller:1" not in contacts._table
-        assert "a new one is not" in log.lines[-1][0]
+        assert "ignoring a new one" in log.lines[-1][0]
         await asyncio.sleep(0.1)
         contacts.add("announced:1", origin=Origin.NETWORK)
         contacts.add("said:1", origin=Origin.PEER, by="a")
@@ -342,7 +342,7 @@ def test_a_refusal_that_comes_back_is_said_again():
     with structlog.testing.capture_logs() as logged:
         refusals = Refusals(structlog.get_logger())
         for now in (0.0, 1.0):
-            refusals.note("10.0.0.1:1", "bob", "expired", "its time is over", now)
+            refusals.note("10.0.0.1:1", "bob", "expired", "its certificate expired", now)
         refusals.forget("10.0.0.1:1")
-        refusals.note("10.0.0.1:1", "bob", "expired", "its time is over", 2.0)
+        refusals.note("10.0.0.1:1", "bob", "expired", "its certificate expired", 2.0)
     assert [line["reason"] for line in logged] == ["expired", "expired"]

@@ -94,7 +94,7 @@ async def test_a_test_that_the_node_trains_on_is_a_warning(words, tmp_path):
     """The rows themselves as data.test measure nothing: told with the remedy, and no failure."""
     checks = await look(words, f"data.test={tmp_path / 'train.jsonl'}")
     assert verdicts(checks, "data") == [Verdict.OK, Verdict.WARN]
-    assert "8 rows of data.test ask what" in by_name(checks)["data"][1].found
+    assert "8 rows of data.test ask the same" in by_name(checks)["data"][1].found
 
 
 LONG = {"text": "0123456789 " * 6, "label": "a"}
@@ -239,7 +239,7 @@ async def test_another_runs_output_folder_is_told(words, tmp_path):
     [
         ("run.json", '{"format": 1}', "format"),
         ("run.json", "{", "damaged"),
-        ("history.jsonl", "", "no run's output"),
+        ("history.jsonl", "", "not a run's output"),
     ],
 )
 async def test_a_folder_that_start_refuses_is_told(words, tmp_path, name, content, said):

@@ -835,7 +835,7 @@ def test_chat_refusals() -> None:
 def test_export_needs_a_free_place(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """A killed export's remains are no obstacle; the files can be read by whoever may look."""
     model = load(folder("llama"))
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         model.export(tmp_path)
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "rest").touch()

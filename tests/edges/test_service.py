@@ -108,7 +108,7 @@ def test_only_command_lines_have_dollars_doubled(config):
 def test_words_that_would_be_several_are_refused(config, option, word):
     result = CliRunner().invoke(app, ["install-service", "--config", str(config), option, word])
     assert isinstance(result.exception, errors.ConfigError)
-    assert str(result.exception).startswith(f"{option} {word!r} cannot stand in a unit")
+    assert str(result.exception).startswith(f"{option} {word!r} cannot be used in a unit")
     assert result.stdout == ""
 
 

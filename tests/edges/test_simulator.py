@@ -577,7 +577,7 @@ def test_a_users_own_data_and_model_are_never_replaced(tmp_path, capsys, name):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"the only copy")
     assert deca_node("simulate", file, "-o", mine) == 8
-    assert f"holds something else ({name.split('/')[0]})" in capsys.readouterr().err
+    assert f"holds other files ({name.split('/')[0]})" in capsys.readouterr().err
     assert [p for p in mine.rglob("*") if p.is_file()] == [path]
     assert path.read_bytes() == b"the only copy"
 

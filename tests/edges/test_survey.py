@@ -308,7 +308,7 @@ def test_a_node_is_named_by_name_run_or_address():
         with registry.announce("127.0.0.1:8", "other", "alice"):
             with pytest.raises(errors.ConfigError, match="other/alice, run/alice; name one"):
                 cli_watch.target(None)
-            with pytest.raises(errors.ConfigError, match="name the run, too"):
+            with pytest.raises(errors.ConfigError, match="give RUN/NODE"):
                 cli_watch.target("alice")
             assert cli_watch.target("other/alice") == "127.0.0.1:8"
         with (
@@ -331,7 +331,7 @@ def test_a_node_is_named_by_name_run_or_address():
         (["export"], 2, "give either --to DIR, or --name NAME"),
         (["export", "--to", "a", "--name", "b"], 2, "give either --to DIR, or --name NAME"),
         (["export", "bob", "--to", "a"], 2, "to ask a running node give --name"),
-        (["export", "--name", "b", "--set", "x=1"], 2, "which has its settings"),
+        (["export", "--name", "b", "--set", "x=1"], 2, "which has its own settings"),
         (["export", "--name", "b"], 3, "no node runs on this machine"),
     ],
 )

@@ -98,7 +98,7 @@ def test_two_testbeds_in_one_folder_are_one_too_many(folder: Path) -> None:
     plan = _plan(folder)
     with (
         disk.alone(plan.out, "testbed"),
-        pytest.raises(OutputError, match="another `deca-node testbed` works there"),
+        pytest.raises(OutputError, match="another `deca-node testbed` is working there"),
     ):
         testbed.run(plan)
 

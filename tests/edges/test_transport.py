@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from deca_node.errors import (
+    REASONS,
     ListenError,
     PeerError,
     PeerRefused,
@@ -369,9 +370,36 @@ def test_where_a_caller_is(peer, host):
 )
 async def test_an_errors_text_is_the_other_ends_and_no_letter_of_it_is_obeyed(code):
     """It goes into logs, statuses and to terminals."""
+    told = await _refused(code, "stranger: \x1b]52;c;eA==\x07\x1b[2J\r\n" + "x" * 5000)
+    assert str(told).isprintable()
+    assert "]52;c;eA==" in str(told)
+    assert len(str(told)) < 400
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.UNIMPLEMENTED, "unimplemented"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument"),
+        (grpc.StatusCode.PERMISSION_DENIED, "permission_denied"),
+        (grpc.StatusCode.UNAUTHENTICATED, "unauthenticated"),
+        (grpc.StatusCode.DATA_LOSS, "refused"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "refused"),
+    ],
+)
+async def test_an_errors_word_is_one_of_ours_whatever_the_other_end_says(code, reason):
+    """Under it the fault is counted: a label of metrics."""
+    told = await _refused(code, "gibberish: as it likes")
+    assert told.reason == reason
+    assert reason in {*REASONS, "refused"}
+    assert "as it likes" in str(told)
+
+
+async def _refused(code, text):
+    """What is made of an answer with this code and text."""
 
     async def rude(request, context):
-        await context.abort(code, "stranger: \x1b]52;c;eA==\x07\x1b[2J\r\n" + "x" * 5000)
+        await context.abort(code, text)
 
     server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(rude)
@@ -383,8 +411,6 @@ async def test_an_errors_text_is_the_other_ends_and_no_letter_of_it_is_obeyed(co
     try:
         with pytest.raises(PeerError) as told:
             await ask_status(f"127.0.0.1:{port}", 30)
-        assert str(told.value).isprintable()
-        assert "]52;c;eA==" in str(told.value)
-        assert len(str(told.value)) < 400
     finally:
         await server.stop(0)
+    return told.value

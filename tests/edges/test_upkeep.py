@@ -111,7 +111,7 @@ async def test_a_renewal_that_nobody_gives_is_said(tmp_path):
     """With the date, and what to do."""
     guard = Guard(Run(tmp_path).keyring("bob", begins=DUE), "bob")
     _, (said,) = await look(guard, {"a": no_authority})
-    assert "ends on 20" in said
+    assert "expires on 20" in said
     assert "swarm invite" in said
 
 
@@ -139,7 +139,7 @@ async def test_a_revocation_that_cannot_be_written_is_in_force(tmp_path):
     assert out == ["eve"]
     assert [line.partition(":")[0] for line in said] == [
         "what was known before stays in force",
-        "revoked, but only until this node ends",
+        "a revocation is in force but could not be saved, and is lost when this node stops",
     ]
     place.rmdir()
     assert await look(guard, {}) == (["eve"], [])
@@ -179,7 +179,7 @@ async def test_what_cannot_be_written_keeps_nobody_from_reading(tmp_path, read_o
     assert guard.revoked == {"eve", "mallory"}
     assert guard.credentials().certificate == put.node("alice").certificate
     (line,) = said
-    assert line.startswith("revoked, but only until this node ends: ")
+    assert line.startswith("a revocation is in force but could not be saved, ")
     assert line.endswith("cannot be written: Read-only file system")
 
 
@@ -208,7 +208,7 @@ async def test_a_renewal_that_cannot_be_written_is_used(tmp_path, read_only, her
             upkeep.look(member)
         assert not guard.is_renewal_due
         (line,) = said
-        assert line.startswith("renewed, but only until this node ends: ")
+        assert line.startswith("a renewed certificate is in use but could not be saved, ")
         assert line.endswith("bob.pem: cannot be written: Read-only file system")
     upkeep.look(member)
     assert keyring.node("bob").certificate == guard.credentials().certificate
@@ -244,8 +244,8 @@ async def test_a_key_that_cannot_renew_is_said_as_it_is(tmp_path):
     (keyring.folder / "authority.key").write_bytes(b"no key")
     (keyring.folder / "authority.key").chmod(0o600)
     _, said = await look(Guard(keyring, "hub"), {})
-    assert any("is not renewed: " in line and "private key" in line for line in said)
-    assert not any("no node that runs" in line for line in said)
+    assert any("could not be renewed: " in line and "private key" in line for line in said)
+    assert not any("no running node" in line for line in said)
 
 
 def test_a_renewed_certificate_is_good_for_as_long(tmp_path):

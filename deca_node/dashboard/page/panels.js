@@ -62,7 +62,7 @@ export function empty(state) {
   const told = state.silent.length ? make("ul", {}, ...lines) : make("p", { text: `Watching ${state.given.join(", ")}: none runs now.` });
   box.replaceChildren(
     make("h2", { text: where }),
-    make("p", { text: "Is it running? This page goes on looking and shows it as soon as it answers." }),
+    make("p", { text: "Is it running? This page keeps looking and shows it as soon as it answers." }),
     told,
     make("p", {}, "Start a node with ", make("code", { text: "deca-node start --config node.toml" }), ", and look at it with ", make("code", { text: "deca-node status" }), "."),
   );
@@ -74,7 +74,7 @@ export function warnings(run) {
   $("warnings").hidden = !found.length && !gone.length;
   const all = [
     // The text counts seconds: the row stays.
-    ...gone.map((node) => ({ key: `gone ${node.key}`, text: `has not answered for ${duration(node.age)}: look whether it runs, and the network between (the others go on without it)`, nodes: [node.node], bad: node.state === "gone" })),
+    ...gone.map((node) => ({ key: `gone ${node.key}`, text: `has not answered for ${duration(node.age)}: check that it runs, and the network between (the others go on without it)`, nodes: [node.node], bad: node.state === "gone" })),
     ...found.map((warning) => ({ key: `warning ${warning.text}`, ...warning })),
   ];
   sync($("warning-list"), all, (warning) => warning.key,
@@ -177,7 +177,7 @@ export function grouped(events) {
 
 export function events(all, run, only, selected) {
   const name = selected ? selected.slice(selected.indexOf("/") + 1) : null;
-  const own = all.filter((event) => event.key.startsWith(`${run.run}/`) && (!only || event.trouble || event.kind === "mended" || event.kind === "answers") && (!selected || event.key === selected || event.peer === name));
+  const own = all.filter((event) => event.key.startsWith(`${run.run}/`) && (!only || event.trouble || event.kind === "resolved" || event.kind === "answers") && (!selected || event.key === selected || event.peer === name));
   const list = $("event-list");
   sync(list, grouped(own), (event) => event.id,
     () => make("li", {}, make("time"), make("i", { "aria-hidden": "true" }), make("p", {}, make("b"), make("span"), make("small"))),
