@@ -55,9 +55,8 @@ class Corpus:
             ConfigError: an example is longer than the model can take.
         """
         twins = (
-            f"{self.twins:,} rows of data.test ask the same as a row of data.train, so for "
-            "them the "
-            "test shows only what was memorized; remove them from one of the two"
+            f"{self.twins:,} rows of data.test ask the same as a row of data.train, so for them "
+            "the test shows only what was memorized; remove them from one of the two"
             if self.twins
             else ""
         )

@@ -122,8 +122,8 @@ class FaultsSection(Section):
     attacks: dict[str, float] = Field(
         default_factory=dict,
         description="By node, the factor by which it multiplies every block that it sends: -1 "
-        "flips all signs, "
-        "1e6 is huge. Its own training is as the others'; what is measured leaves it out.",
+        "flips all signs, 1e6 is huge. Its own training is as the others'; what is measured "
+        "leaves it out.",
     )
 
     @field_validator("attacks")
@@ -289,8 +289,8 @@ class Cell:
             fits = 1 <= len(times) <= 2 and all(map(math.isfinite, times)) and times[0] >= 0
             if not fits or (len(times) == 2 and times[1] <= times[0]):
                 raise ConfigError(
-                    f"{path}: faults.deaths.{name}: write [second of death] or"
-                    " [second of death, second of return]"
+                    f"{path}: faults.deaths.{name}: write [second of death] or [second of death, "
+                    "second of return]"
                 )
 
 

@@ -352,9 +352,8 @@ def _unresolved(view: View) -> Iterable[Finding]:
     for name, reason in sorted(view.unresolved.items()):
         yield Finding(
             f"unresolved:{name}",
-            f"{name} has no address ({_line(reason)}); correct network.dns_peers, or repair "
-            "the name "
-            "server or the service of that name",
+            f"{name} has no address ({_line(reason)}); correct network.dns_peers, or repair the "
+            "name server or the service of that name",
         )
 
 

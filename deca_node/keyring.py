@@ -402,9 +402,8 @@ class Keyring:
         with _written(self.folder), self._alone():
             if fresh and node in self.issued():
                 raise TrustError(
-                    f"there already is a node {node!r}; join under another name (--node), or "
-                    "have it "
-                    f"invited anew: deca-node swarm invite --node {node}"
+                    f"there already is a node {node!r}; join under another name (--node), or have "
+                    f"it invited anew: deca-node swarm invite --node {node}"
                 )
             certificate = authority.issue(request, node, now, days)
             self.note_issued(node, certificate)

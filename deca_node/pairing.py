@@ -305,9 +305,8 @@ async def join(
     """
     if clock() >= invitation.expires:
         raise TrustError(
-            "the invitation has expired by this machine's clock; ask for a new one, or set "
-            "the clock "
-            "(NTP)"
+            "the invitation has expired by this machine's clock; ask for a new one, or set the "
+            "clock (NTP)"
         )
     others: list[str] = []
     for address in addresses:

@@ -81,10 +81,9 @@ async def tell(address: str, trust: Path | None, order: Order) -> str:
         if access.is_plain(address, shown):
             await link.get_status(TELL_SECONDS)  # that nobody is there is another error
             raise ControlError(
-                f"{verb} refused: {address} answers in plain text, where anyone on the "
-                "network path "
-                "could answer for it; type it on the node's machine, which has its socket file, "
-                "or give the trust folder with the operator's certificate (--trust)"
+                f"{verb} refused: {address} answers in plain text, where anyone on the network "
+                "path could answer for it; type it on the node's machine, which has its socket "
+                "file, or give the trust folder with the operator's certificate (--trust)"
             )
         said = order.said(await link.control(order.call, order.request, order.seconds))
         return printable(said, MAX_SHOWN_CHARACTERS)

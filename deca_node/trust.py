@@ -132,9 +132,8 @@ def objection(
         return f"expired: its certificate expired on {ended}; on the authority's machine {anew}"
     if now < shown.begins - CLOCK_SECONDS:
         return (
-            f"expired: its certificate is not valid before {date(shown.begins)}; set the "
-            "clock of the "
-            "machine that is wrong (NTP)"
+            f"expired: its certificate is not valid before {date(shown.begins)}; set the clock of "
+            "the machine that is wrong (NTP)"
         )
     return "" if node is None else barred(node, revoked, allow)
 

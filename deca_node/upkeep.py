@@ -96,9 +96,8 @@ class Upkeep:
                 "folder"
             )
         self._warn(
-            f"this node's certificate expires on {date(self._guard.ends)}, and {why}, or "
-            "invite this "
-            "node anew (deca-node swarm invite --node)"
+            f"this node's certificate expires on {date(self._guard.ends)}, and {why}, or invite "
+            "this node anew (deca-node swarm invite --node)"
         )
 
     async def _ask(self, member: Member) -> bool:

@@ -450,8 +450,8 @@ class AggregationSettings(Section):
         le=255,  # limits.MAX_MEMBERS - 1
         description="clipped, trimmed: how many of a node's neighbours may be hostile. A clipped "
         "node mixes nothing when it has no more neighbours than that (unless tau is set), a "
-        "trimmed "
-        "one when it has fewer than twice as many; with exactly twice as many it takes the median.",
+        "trimmed one when it has fewer than twice as many; with exactly twice as many it takes "
+        "the median.",
     )
     tau: float = Field(
         0.0,
@@ -522,8 +522,7 @@ class ConsensusSettings(Section):
         ge=8,
         le=100_000,
         description="Most rounds on one block. A few dozen are enough while the graph stays "
-        "as it is; "
-        "where nodes are lost meanwhile, the others may need hundreds.",
+        "as it is; where nodes are lost meanwhile, the others may need hundreds.",
     )
 
 
@@ -598,8 +597,8 @@ class NetworkSettings(Section):
     )
     send_rate_per_peer: Positive | None = Field(
         None,
-        description="MB per second that this node sends to each peer. Unset: as much "
-        "as the link takes.",
+        description="MB per second that this node sends to each peer. Unset: as much as the "
+        "link takes.",
         examples=[50.0],
     )
     catch_up_rate: Positive = Field(
@@ -617,10 +616,9 @@ class NetworkSettings(Section):
         "fp32",
         description="How blocks travel. bf16 and int8 send the difference from the step before, "
         "rounded, in a half or a quarter of fp32's bytes, but for a visit's first one, which is "
-        "whole; what rounding leaves out is sent later. "
-        "They cost computing time and, on the host, memory: two blocks in fp32, and one more "
-        "for each "
-        "neighbour. An edge takes the smaller of its two ends' formats.",
+        "whole; what rounding leaves out is sent later. They cost computing time and, on the "
+        "host, memory: two blocks in fp32, and one more for each neighbour. An edge takes the "
+        "smaller of its two ends' formats.",
     )
 
     @field_validator("static_peers", "dns_peers")

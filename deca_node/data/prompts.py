@@ -60,8 +60,8 @@ def prompt_of(
     least = len(cut(0))
     if room < 1 or least > room:
         raise DataError(
-            f"{where}: data.template and the completion leave no room for text"
-            f" in data.max_tokens = {settings.max_tokens}; raise it"
+            f"{where}: data.template and the completion leave no room for text in data.max_tokens "
+            f"= {settings.max_tokens}; raise it"
         )
     size = _longest_fit(lambda size: len(cut(size)), room, (0, least), (high, len(ids)))
     tidy = _back_to_space(text, size)

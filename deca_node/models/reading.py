@@ -75,9 +75,10 @@ def check_folder(folder: Path, path: Path) -> None:
     # AutoModelForCausalLM would also read a BERT, with its attention to both sides.
     if config.get("is_encoder_decoder") or not set(architectures) & set(CAUSAL.values()):
         raise ModelError(
-            f"{path}: {', '.join(map(str, architectures)) or 'a model that names no architecture'}"
-            " is not a causal language model that transformers ships;"
-            " use a decoder-only one, such as Llama, Qwen or Mistral"
+            f"{path}: "
+            f"{', '.join(map(str, architectures)) or 'a model that names no architecture'} is not "
+            "a causal language model that transformers ships; use a decoder-only one, such as "
+            "Llama, Qwen or Mistral"
         )
 
 
