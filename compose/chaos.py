@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from deca_node import faults
-from deca_node.faults import Fault, Kind, Standing
+from deca_node.faults import Fault, Kind, Roster
 
 SOCKET = "/var/run/docker.sock"
 API = "/v1.41"  # Docker 20.10, of 2020, and all after it
@@ -171,12 +171,12 @@ def disturb(engine: Engine, project: str, seconds: float, seed: int) -> list[str
                 next_at = now + faults.pause(draw)
                 nodes = seen(engine, project, now)
                 free = {n: node for n, node in nodes.items() if n not in under}
-                standing = Standing(
+                roster = Roster(
                     tuple(sorted(n for n, node in free.items() if node.state == "healthy")),
                     tuple(sorted(n for n, node in free.items() if node.state == "starting")),
                     faulty=tuple(under),
                 )
-                fault, _ = faults.next_fault(draw, standing, now, seconds)
+                fault, _ = faults.next_fault(draw, roster, now, seconds)
                 if fault is not None:
                     under[fault.node] = (now + fault.seconds, fault, nodes[fault.node])
                     told = {"node": fault.node, "seconds": fault.seconds}

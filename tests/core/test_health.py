@@ -101,7 +101,7 @@ WAITING = {"phase": Phase.WAITING, "neighbours": None}
         ({"refusals": refused("name_taken")}, "refused:10.0.0.9:7430", "node.name"),
         ({"refusals": refused("protocol")}, "refused:10.0.0.9:7430", "same version"),
         ({"refusals": refused("protocol", at=-30.0)}, None, ""),
-        ({"refusals": refused("bad_name")}, "refused:10.0.0.9:7430", "look at both nodes' logs"),
+        ({"refusals": refused("bad_name")}, "refused:10.0.0.9:7430", "see both nodes' logs"),
         (
             {"refusals": {"10.0.0.9:7430": Refusal("max", "full", "", 99.0)}},
             "refused:10.0.0.9:7430",

@@ -833,7 +833,7 @@ async def test_a_lost_block_is_named_at_every_start(tmp_path):
     tree = unsealed(path, path.read_bytes())
     (tmp_path / "out" / "state" / tree["blocks"].pop("2")["file"]).unlink()
     path.write_bytes(sealed({**tree, "lost": [2]}))  # as a save after the first start leaves it
-    words = r"block-0002-.*: damaged at an earlier start, so block 2 is lost; restore"
+    words = r"block-0002-.*: found damaged at an earlier start, so block 2 is lost; restore"
     for _ in range(2):
         with pytest.raises(OutputError, match=words):
             await Node(settings(tmp_path), structlog.get_logger()).run()
