@@ -104,13 +104,16 @@ def write(
             f"{to}: holds answers of another model than {folder} (or of it in another precision, or"
             " from an earlier version of deca-node); choose another file"
         )
+    less = "lower --max-tokens"
+    if model.device.type != "cpu":
+        less += ", or give --device cpu"
     with translated(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         with to.open("a", encoding="utf-8") as file:
             file.truncate(end)  # a last line torn by a crash goes
             for number, question in enumerate(left, start=1):
                 try:
-                    with memory.suffices(model.device, "lower --max-tokens, or give --device cpu"):
+                    with memory.suffices(model.device, less):
                         turns = _conversation(model, question, max_tokens)
                 except DataError as error:
                     raise DataError(

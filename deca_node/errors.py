@@ -8,7 +8,7 @@
     ├── DataError                     4      a data file is missing, broken or does not fit the task
     ├── ModelError                    5      a model is missing, not causal, or too large for memory
     ├── ListenError                   6      the port or interface cannot be used
-    ├── DeviceError                   7      the device asked for is not there
+    ├── DeviceError                   7      the device asked for is not there, or out of memory
     ├── OutputError                   8      the output folder holds another run, or is damaged
     ├── DiskFullError                 9      the disk has no room for what must be written
     ├── SwarmError                   10      a testbed's node failed, or a swarm died of chaos
@@ -63,7 +63,7 @@ class ListenError(DecaError):
 
 
 class DeviceError(DecaError):
-    """The compute device asked for is not there."""
+    """The compute device asked for is not there, or out of memory."""
 
     exit_code = 7
 

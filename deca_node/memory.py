@@ -8,6 +8,7 @@ every step is a page fault first: a quarter of the time of an exchange (docs/per
 """
 
 import ctypes
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from deca_node.errors import ModelError
+from deca_node.errors import DeviceError
 
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8
@@ -35,7 +36,10 @@ SWITCH_SECONDS = 5e-4
 
 # How torch's allocators for the CPU and MPS, and NVIDIA's libraries, say in a RuntimeError that
 # there is none left.
-_OUT = re.compile("CPUAllocator: (can't|not enough)|out of memory|STATUS_ALLOC_FAILED")
+_OUT = re.compile(
+    "CPUAllocator: (can't|not enough)|out of memory|STATUS_ALLOC_FAILED|Cannot allocate|bad_alloc"
+)
+_OF_HOST = re.compile("CPUAllocator|Cannot allocate|bad_alloc")
 LESS_A_STEP = "lower data.batch_size or data.max_tokens, or set model.gradient_checkpointing = true"
 
 
@@ -60,16 +64,21 @@ def is_out(error: BaseException) -> bool:
     """Whether an error means that no memory is left, of a device or of this machine."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and _OUT.search(str(error)) is not None
 
 
 @contextmanager
 def suffices(device: torch.device, remedy: str = LESS_A_STEP) -> Iterator[None]:
-    """Turn the end of all memory into ModelError.
+    """Tell of the end of all memory in a line.
 
     Args:
         device: where is computed.
         remedy: what takes less.
+
+    Raises:
+        DeviceError: there is no more; that may be others' doing, and so over at the next try.
     """
     try:
         yield
@@ -78,6 +87,6 @@ def suffices(device: torch.device, remedy: str = LESS_A_STEP) -> Iterator[None]:
             raise
         tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         more = f" ({tried[0][0].lower()}{tried[0][1:]})" if tried else ""
-        host = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+        host = isinstance(error, MemoryError | OSError) or _OF_HOST.search(str(error))
         place = "this machine" if host else str(device)
-        raise ModelError(f"{place}: out of memory{more}; {remedy}") from None
+        raise DeviceError(f"{place}: out of memory{more}; {remedy}") from None

@@ -711,8 +711,9 @@ class Node:
             self._lookout.look(self._member, self._search, met, standing.late)
 
     def _look_at_trust(self) -> None:
-        if self._upkeep is not None and not self._left:
-            self._upkeep.look(self._member)
+        # One that stays when its run is over answers still, and may be revoked or renewed.
+        if self._upkeep is not None and (not self._left or self._standing.phase == Phase.DONE):
+            self._upkeep.look(None if self._left else self._member)
 
     def _show(self) -> None:
         if self._report is not None:

@@ -107,8 +107,7 @@ class Standing:
     def step_done(self, record: StepRecord) -> None:
         """A step is complete."""
         self.last, gathered = record, record.gathered
-        late = [peer for peer, reason in gathered.missing.items() if reason == "late"]
-        self.late = late_steps(self.late, [*late, *gathered.partial], gathered.used)
+        self.late = late_steps(self.late, gathered.late, gathered.used)
         self._disagreements[record.visit.block] = record.settled.disagreement
         self._steps_here += 1
         now = time.monotonic()

@@ -38,7 +38,7 @@ ORDERS = {
     "pause": Order(
         "Pause",
         pb.PauseRequest(),
-        lambda r: "already pausing" if r.already else "pauses after the step under way",
+        lambda r: "already paused, or about to" if r.already else "pauses after the step under way",
     ),
     "resume": Order(
         "Resume",

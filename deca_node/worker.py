@@ -52,7 +52,7 @@ class TrainingThread:
         """See rounds.Worker.
 
         Raises:
-            ModelError: there was not enough memory for it.
+            DeviceError: there was not enough memory for it.
         """
         future: asyncio.Future[T] = self._loop.create_future()
         self._jobs.put((future, work))

@@ -32,7 +32,7 @@ def label_of(row: Row, field: str, words: Mapping[str, str], where: str) -> str:
     label = text_of(row, field, where)
     if not words and not label.strip():
         raise DataError(
-            f"{where}: data.label_field {field!r} is blank; give it a label or take the row out"
+            f"{where}: data.label_field {field!r} is blank; give it a label or remove the row"
         )
     return label
 

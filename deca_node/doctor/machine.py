@@ -196,17 +196,22 @@ def _memory(facts: Facts) -> Iterable[Check]:
         host += max(need.computing, need.writing)
         if need.writing > need.computing:
             parts += f"; to write the model, weights and copies {status.size(need.copies)}"
+            yield _fits("memory", host, _free_memory(), parts, _LESS_TO_WRITE)
+            return
     yield _fits("memory", host, _free_memory(), parts)
 
 
-def _fits(name: str, need: int, free: int, parts: str) -> Check:
+_LESS_TO_COMPUTE = (
+    "lower data.batch_size or data.max_tokens, or set model.gradient_checkpointing = true; on all "
+    'nodes alike: schedule.layers_per_block, model.dtype = "bf16"'
+)
+_LESS_TO_WRITE = 'on all nodes alike: fewer lora.targets, or model.dtype = "bf16"'
+
+
+def _fits(name: str, need: int, free: int, parts: str, remedy: str = _LESS_TO_COMPUTE) -> Check:
     found = f"about {status.size(need)} needed of {status.size(free)} free ({parts})"
     if need <= TIGHT * free:
         return Check(name, Verdict.OK, found)
-    remedy = (
-        "lower data.batch_size or data.max_tokens, or set model.gradient_checkpointing = true; on "
-        'all nodes alike: schedule.layers_per_block, model.dtype = "bf16"'
-    )
     return Check(name, Verdict.WARN if need <= free else Verdict.FAIL, found, remedy)
 
 

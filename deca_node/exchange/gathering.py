@@ -46,6 +46,7 @@ class Gathered:
         used: neighbours whose whole block was mixed in.
         partial: neighbours of whose block only some messages arrived in time.
         missing: neighbours that gave nothing, with the reason.
+        late: those of both whose stream was good, but not here in time.
         received: bytes, prefixes included.
         wait: seconds from publishing until the last contribution.
         mix: seconds of that spent checking and mixing.
@@ -56,6 +57,7 @@ class Gathered:
     used: list[str] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
     received: int = 0
     wait: float = 0.0
     mix: float = 0.0
@@ -77,6 +79,7 @@ class Gathered:
         self.used += [peer for peer in later.used if peer not in self.used]
         self.partial += [peer for peer in later.partial if peer not in self.partial]
         self.missing.update(later.missing)
+        self.late += [peer for peer in later.late if peer not in self.late]
         self.received += later.received
         self.wait += later.wait
         self.mix += later.mix
@@ -229,6 +232,7 @@ class Gathering:
         for peer in step.edges.weights:  # a task may have been cancelled before it began
             if peer not in (*report.used, *report.partial, *report.missing):
                 report.missing[peer] = "late"
+                report.late.append(peer)
         report.wait = loop.time() - begin
         if wait.idle_since is not None:
             exposed = loop.time() - wait.idle_since - (report.mix - mixed_before)
@@ -337,6 +341,8 @@ class Gathering:
                     report.partial.append(peer)
                 else:
                     report.missing[peer] = problem.reason
+                if isinstance(problem, PeerTimeout):
+                    report.late.append(peer)
                 if not self._stopping.is_set():
                     self._peers.trouble(peer, problem)
                     if loop.time() >= wait.deadline:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deca_node import memory
 from deca_node.disk import is_full, is_unwritable, sync
-from deca_node.errors import DecaError, DiskFullError, ModelError, OutputError, first_line
+from deca_node.errors import DecaError, DeviceError, DiskFullError, OutputError, first_line
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Raises:
         DiskFullError: the disk is full.
-        ModelError: there is not enough memory to write it.
+        DeviceError: there is not enough memory to write it.
         OutputError: it cannot be written for another reason.
     """
     place = folder.with_name(f".{folder.name}.partial")
@@ -40,7 +40,7 @@ def write_error(folder: Path, error: Exception) -> DecaError:
     if is_full(error):
         return DiskFullError(f"{folder.parent}: no space left on this disk; free some and repeat")
     if memory.is_out(error):
-        return ModelError(f"{folder}: not enough memory to write it; free some and repeat")
+        return DeviceError(f"{folder}: not enough memory to write it; free some and repeat")
     reason = getattr(error, "strerror", None) or first_line(error)
     remedy = "; name a folder in one that can be written" if is_unwritable(error) else ""
     return OutputError(f"{folder}: cannot be written: {reason}{remedy}")

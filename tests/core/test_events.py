@@ -1,10 +1,13 @@
 """What of a node's log is kept for its status."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deca_node.events import Heard, Ring, describe
+import deca_node
+from deca_node.events import _TOLD, Heard, Ring, describe
 from deca_node.limits import MAX_EVENTS, MAX_REASON_BYTES
 
 
@@ -89,3 +92,11 @@ def test_a_logger_between_passes_everything_on() -> None:
         ("warning", 7.0),
         ("warning", 7.0),
     ]
+
+
+def test_the_dashboard_colours_kinds_that_there_are():
+    """A kind that is called otherwise from now on would lose its colour, and nothing else."""
+    page = Path(deca_node.__file__).parent / "dashboard" / "page" / "style.css"
+    coloured = set(re.findall(r"\.events \.([a-z-]+) i", page.read_text()))
+    kinds = {kind.replace(" ", "-") for kind, _ in _TOLD.values()}
+    assert {"resolved", "trouble"} < coloured <= kinds | {"trouble", "answers"}

@@ -353,6 +353,7 @@ def test_garbage_is_counted_and_the_run_goes_on(reason, where):
         assert not report.complete
         assert members[0].swarm.traffic["n1"].refusals == {reason: 1}
         assert members[0].exchange._patience.worth({"n1"})  # it was not late
+        assert not report.late
         network.fault = lambda call, index, message: message
         assert (await together(m.step(1) for m in members))[0].complete
 

@@ -14,7 +14,7 @@ from deca_node import estimate, houlsby, trainer
 from deca_node.batches import Example, collate
 from deca_node.blocks import Visit
 from deca_node.config import load
-from deca_node.errors import ConfigError, ModelError
+from deca_node.errors import ConfigError, DeviceError, ModelError
 from deca_node.export import export
 from deca_node.fingerprint import schedule_for
 from deca_node.houlsby import Houlsby
@@ -484,7 +484,7 @@ def test_an_export_keeps_copies_off_the_device(folder, tmp_path, monkeypatch):
 
     *_, last = model._addition._layers.values()
     monkeypatch.setattr(last, "merge", full)
-    with pytest.raises(ModelError, match="out: not enough memory to write it; free some"):
+    with pytest.raises(DeviceError, match="out: not enough memory to write it; free some"):
         model.export(tmp_path / "out")
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(p, before[name][1]) for name, p in frozen.items())

@@ -1,6 +1,7 @@
 """One node alone, in this process."""
 
 import asyncio
+import errno
 import json
 import math
 import shutil
@@ -29,7 +30,7 @@ from deca_node.checkpoint.sealing import sealed, unsealed
 from deca_node.config import load
 from deca_node.curve import Point
 from deca_node.doctor.checks import Facts, Verdict
-from deca_node.errors import ConfigError, DiskFullError, ModelError, OutputError
+from deca_node.errors import ConfigError, DeviceError, DiskFullError, OutputError
 from deca_node.exchange import Gathered
 from deca_node.export import export
 from deca_node.limits import MAX_HISTORY_POINTS, MAX_LABELS
@@ -150,7 +151,7 @@ async def test_a_device_without_memory_is_told_and_nothing_is_lost(
 
     monkeypatch.setattr(place, name, full)
     told = r"^cpu: out of memory \(tried to allocate 2.50 GiB\); lower data.batch_size"
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(DeviceError, match=told):
         await Node(chosen, structlog.get_logger()).run()
     manifest = json.loads((tmp_path / "out" / "state" / "manifest.json").read_text())
     assert len(manifest["blocks"]) == visits
@@ -168,6 +169,7 @@ async def test_a_device_without_memory_is_told_and_nothing_is_lost(
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate"), "mps"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "mps"),
         (MemoryError(), "this machine"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine"),
         (None, "this machine"),
     ],
 )
@@ -179,7 +181,7 @@ def test_the_end_of_memory_is_known_in_all_its_forms(error, place):
             raise error
         torch.empty(10**15)
 
-    with pytest.raises(ModelError, match=f"^{place}: out of memory"):  # noqa: SIM117
+    with pytest.raises(DeviceError, match=f"^{place}: out of memory"):  # noqa: SIM117
         with memory.suffices(torch.device("mps")):
             work()
     with pytest.raises(RuntimeError, match="shapes"):  # noqa: SIM117
@@ -430,7 +432,11 @@ def test_only_late_blocks_make_a_neighbour_late(tmp_path):
     standing = Node(settings(tmp_path), structlog.get_logger())._standing
     missing = {"late": "late", "evil": "checksum", "away": "unavailable"}
     for step in range(2):
-        standing.step_done(stepped(step, partial=["slow"], missing=missing, used=["good"]))
+        late = ["late", "slow"]
+        partial = ["broken", "slow"]
+        standing.step_done(
+            stepped(step, partial=partial, missing=missing, used=["good"], late=late)
+        )
     assert standing.late == {"late": 2, "slow": 2}
 
 
@@ -525,6 +531,27 @@ async def test_a_defect_in_what_is_done_each_second_ends_none_of_it():
     assert not ticking.done()
     ticking.cancel()
     await asyncio.gather(ticking, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("left", "phase", "seen"),
+    [
+        (False, Phase.TRAINING, ["member"]),
+        (True, Phase.STOPPING, []),
+        (True, Phase.DONE, [None]),  # node.stay: its certificate is still asked for
+    ],
+)
+def test_a_node_that_stays_still_looks_after_its_trust(left, phase, seen):
+    """Its swarm is closed, but who was revoked meanwhile is refused, and a renewal taken up."""
+    looked = []
+    node = SimpleNamespace(
+        _upkeep=SimpleNamespace(look=looked.append),
+        _left=left,
+        _member="member",
+        _standing=SimpleNamespace(phase=phase),
+    )
+    Node._look_at_trust(node)
+    assert looked == seen
 
 
 HOSTS = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}

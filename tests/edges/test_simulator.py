@@ -457,7 +457,7 @@ def test_a_device_without_memory_ends_an_experiment_with_the_remedy(tmp_path, mo
         return real(*arguments)
 
     monkeypatch.setattr(trainer, "gradient", full)
-    assert deca_node("simulate", file, "-o", out) == 5
+    assert deca_node("simulate", file, "-o", out) == 7
     assert "cpu: out of memory (tried to allocate 2.50 GiB); lower" in capsys.readouterr().err
     assert len(list((out / "cells").iterdir())) == 1
 
