@@ -230,9 +230,7 @@ def test_unknown_label_is_named_with_its_row(given: dict[str, Any]) -> None:
 def test_a_blank_label_is_named_by_its_row(blank: str) -> None:
     """As it is its own word, there would be nothing to learn; data.labels may have one for it."""
     rows = [{"text": "t", "label": "a"}, {"text": "t", "label": blank}]
-    told = (
-        r"shard\.jsonl, row 2: data\.label_field 'label' is blank; give it a label or take the row"
-    )
+    told = r"shard\.jsonl, row 2: data\.label_field 'label' is blank; give it a label or remove"
     with pytest.raises(DataError, match=told):
         examples(rows, data_settings(), TOKENIZER, SOURCE)
     with pytest.raises(DataError, match=told):  # a test's
