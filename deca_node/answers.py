@@ -88,7 +88,8 @@ def write(
 
     Raises:
         DataError: the questions cannot be used.
-        ModelError: the model cannot be loaded, has no chat template, or needs more memory.
+        ModelError: the model cannot be loaded, or has no chat template.
+        DeviceError: an answer needs more memory.
         OutputError, DiskFullError: the answers cannot be written, or are another model's.
     """
     asked = read_questions(questions)

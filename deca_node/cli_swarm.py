@@ -23,7 +23,7 @@ from deca_node.errors import ConfigError, ListenError, PeerError, TrustError, Un
 from deca_node.guard import Visitor
 from deca_node.identity import Authority
 from deca_node.keyring import OPERATOR, Keyring, Pair, lifetime_days
-from deca_node.limits import MAX_REVOKED, MAX_TOKEN_ADDRESSES
+from deca_node.limits import MAX_REVOKED, MAX_TOKEN_ADDRESSES, NAME_RULE
 from deca_node.pb import node_pb2 as pb
 from deca_node.transport.client import GrpcLink
 from deca_node.trust import Certificate, Invitation, is_name, is_renewal_due, read_token, token
@@ -85,10 +85,7 @@ def _place(config: Path | None, run: str | None, node: str | None, folder: Path 
     node = node or (settings.node.name if settings else default_node_name())
     for name in (run, node):
         if not is_name(name):
-            raise ConfigError(
-                f"{name!r}: a name has 1 to 48 characters of a-z, 0-9 and -, beginning with a "
-                "letter or digit"
-            )
+            raise ConfigError(f"{name!r}: a name has {NAME_RULE}")
     if folder is None and settings is not None and settings.run.name == run:
         folder = settings.trust_folder()
     return _Place(run, node, folder or default_trust_folder(run))

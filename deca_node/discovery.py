@@ -304,21 +304,27 @@ class Discovery:
                 self._keep(task)
 
     async def _resolve(self, zeroconf: Zeroconf, service_type: str, name: str) -> None:
-        try:
-            info = AsyncServiceInfo(service_type, name)
-            heard = await info.async_request(zeroconf, RESOLVE_MS)
-        except _TROUBLE:  # a name that cannot be one of this type: anybody may announce it
-            return
-        if not heard or info.port is None:
-            return
-        if info.properties.get(b"run") != self._run.encode():
-            return
-        for address in _announced(info):
+        for address in await _addresses_of(zeroconf, service_type, self._run, name):
             self._sighted(address)
 
     def _keep(self, task: Any) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _addresses_of(zeroconf: Zeroconf, service_type: str, run: str, name: str) -> list[str]:
+    """Where the service of a run is that has this name; nowhere within RESOLVE_MS, or ever.
+
+    Anybody may announce a name, also one that cannot be of this type.
+    """
+    try:
+        info = AsyncServiceInfo(service_type, name)
+        heard = await info.async_request(zeroconf, RESOLVE_MS)
+    except _TROUBLE:
+        return []
+    if not heard or not info.port or info.properties.get(b"run") != run.encode():
+        return []
+    return _announced(info)
 
 
 def _announced(info: AsyncServiceInfo) -> list[str]:
@@ -383,22 +389,13 @@ async def inviters(run: str, seconds: float) -> list[str]:
     try:
         await asyncio.sleep(seconds)
         # All at once: names of which nobody knows an address must not hold up the others.
-        asked = [asyncio.create_task(_invited_to(zeroconf.zeroconf, run, name)) for name in names]
+        asked = [
+            asyncio.create_task(_addresses_of(zeroconf.zeroconf, JOIN_TYPE, run, name))
+            for name in names
+        ]
         for invited in await asyncio.gather(*asked):
             found += invited
     finally:
         await browser.async_cancel()
         await zeroconf.async_close()
     return found
-
-
-async def _invited_to(zeroconf: Zeroconf, run: str, name: str) -> list[str]:
-    """Where the invitation to a run is that has this name; nowhere within RESOLVE_MS, or ever."""
-    try:
-        info = AsyncServiceInfo(JOIN_TYPE, name)
-        heard = await info.async_request(zeroconf, RESOLVE_MS)
-    except _TROUBLE:  # see Discovery._resolve
-        return []
-    if not heard or not info.port or info.properties.get(b"run") != run.encode():
-        return []
-    return _announced(info)

@@ -249,7 +249,7 @@ class Laboratory:
 
         Raises:
             DataError: its data do not do.
-            ModelError: there is not enough memory.
+            DeviceError: there is not enough memory.
             OutputError: the results cannot be written.
         """
         began = time.monotonic()

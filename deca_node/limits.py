@@ -31,6 +31,10 @@ MAX_CLAIMS = 4
 MAX_ANNOUNCED = MAX_CONTACTS // 4
 # Longest node or run name that is looked at (config allows 48).
 MAX_NAME_BYTES = 64
+# How a run or a node may be called. A name becomes part of a DNS label (63 bytes, RFC 1035), a
+# folder and a log line.
+NAME = r"[a-z0-9][a-z0-9-]{0,47}"
+NAME_RULE = "1 to 48 characters of a-z, 0-9 and -, beginning with a letter or digit"
 # What a header may say beside its block in final agreement: some numbers, and broken edges by the
 # names of their two ends. Who is missing from a graph that lost more of them is told in part.
 MAX_LOST_EDGES = 64

@@ -36,6 +36,7 @@ from deca_node.limits import (
     MAX_JOINERS_PER_ADDRESS,
     MAX_REVOKED,
     MAX_TOKEN_ADDRESSES,
+    NAME_RULE,
     REFUSAL_LINES,
 )
 from deca_node.trust import (
@@ -244,10 +245,7 @@ class Inviter:
                 raise TrustError(f"the invitation is for node {wanted!r}, not for {asked!r}")
             return wanted
         if not is_name(asked):
-            raise TrustError(
-                "a node's name has 1 to 48 characters of a-z, 0-9 and -, beginning with a letter "
-                "or digit"
-            )
+            raise TrustError(f"a node's name has {NAME_RULE}")
         if asked in self._keyring.revoked():
             raise TrustError(f"node {asked!r} was revoked for good; join with --node and another")
         return asked

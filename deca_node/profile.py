@@ -132,6 +132,7 @@ def measure(plan: Plan, tell: Callable[[str], None] = lambda _: None) -> list[Co
     Raises:
         ConfigError: a setting is unknown, or does not fit method or model.
         ModelError: the architecture cannot be made, or does not fit into memory.
+        DeviceError: a step of a method does not.
     """
     settings = {method: _settings(plan, method) for method in plan.methods}
     costs = []

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from deca_node.errors import TrustError
-from deca_node.limits import MAX_TOKEN_ADDRESSES, MAX_TOKEN_BYTES
+from deca_node.limits import MAX_TOKEN_ADDRESSES, MAX_TOKEN_BYTES, NAME
 
 # Names in certificates end in a domain that ICANN keeps free for private use, so that no
 # certificate of ours could ever be mistaken for one of a host on the internet.
@@ -26,7 +26,7 @@ CLOCK_SECONDS = 300.0
 
 def is_name(text: str) -> bool:
     """Whether a run or a node can be called so, as in the settings."""
-    return re.fullmatch(r"[a-z0-9][a-z0-9-]{0,47}", text) is not None
+    return re.fullmatch(NAME, text) is not None
 
 
 def date(seconds: float) -> str:

@@ -19,6 +19,7 @@ from pydantic import (
 
 from deca_node.addresses import checked_address, is_host
 from deca_node.errors import ConfigError
+from deca_node.limits import NAME, NAME_RULE
 from deca_node.topology import TopologySpec, component, graph
 
 DEFAULT_PORT = 7430  # unassigned by IANA
@@ -42,14 +43,7 @@ def _named(path: Any) -> Any:
     return path
 
 
-# A name becomes part of a DNS label (63 bytes, RFC 1035), a folder and a log line.
-Name = Annotated[
-    str,
-    _shaped(
-        r"[a-z0-9][a-z0-9-]{0,47}",
-        "use 1 to 48 characters of a-z, 0-9 and -, beginning with a letter or digit",
-    ),
-]
+Name = Annotated[str, _shaped(NAME, f"use {NAME_RULE}")]
 Device = Annotated[
     str, _shaped(r"auto|cpu|cuda(:[0-9]+)?|mps", "use auto, cpu, cuda, cuda:N (as cuda:0) or mps")
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from deca_node import estimate, status
+from deca_node import estimate, memory, status
 from deca_node.batches import Example
 from deca_node.checkpoint.mark import check_mark
 from deca_node.config import is_loopback
@@ -179,6 +179,12 @@ def _trust(facts: Facts) -> Iterable[Check]:
 # Memory and disk
 
 
+_LESS_TO_COMPUTE = (
+    f'{memory.LESS_A_STEP}; on all nodes alike: schedule.layers_per_block, model.dtype = "bf16"'
+)
+_LESS_TO_WRITE = 'on all nodes alike: fewer lora.targets, or model.dtype = "bf16"'
+
+
 def _memory(facts: Facts) -> Iterable[Check]:
     sizes = facts.work()
     if facts.running is not None or sizes is None or facts.device is None:
@@ -186,7 +192,7 @@ def _memory(facts: Facts) -> Iterable[Check]:
     need = estimate.memory(*sizes)
     sizes_of = {name: count for name, count in asdict(need).items() if count and name != "copies"}
     parts = ", ".join(f"{name} {status.size(count)}" for name, count in sizes_of.items())
-    host = need.hosting
+    host, remedy = need.hosting, _LESS_TO_COMPUTE
     if facts.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(facts.device)
         yield _fits(f"memory of {facts.device}", need.computing, free, parts)
@@ -196,16 +202,8 @@ def _memory(facts: Facts) -> Iterable[Check]:
         host += max(need.computing, need.writing)
         if need.writing > need.computing:
             parts += f"; to write the model, weights and copies {status.size(need.copies)}"
-            yield _fits("memory", host, _free_memory(), parts, _LESS_TO_WRITE)
-            return
-    yield _fits("memory", host, _free_memory(), parts)
-
-
-_LESS_TO_COMPUTE = (
-    "lower data.batch_size or data.max_tokens, or set model.gradient_checkpointing = true; on all "
-    'nodes alike: schedule.layers_per_block, model.dtype = "bf16"'
-)
-_LESS_TO_WRITE = 'on all nodes alike: fewer lora.targets, or model.dtype = "bf16"'
+            remedy = _LESS_TO_WRITE
+    yield _fits("memory", host, _free_memory(), parts, remedy)
 
 
 def _fits(name: str, need: int, free: int, parts: str, remedy: str = _LESS_TO_COMPUTE) -> Check:

@@ -421,7 +421,7 @@ class LanguageModel:
         Raises:
             OutputError: something is there already, or the folder cannot be written.
             DiskFullError: the disk has no room; nothing is left behind.
-            ModelError: there is not enough memory for it; likewise.
+            DeviceError: there is not enough memory for it; likewise.
         """
         if folder.exists():
             raise OutputError(f"{folder}: already exists; move it away or export elsewhere")

@@ -229,7 +229,8 @@ async def test_a_name_that_cannot_be_one_is_passed_over(name):
     try:
         zeroconf = watching._zeroconf.zeroconf
         await watching._resolve(zeroconf, discovery_module.SERVICE_TYPE, name)
-        assert await discovery_module._invited_to(zeroconf, "bbc", name) == []
+        join_type = discovery_module.JOIN_TYPE
+        assert await discovery_module._addresses_of(zeroconf, join_type, "bbc", name) == []
     finally:
         await watching.stop()
 

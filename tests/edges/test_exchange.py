@@ -128,6 +128,13 @@ async def together(coroutines):
     return await asyncio.gather(*coroutines)
 
 
+async def visiting(network, count):
+    """``count`` members of a ring that have opened their visit."""
+    members = await meet(network, count)
+    await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+    return members
+
+
 @pytest.mark.parametrize(
     ("total", "per_peer"), [(None, None), (2e6, None), (None, 2e6), (6e6, 2e6), (1e6, 2e6)]
 )
@@ -229,8 +236,7 @@ def test_a_silent_neighbour_costs_one_deadline_and_its_weight():
     """It is waited for once; then the others go on at full speed, its weight with themselves."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 3)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 3)
         clock = asyncio.get_running_loop().time
         begin = clock()
         reports = await together(m.step(0) for m in members[:2])  # n2 publishes nothing
@@ -252,8 +258,7 @@ def test_a_dead_neighbour_costs_nothing_but_its_share(known):
 
     async def scenario():
         network = LoopbackNetwork()
-        members = await meet(network, 3)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(network, 3)
         network.kill(members[2].transport.address)
         while known and any(m.swarm.peers["n2"].state != State.GONE for m in members[:2]):
             await asyncio.sleep(0.1)
@@ -334,8 +339,7 @@ def test_garbage_is_counted_and_the_run_goes_on(reason, where):
 
     async def scenario():
         network = LoopbackNetwork()
-        members = await meet(network, 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(network, 2)
 
         def fault(call, index, message):
             bad = call.method == "Pull" and call.target.startswith("10.0.0.1:") and index == where
@@ -365,8 +369,7 @@ def test_a_stream_that_ends_early_is_incomplete():
 
     async def scenario():
         network = LoopbackNetwork()
-        members = await meet(network, 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(network, 2)
 
         def fault(call, index, message):
             if call.method == "Pull" and call.target.startswith("10.0.0.1:") and index == 2:
@@ -418,8 +421,7 @@ def test_strangers_get_no_block():
 
     async def scenario():
         network = LoopbackNetwork()
-        members = await meet(network, 4)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(network, 4)
         outsider = Member(network, 9)
         for asking, reason in ((outsider, "stranger"), (members[2], "not_a_neighbour")):
             link = asking.transport.link(members[0].transport.address)
@@ -462,8 +464,7 @@ def test_stopping_ends_every_wait(where):
     """A node told to stop goes on at once, whatever its neighbour has or gives."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         clock, exchange = asyncio.get_running_loop().time, members[0].exchange
         if where == "gather":
             waiting = asyncio.create_task(members[0].step(0))
@@ -489,8 +490,7 @@ def test_who_has_no_edge_any_more_is_told_so():
     """Also when it has been waiting for the next block."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         waiting = await waits(members)
         members[0].exchange.give_up({"n1"})
         with pytest.raises(PeerRefused) as caught:
@@ -538,8 +538,7 @@ def test_draining_waits_for_the_last_reader():
     """A finished node serves its last block until its neighbour has it."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         first = asyncio.create_task(members[0].step(0))
         await asyncio.sleep(3)
         assert not first.done()
@@ -558,8 +557,7 @@ def test_draining_ends_without_a_reader_that_does_not_come(gone):
 
     async def scenario():
         network = LoopbackNetwork()
-        members = await meet(network, 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(network, 2)
         await published(members[0], 0)
         if gone:
             network.kill(members[1].transport.address)
@@ -578,8 +576,7 @@ def test_a_last_message_that_was_not_taken_was_not_sent():
     """Whoever has all but that has no block, and nothing was heard of it."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         seen, serving = [], members[0].exchange._serving
         members[0].swarm.seen = seen.append
         made = await published(members[0], 0)
@@ -602,8 +599,7 @@ def test_a_second_stream_to_one_that_has_all_keeps_no_block_alive():
     """It ends with the step, as any other."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         made = await published(members[0], 0)
         await anext(stream := pulled(members, 0))
         assert len([message async for message in pulled(members, 0)]) == made.count
@@ -650,8 +646,7 @@ def test_what_an_edge_carries_is_counted_at_both_ends():
     """By step, by neighbour and in all."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         reports = [await together(m.step(step) for m in members) for step in range(2)]
         for index, (member, other) in enumerate(zip(members, members[::-1], strict=True)):
             mine = [report[index] for report in reports]
@@ -688,8 +683,7 @@ def test_a_block_travels_and_is_mixed_as_far_as_it_is_updated():
     """Each end gets what the other has made so far, and mixes only where it has made its own."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         own = [m.values.clone() for m in members]
         made = [promised(LAYOUT, 0, metadata("run", m.name, 0)) for m in members]
         mixed = [0, 0]
@@ -730,8 +724,7 @@ def test_a_reader_of_a_block_that_is_never_finished_is_told():
     """Released while it is being made: the reader ends, and what is made later goes nowhere."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         made = promised(LAYOUT, 0, metadata("run", "n0", 0))
         members[0].exchange.publish(made)
         stream = members[0].pull(pb.PullRequest(sender=members[1].swarm.sender(), serial=0))
@@ -751,8 +744,7 @@ def test_room_is_made_when_the_readers_are_done():
     """A neighbour under way is waited for; one that has stopped reading costs one deadline."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         exchange, clock = members[0].exchange, asyncio.get_running_loop().time
         request = pb.PullRequest(sender=members[1].swarm.sender())
         for serial, stalls in enumerate((False, True)):
@@ -831,8 +823,7 @@ def test_streams_that_break_off_both_ways_cost_no_waiting(error):
 
     async def scenario():
         network = LoopbackNetwork()
-        members = await meet(network, 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(network, 2)
 
         def fault(call, index, message):
             if call.method == "Pull" and call.request.serial == 1:
@@ -1057,8 +1048,7 @@ def test_a_lone_late_neighbour_is_recorded_and_may_come_back():
     """With nobody else to wait for, the steps without it are counted, and it is still pulled."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         first, second = [await members[0].step(step) for step in range(2)]
         assert first.missing == second.missing == {"n1": "late"}
         assert not second.complete
@@ -1076,8 +1066,7 @@ def test_a_ready_block_is_taken_of_one_that_is_waited_for_no_more():
     """Its budget is gone, and its block is there."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         members[0].exchange._patience.waited({"n1"}, TIMING.wait_budget)
         ready = asyncio.create_task(members[1].step(0))
         await asyncio.sleep(1)
@@ -1091,8 +1080,7 @@ def test_a_step_that_is_over_before_it_begins_has_had_nobody():
     """As where the node is told to stop: nobody was asked, and all are missing."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         members[0].stopping.set()
         report = await members[0].step(0)
         assert report.missing == {"n1": "late"}
@@ -1117,8 +1105,7 @@ def test_a_step_waits_from_when_its_node_has_nothing_else_to_do(late):
     busy = 3 * TIMING.step_deadline
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
 
         async def slower():
             await asyncio.sleep(late * TIMING.step_deadline)
@@ -1144,8 +1131,7 @@ def test_a_silent_neighbour_costs_one_deadline_after_what_its_node_computes(drip
     busy = 3 * TIMING.step_deadline
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         streams = []
 
         async def hostile(request):
@@ -1174,8 +1160,7 @@ def test_a_stream_is_not_held_open_for_ever():
     """A node that computes for hours gives its places at its neighbours back."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
         gathering = asyncio.create_task(gathers(members[0], 3 * MAX_PULL_SECONDS))
         await asyncio.sleep(MAX_PULL_SECONDS)
         assert members[1].exchange._serving._pulls == {"n0": 1}
@@ -1324,8 +1309,7 @@ def test_a_stalled_reader_gives_memory_back():
     """A reader that stops in the middle of a stream does not keep an old block alive."""
 
     async def scenario():
-        members = await meet(LoopbackNetwork(), 2)
-        await together(m.open(w) for m, w in zip(members, wanted(members), strict=True))
+        members = await visiting(LoopbackNetwork(), 2)
 
         def publish(serial):
             made = snapshot(members[0].values, LAYOUT, serial, metadata("run", "n0", serial))
